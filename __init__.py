@@ -1,0 +1,35 @@
+"""Turn a base model and a full fine-tune, or an adapter, into a LoRA or a LoRTA, after the fact and without training data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapt_convert.convert.conversion import Conversion, convert
+    from adapt_convert.convert.inspection import inspect
+    from adapt_convert.convert.merge import merge
+    from adapt_convert.formats.errors import AdaptError
+    from adapt_convert.kernels.attach import load, unload
+
+__all__ = ["AdaptError", "Conversion", "convert", "inspect", "load", "merge", "unload"]
+
+_HOMES = {
+    "AdaptError": "adapt_convert.formats.errors",
+    "Conversion": "adapt_convert.convert.conversion",
+    "convert": "adapt_convert.convert.conversion",
+    "inspect": "adapt_convert.convert.inspection",
+    "load": "adapt_convert.kernels.attach",
+    "merge": "adapt_convert.convert.merge",
+    "unload": "adapt_convert.kernels.attach",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds; `adapt-convert --help` must not.
+    from importlib import import_module
+
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""One conversion from end to end: open both sides, plan from headers, compare, solve, and write a directory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.lora import solve_lora, unstorable
+from adapt_convert.convert.lorta import reference_slots, solve_lorta
+from adapt_convert.convert.options import Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, Plan, make_plan
+from adapt_convert.convert.report import Record, build_report, dropped, unchanged
+from adapt_convert.formats.atomic import atomic_directory
+from adapt_convert.formats.card import model_card
+from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.lorta import LortaAdapter, read_lorta
+from adapt_convert.formats.peft import LoraAdapter, read_lora
+from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+Solver = Callable[
+    [Pairs, Plan, Options, dict[Entry, float], Progress], tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]]
+]
+SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta}
+
+
+@dataclass
+class Conversion:
+    """A finished conversion: the adapter, its plan, and the report that `save` completes and writes beside it."""
+
+    adapter: LoraAdapter | LortaAdapter
+    plan: Plan
+    records: list[Record]
+    report: dict[str, Any]
+    started: float
+
+    def save(self, directory: str | Path, overwrite: bool = False) -> Path:
+        """Write the adapter, `conversion.json` and a model card, all or nothing. Returns the directory."""
+        path = Path(directory)
+        with atomic_directory(path, overwrite) as staging:
+            self.report["bytes"] = self.adapter.write(staging)
+            self.report["seconds"] = round(time.monotonic() - self.started, 3)
+            self.report["peak_memory"] = peak_memory()
+            (staging / "conversion.json").write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+            (staging / "README.md").write_text(model_card(self.report, self.plan.config), encoding="utf-8")
+        return path
+
+
+def convert(
+    base: str | Path,
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    progress: Progress = lambda items, what: items,
+    **options: Any,
+) -> Conversion:
+    """Convert a fine-tune of `base` - a checkpoint or an adapter, each a path or a Hub id - into an adapter.
+
+    `options` are the fields of `Options`. `progress(iterable, what)` wraps the long loops. Raises `AdaptError` for anything
+    that can be mended by the user, always before something is written.
+    """
+    started = time.monotonic()
+    chosen = Options(**options)
+    opened_base, opened_source = open_pair(base, source, revision, base_revision)
+    plan = make_plan(opened_base, opened_source, chosen)
+    if chosen.strict:
+        _refuse_losses(_losses_by_header(plan, chosen))
+    pairs = Pairs(opened_base, opened_source, chosen.torch_device())
+    stored, lost, records = _survey(pairs, plan, chosen, progress)
+    adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
+    records += [_with_lost_rows(record, lost) for record in solved]
+    if all(record.status == "unchanged" for record in records):
+        raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
+    if not any(record.status == "factored" for record in records):
+        raise AdaptError(f"{opened_source.origin}: none of the targeted matrices changed; there is nothing to factor")
+    if chosen.strict:
+        _refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
+    order = {entry.name: position for position, entry in enumerate(plan.entries)}
+    records.sort(key=lambda record: order[record.entry.name])
+    adapter.base_model = opened_base.origin
+    adapter.task_type = task_type(plan)
+    report = build_report(opened_base, opened_source, chosen, records, plan.missing)
+    return Conversion(adapter, plan, records, report, started)
+
+
+def open_pair(
+    base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None
+) -> tuple[Checkpoint, Source]:
+    """Open both sides from headers; whether the source is a checkpoint or an adapter is detected."""
+    base_location = locate(base, base_revision)
+    if adapter_config_path(base_location):
+        raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
+    opened_base = Checkpoint(base_location)
+    location = locate(source, revision)
+    config_path = adapter_config_path(location)
+    if config_path is None:
+        checkpoint = Checkpoint(location)
+        return opened_base, checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
+    if read_json(config_path).get("peft_type") == "LORTA":
+        return opened_base, read_lorta(location, reference_slots(opened_base))
+    return opened_base, read_lora(location)
+
+
+def _losses_by_header(plan: Plan, options: Options) -> list[str]:
+    """Losses that are certain before a tensor is read: rows and tensors that no adapter of the unresized base can hold."""
+    losses = [f"{entry.name} ({_rows_reason(entry)})" for entry in plan.entries if entry.rows_lost and entry.action != "drop"]
+    if options.to == "lora":
+        for entry in plan.having("store"):
+            reason = unstorable(plan, entry) if entry.base_key is None else None
+            losses += [f"{entry.name} ({reason})"] if reason else []
+    return losses
+
+
+def _refuse_losses(losses: list[str]) -> None:
+    if losses:
+        more = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
+        raise AdaptError(f"--strict: {losses[0]}{more} would be lost; leave out with --exclude what may be lost")
+
+
+def _survey(
+    pairs: Pairs, plan: Plan, options: Options, progress: Progress
+) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
+    """Read everything that is not factored: what has to be stored (with its energy), rows lost, and the records of the rest.
+
+    It comes before the solving, so that a loss that `--strict` forbids is found before the long work starts.
+    """
+    stored: dict[Entry, float] = {}
+    lost: dict[str, float] = {}
+    records: list[Record] = []
+    for entry in progress([entry for entry in plan.entries if entry.action != "factor"], "comparing"):
+        energy, lost_energy = pairs.change_energy(entry)
+        if lost_energy:
+            lost[entry.name] = lost_energy
+        if energy == 0 and not lost_energy and entry.base_key is not None:
+            records.append(unchanged(entry))
+        elif entry.action == "drop":
+            records.append(dropped(entry, energy + lost_energy, entry.reason))
+        elif energy == 0 and lost_energy:
+            records.append(dropped(entry, lost_energy, _rows_reason(entry)))
+        else:
+            stored[entry] = energy
+    if options.strict:
+        reasons = {e: unstorable(plan, e) for e in stored} if options.to == "lora" else {}
+        losses = [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
+        _refuse_losses(losses + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
+    return stored, lost, records
+
+
+def _with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
+    """A tensor of which only the rows that the base has could be stored counts as dropped, with what is missing."""
+    if record.entry.name not in lost or record.status != "exact":
+        return record
+    energy = lost[record.entry.name]
+    reason = f"{_rows_reason(record.entry)}; the others are stored exactly"
+    return replace(record, status="dropped", energy=record.energy + energy, residual=energy, reason=reason)
+
+
+def _rows_reason(entry: Entry) -> str:
+    return f"{entry.rows_lost} rows beyond the base's cannot be loaded onto the unresized base"
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def task_type(plan: Plan) -> str | None:
+    """PEFT's task type, from the model class in `config.json`."""
+    architecture = str((plan.config.get("architectures") or [""])[0])
+    return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,120 @@
+"""The one currency of the project: the change of a weight matrix, dense or in factors.
+
+Every reader yields deltas and every solver takes them. A solver that only multiplies (a sketch, a contraction, a Gram matrix)
+works on both kinds alike and never forms the product of a factored delta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseDelta:
+    """A change held as a full matrix: `weight` is `(out, in)`, float32."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def T(self) -> DenseDelta:  # noqa: N802
+        return DenseDelta(self.weight.T)
+
+    def rows(self, start: int, stop: int) -> DenseDelta:
+        """Output rows `start:stop`, one part of a fused matrix."""
+        return DenseDelta(self.weight[start:stop])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`D @ x` for `x (in, k)`, float32."""
+        return self.weight @ x
+
+    def rmatmul(self, x: Tensor) -> Tensor:
+        """`D.T @ x` for `x (out, k)`, float32."""
+        return self.weight.T @ x
+
+    def energy(self) -> float:
+        """`||D||_F^2`: row norms in float32, their squares summed in float64."""
+        weight = self.weight if self.weight.is_contiguous() else self.weight.T
+        return float(torch.linalg.vector_norm(weight, dim=1).double().square().sum())
+
+    def dense(self) -> Tensor:
+        """The matrix itself, `(out, in)` float32."""
+        return self.weight
+
+    def to(self, device: torch.device) -> DenseDelta:
+        return DenseDelta(self.weight.to(device))
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """A change held as `B @ A`: `B (out, r)`, `A (r, in)`, float32, all scaling folded into `B`."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def T(self) -> LowRankDelta:  # noqa: N802
+        return LowRankDelta(self.A.T, self.B.T)
+
+    def rows(self, start: int, stop: int) -> LowRankDelta:
+        """Output rows `start:stop`, one part of a fused matrix."""
+        return LowRankDelta(self.B[start:stop], self.A)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`D @ x` for `x (in, k)`, float32."""
+        return self.B @ (self.A @ x)
+
+    def rmatmul(self, x: Tensor) -> Tensor:
+        """`D.T @ x` for `x (out, k)`, float32."""
+        return self.A.T @ (self.B.T @ x)
+
+    def energy(self) -> float:
+        """`||B A||_F^2 = <B^T B, A A^T>`, in float64, without the product."""
+        b, a = self.B.double(), self.A.double()
+        return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0.0))
+
+    def dense(self) -> Tensor:
+        """The product, `(out, in)` float32."""
+        return self.B @ self.A
+
+    def to(self, device: torch.device) -> LowRankDelta:
+        return LowRankDelta(self.B.to(device), self.A.to(device))
+
+
+Delta = DenseDelta | LowRankDelta
+
+_ROWS = 512  # rows per block: a block of a 4096-wide matrix is 8 MB, small beside the matrix and large for a GEMM
+
+
+def residual_energy(delta: Delta, approximation: LowRankDelta) -> float:
+    """`||D - B A||_F^2`, exact, in blocks of rows so that no second matrix of `D`'s size is held.
+
+    Two factored deltas are subtracted in factors: `D - B A = [B_d, -B][A_d; A]`.
+    """
+    if isinstance(delta, LowRankDelta):
+        b = torch.cat([delta.B, -approximation.B], dim=1).double()
+        a = torch.cat([delta.A, approximation.A], dim=0).double()
+        r_b = torch.linalg.qr(b, mode="r").R
+        r_a = torch.linalg.qr(a.T, mode="r").R
+        return float((r_b @ r_a.T).square().sum())
+    total = 0.0
+    for start in range(0, delta.shape[0], _ROWS):
+        block = torch.addmm(
+            delta.weight[start : start + _ROWS], approximation.B[start : start + _ROWS], approximation.A, alpha=-1.0
+        )
+        total += float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
+    return total

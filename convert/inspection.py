@@ -1,0 +1,75 @@
+"""What is in a model or an adapter, and what a conversion of a pair would do: from headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from adapt_convert.convert.architectures import family_of, place_of
+from adapt_convert.convert.conversion import open_pair
+from adapt_convert.convert.options import Options
+from adapt_convert.convert.preflight import Plan, make_plan
+from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
+from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.source import adapter_config_path
+
+
+def inspect(path: str | Path, other: str | Path | None = None, *, revision: str | None = None, **options: Any) -> dict[str, Any]:
+    """Describe one model or adapter, or the pair of a base and its fine-tune. Reads no tensor.
+
+    With `other` the result is the plan of a conversion with the given `options`; see `describe_plan`. Raises `AdaptError`.
+    """
+    if other is None:
+        return _describe(path, revision)
+    chosen = Options(**options)
+    base, source = open_pair(path, other, revision)
+    return describe_plan(make_plan(base, source, chosen))
+
+
+def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
+    location = locate(path, revision)
+    config_path = adapter_config_path(location)
+    if config_path:
+        config, store = read_json(config_path), TensorStore(weight_files(location))
+        kind = str(config.get("peft_type", "unknown adapter"))
+        extra = {"rank": config.get("r"), "base_model": config.get("base_model_name_or_path")}
+    else:
+        checkpoint = Checkpoint(location)
+        config, store, kind = checkpoint.config, checkpoint.store, "checkpoint"
+        extra = {"model_type": config.get("model_type"), "layers": _layers(store, config)}
+    dtypes = Counter[str]()
+    for info in store.infos.values():
+        dtypes[info.dtype] += math.prod(info.shape)
+    return {
+        "path": str(path),
+        "kind": kind,
+        **extra,
+        "files": [file.name for file in store.files],
+        "tensors": len(store.infos),
+        "parameters": sum(dtypes.values()),
+        "bytes": store.nbytes,
+        "dtypes": dict(dtypes.most_common()),
+    }
+
+
+def _layers(store: TensorStore, config: dict[str, Any]) -> int | None:
+    family = family_of(config)
+    if family is None:
+        return None
+    places = (place_of(name.rpartition(".")[0], family) for name in store.infos)
+    return len({(place.block, place.layer) for place in places if place}) or None
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data: `actions` counts what would become of changed tensors, `losses` what could not be kept."""
+    return {
+        "tensors": len(plan.entries),
+        "actions": dict(Counter(entry.action for entry in plan.entries)),
+        "losses": {entry.name: entry.reason for entry in plan.having("drop") if entry.lossy},
+        "missing_from_source": list(plan.missing),
+        "notes": list(plan.notes),
+        "predicted_bytes": plan.predicted_bytes,
+        "predicted_peak_memory": plan.predicted_peak,
+    }

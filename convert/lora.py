@@ -1,0 +1,169 @@
+"""The LoRA target: a truncated SVD for every changed matrix, everything else stored exactly where PEFT can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.architectures import aliases_of
+from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.ranks import spend_budget
+from adapt_convert.convert.report import Record, dropped, exact, unchanged
+from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.peft import LoraAdapter
+from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
+from adapt_convert.formats.safetensors_file import LazyTensor
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def solve_lora(
+    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
+) -> tuple[LoraAdapter, list[Record]]:
+    """Factor every matrix of the plan and place the changed tensors of `stored` (entry -> energy of its change)."""
+    modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
+    adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
+    records = []
+    for entry, delta, factorisation, rank in progress(_factorisations(pairs, plan, options), "factoring"):
+        records.append(_factor(entry, delta, factorisation, rank, adapter, DTYPES[options.dtype or output_dtype(pairs.source)]))
+    records += _store(pairs, plan, stored, adapter)
+    return adapter, records
+
+
+def unstorable(plan: Plan, entry: Entry) -> str | None:
+    """Why PEFT cannot hold this tensor exactly, or None when it can: decided from the plan, before any work."""
+    factored = {other.module for other in plan.having("factor")}
+    if entry.name == f"{entry.module}.bias" and entry.module in factored:
+        return None
+    if aliases_of(entry.name, plan.family, plan.config):
+        return None
+    if not entry.module:
+        return "PEFT stores whole modules, and this parameter belongs to the model itself"
+    if _holds_matrices(plan, entry.module):
+        return f"PEFT stores whole modules, and {entry.module} holds weight matrices too"
+    return None
+
+
+def _factorisations(pairs: Pairs, plan: Plan, options: Options) -> Iterator[tuple[Entry, Delta, Factorisation | None, int]]:
+    """Every matrix with its factorisation (None when it did not change) and the rank to keep."""
+    entries = plan.having("factor")
+    ranks = _ranks_for_budget(pairs, entries, options) if options.budget is not None else {}
+    for entry, delta in pairs.deltas(entries):
+        generator = torch.Generator().manual_seed(options.seed)
+        if delta.energy() == 0:
+            yield entry, delta, None, 0
+        elif options.energy is not None:
+            yield entry, delta, *factorise_for_energy(delta, options.energy, generator)
+        else:
+            rank = ranks[entry.name] if options.budget is not None else options.rank
+            assert rank is not None
+            yield entry, delta, factorise(delta, max(rank, 1), generator), rank
+
+
+def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> dict[str, int]:
+    """A first pass over the matrices that keeps singular values alone; a matrix whose known values are all spent is redone
+    with twice as many, until none is."""
+    assert options.budget is not None
+    item = DTYPES[options.dtype or output_dtype(pairs.source)].itemsize
+    costs = {entry.name: sum(entry.matrix_shape) * item for entry in entries}
+    average = max(1, options.budget // sum(costs.values()))
+    known = {entry.name: min(4 * average + 8, *entry.matrix_shape) for entry in entries}
+    spectra: dict[str, Tensor] = {}
+    pending = entries
+    while pending:
+        for entry, delta in pairs.deltas(pending):
+            generator = torch.Generator().manual_seed(options.seed)
+            changed = delta.energy() > 0
+            values = factorise(delta, known[entry.name], generator).values if changed else torch.zeros(0)
+            spectra[entry.name] = values[: known[entry.name]]
+        ranks = spend_budget(spectra, costs, options.budget)
+        pending = [
+            entry
+            for entry in entries
+            if ranks[entry.name] == len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
+        ]
+        known |= {entry.name: min(2 * known[entry.name], *entry.matrix_shape) for entry in pending}
+    if not any(ranks.values()):
+        raise AdaptError(f"--budget {options.budget} bytes: the cheapest rank of any matrix needs {min(costs.values())}")
+    return ranks
+
+
+def _factor(
+    entry: Entry, delta: Delta, factorisation: Factorisation | None, rank: int, adapter: LoraAdapter, dtype: torch.dtype
+) -> Record:
+    if factorisation is None:
+        return unchanged(entry)
+    if rank == 0:
+        return dropped(entry, factorisation.energy, "the budget captures more elsewhere")
+    factors = factorisation.truncate(min(rank, len(factorisation.values)))
+    written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
+    as_read = LowRankDelta(written.B.float(), written.A.float())
+    if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):
+        raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
+    held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
+    held[entry.module] = LowRankDelta(written.B.cpu(), written.A.cpu())
+    return Record(entry, "factored", factorisation.energy, residual_energy(delta, as_read), rank=written.rank)
+
+
+def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], adapter: LoraAdapter) -> list[Record]:
+    """Biases of factored modules as `lora_B.bias`; other tensors with their whole module in `modules_to_save`."""
+    records, modules = [], set()
+    factored = {entry.module for entry in plan.having("factor")}
+    for entry, energy in stored.items():
+        reason = unstorable(plan, entry)
+        if reason:
+            records.append(dropped(entry, energy, reason))
+            continue
+        if entry.name == f"{entry.module}.bias" and entry.module in adapter.factors:
+            adapter.biases[entry.module] = pairs.difference(entry)
+            records.append(exact(entry, energy, "as lora_B.bias"))
+            continue
+        aliases = [a for a in aliases_of(entry.name, plan.family, plan.config) if a not in pairs.source.parts]
+        modules |= {alias.rpartition(".")[0] for alias in aliases}
+        if entry.module in factored or (entry.module and not _holds_matrices(plan, entry.module)):
+            modules.add(entry.module)
+        records.append(exact(entry, energy, entry.reason))
+    outermost = {m for m in modules if not any(m.startswith(f"{other}.") for other in modules)}
+    adapter.exact_modules = sorted(outermost)
+    adapter.exact = _module_values(pairs, plan, outermost)
+    return records
+
+
+def _module_values(pairs: Pairs, plan: Plan, modules: set[str]) -> dict[str, Tensor | LazyTensor]:
+    """Every parameter of the modules: the source's value, else the base's, else that of the parameter it shares."""
+    by_name = {entry.name: entry for entry in plan.entries}
+    values: dict[str, Tensor | LazyTensor] = {}
+
+    def inside(name: str) -> bool:
+        return any(name.startswith(f"{module}.") for module in modules)
+
+    for name in filter(inside, {*by_name, *plan.base_keys}):
+        values[name] = lazy_value(pairs, plan, name)
+    for alias, owner in (plan.family.tied if plan.family else {}).items():
+        if alias not in values and inside(alias):
+            values[alias] = lazy_value(pairs, plan, plan.full_name(owner))
+    return values
+
+
+def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
+    """A parameter's value in the fine-tune, read when it is written; the base's where the source does not change it."""
+    entry = next((entry for entry in plan.entries if entry.name == name), None)
+    if entry is None:
+        key = plan.base_keys[name]
+        info = pairs.base.infos[key]
+        return LazyTensor(info.shape, STORED_DTYPES[info.dtype], lambda: pairs.base.read(key))
+    shape = pairs.base.infos[entry.base_key].shape if entry.base_key else entry.part.shape
+    dtype = entry.part.dtype if entry.part.kind == "replace" else "F32"
+    return LazyTensor(shape, STORED_DTYPES[dtype], lambda: pairs.value(entry))
+
+
+def _holds_matrices(plan: Plan, module: str) -> bool:
+    """Whether a module is, or contains, one of the matrices that are factored."""
+    return any(e.module == module or e.module.startswith(f"{module}.") for e in plan.having("factor"))

@@ -1,0 +1,200 @@
+"""The LoRTA target: one CP tensor over all layers, heads and matrices of the attention, and one of the MLP if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from adapt_convert.convert.architectures import (
+    ATTENTION_ROLES,
+    MLP_ROLES,
+    WRITERS,
+    Heads,
+    family_of,
+    heads_of,
+    module_names,
+    place_of,
+)
+from adapt_convert.convert.cp import CPFactors, CPShape, Slab, fit_cp
+from adapt_convert.convert.delta import Delta, residual_energy
+from adapt_convert.convert.lora import lazy_value
+from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.report import Record, exact
+from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.lorta import LortaAdapter, LortaBlock, Orientation, Slot
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One logical matrix: `slot` says where it lies in its module and in the tensor, `heads` how many heads it has."""
+
+    entry: Entry
+    slot: Slot
+    heads: int
+
+
+def solve_lorta(
+    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
+) -> tuple[LortaAdapter, list[Record]]:
+    """Fit the CP tensors of the plan's matrices; the changed tensors of `stored` are kept by value."""
+    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    adapter = LortaAdapter([], dtype, orientation=options.orientation)
+    for name, roles in (("attention", ATTENTION_ROLES), ("mlp", MLP_ROLES)):
+        slices, d_h = _slices(pairs, plan, roles, options.orientation)
+        if slices:
+            adapter.blocks.append(_fit(pairs, name, slices, d_h, options, dtype, progress))
+    if not adapter.blocks:
+        raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
+    adapter.exact = {entry.name: lazy_value(pairs, plan, entry.name) for entry in stored}
+    records = [exact(entry, energy, entry.reason) for entry, energy in stored.items()]
+    return adapter, records + _measure(pairs, plan, adapter, progress)
+
+
+def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orientation) -> tuple[list[_Slice], int]:
+    """The logical matrices of one tensor, in the order of layers and roles, and the length of its `B` mode."""
+    entries = [e for e in plan.having("factor") if e.place and set(_parts(e.place.role)) & set(roles)]
+    if not entries:
+        return [], 0
+    present = sorted({part for e in entries if e.place for part in _parts(e.place.role)}, key=roles.index)
+    blocks = sorted({(e.place.block, e.place.layer) for e in entries if e.place})
+    geometry = _geometry(pairs.base, entries, roles)
+    slices = []
+    for entry in entries:
+        assert entry.place is not None
+        layer = blocks.index((entry.place.block, entry.place.layer))
+        row = 0
+        for part in _parts(entry.place.role):
+            heads = geometry.key_value if part in ("k", "v") else geometry.query
+            fused = entry.place.role == "qkv"
+            stop = row + heads * geometry.size
+            writes = part in WRITERS or orientation == "reference"
+            slot = Slot(entry.module, layer, present.index(part), not writes, *((row, stop) if fused else (None, None)))
+            slices.append(_Slice(entry, slot, heads))
+            _check_slice(entry, slot, heads * geometry.size, fused, orientation, pairs.base)
+            row = stop
+    return slices, geometry.size
+
+
+def _parts(role: str) -> tuple[str, ...]:
+    return ("q", "k", "v") if role == "qkv" else (role,)
+
+
+def _geometry(base: Checkpoint, entries: list[Entry], roles: tuple[str, ...]) -> Heads:
+    """Heads of the attention, or the MLP's hidden width as one wide head."""
+    if roles == MLP_ROLES:
+        first = entries[0]
+        assert first.place is not None
+        return Heads(1, 1, first.matrix_shape[1 if first.place.role in WRITERS else 0])
+    heads = heads_of(base.config)
+    if heads is None:
+        raise AdaptError(f"{base.origin}: config.json does not say how many attention heads there are; LoRTA needs them")
+    return heads
+
+
+def _check_slice(entry: Entry, slot: Slot, width: int, fused: bool, orientation: Orientation, base: Checkpoint) -> None:
+    rows, columns = entry.matrix_shape
+    if orientation == "reference" and (fused or rows != columns):
+        raise AdaptError(
+            f"{entry.name} is {[rows, columns]}: the reference orientation holds separate square q, k, v and o only; "
+            "use --orientation paper"
+        )
+    found = (slot.stop or rows) if slot.transposed else columns
+    if found != width and not fused:
+        raise AdaptError(f"{entry.name} has {found} channels, but the heads in {base.origin}'s config.json make {width}")
+
+
+def _fit(
+    pairs: Pairs,
+    name: Literal["attention", "mlp"] | str,
+    slices: list[_Slice],
+    d_h: int,
+    options: Options,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> LortaBlock:
+    counts = list(dict.fromkeys(s.heads for s in sorted(slices, key=lambda s: s.slot.matrix)))
+    group = {s.slot.matrix: counts.index(s.heads) for s in slices}
+    shape = CPShape(
+        d=_residual_width(slices),
+        d_h=d_h,
+        layers=max(s.slot.layer for s in slices) + 1,
+        heads=tuple(counts),
+        group=tuple(group[m] for m in sorted(group)),
+    )
+    slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s)) for s in slices]
+    assert options.rank is not None
+    fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device)
+    factors = _as_written(fit.factors, dtype)
+    block_name: Literal["attention", "mlp"] = "attention" if name == "attention" else "mlp"
+    return LortaBlock(block_name, factors, shape.group, tuple(s.slot for s in slices))
+
+
+def _residual_width(slices: list[_Slice]) -> int:
+    widths = {s.entry.matrix_shape[1 if s.slot.transposed else 0] for s in slices}
+    if len(widths) > 1:
+        raise AdaptError(f"the layers read residual streams of different widths, {sorted(widths)}; one LoRTA holds one width")
+    return widths.pop()
+
+
+def _loader(pairs: Pairs, part: _Slice) -> Callable[[], Delta]:
+    return lambda: _slab_of(pairs.delta(part.entry), part.slot)
+
+
+def _slab_of(delta: Delta, slot: Slot) -> Delta:
+    rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
+    return rows.T if slot.transposed else rows
+
+
+def _as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
+    """The factors as they will be read back: rounded to the output dtype, in float32 on the CPU."""
+
+    def rounded(factor: torch.Tensor) -> torch.Tensor:
+        return factor.to("cpu", dtype).float()
+
+    return CPFactors(
+        A=rounded(factors.A),
+        B=rounded(factors.B),
+        C_h=tuple(rounded(c) for c in factors.C_h),
+        C_l=rounded(factors.C_l),
+        C_m=rounded(factors.C_m),
+    )
+
+
+def _measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress) -> list[Record]:
+    """A last pass over the matrices: what each slice of the written tensor misses of its matrix."""
+    slots: dict[str, list[tuple[LortaBlock, Slot]]] = {}
+    for block in adapter.blocks:
+        for slot in block.slots:
+            slots.setdefault(slot.module, []).append((block, slot))
+    records = []
+    for entry, delta in progress(pairs.deltas(plan.having("factor")), "measuring"):
+        energy, residual = delta.energy(), 0.0
+        for block, slot in slots[entry.module]:
+            rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
+            residual += residual_energy(rows, block.delta(slot).to(pairs.device))
+        rank = slots[entry.module][0][0].factors.A.shape[1]
+        reason = "" if energy else "did not change itself, but is a slice of the common tensor"
+        records.append(Record(entry, "factored", energy, residual, reason, rank))
+    return records
+
+
+def reference_slots(base: Checkpoint) -> tuple[Slot, ...]:
+    """The base's q, k, v and o by layer, for reading a directory of the reference implementation, which names none."""
+    family = family_of(base.config)
+    if family is None:
+        return ()
+    slots = []
+    for name in module_names(base.infos, base.config).values():
+        module = name.removesuffix(".weight")
+        place = place_of(module, family) if name.endswith(".weight") else None
+        if place and place.block == 0 and place.role in ATTENTION_ROLES:
+            slots.append(Slot(module, place.layer, ATTENTION_ROLES.index(place.role), transposed=False))
+    return tuple(sorted(slots, key=lambda slot: (slot.layer, slot.matrix)))

@@ -1,0 +1,126 @@
+"""Folding an adapter into its base: a checkpoint that needs no adapter code to run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapt_convert.convert.conversion import open_pair
+from adapt_convert.convert.options import Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, make_plan
+from adapt_convert.formats.atomic import atomic_directory
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor, write_safetensors
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+_SHARD = 5 * 10**9  # bytes, as transformers shards
+_COPIED = re.compile(
+    r"^(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$"
+    r"|^(merges|vocab)\.txt$|\.model$|\.jinja$|^LICENSE"
+)
+
+
+def merge(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda items, what: items,
+) -> dict[str, Any]:
+    """Write `base` with `adapter` folded in, in the base's dtypes, one tensor in memory at a time.
+
+    Sums are taken in float32 and rounded once. Returns what was written: `output`, `bytes`, `shards`, `changed`.
+    Raises `AdaptError`.
+    """
+    opened_base, source = open_pair(base, adapter, revision)
+    if source.kind == "checkpoint":
+        raise AdaptError(f"{adapter}: is a full checkpoint, not an adapter; there is nothing to merge")
+    options = Options()
+    plan = make_plan(opened_base, source, options)
+    pairs = Pairs(opened_base, source, options.torch_device())
+    by_key: dict[str, Entry] = {e.base_key: e for e in plan.entries if e.base_key and not e.tied_to}
+    tensors = {key: _merged(pairs, by_key.get(key), key) for key in opened_base.infos}
+    # A head that the base shares with its embedding is stored on its own once the adapter gives it another value.
+    added = [e for e in plan.entries if e.base_key is None or (e.tied_to and not _same_as_owner(pairs, plan.entries, e))]
+    tensors |= {e.name: _merged(pairs, e, None) for e in added}
+    with atomic_directory(Path(output), overwrite) as staging:
+        size, shards = _write_shards(staging, tensors, progress)
+        _copy_small_files(opened_base.location.directory, staging, untie=any(e.tied_to for e in added))
+        summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(plan.entries)}
+        (staging / "conversion.json").write_text(
+            json.dumps({"target": "merged", "base": str(base), "adapter": str(adapter), **summary}, indent=1) + "\n"
+        )
+    return summary
+
+
+def _same_as_owner(pairs: Pairs, entries: tuple[Entry, ...], entry: Entry) -> bool:
+    owner = next((other for other in entries if other.name == entry.tied_to), None)
+    return owner is not None and bool((pairs.value(owner) == pairs.value(entry)).all())
+
+
+def _merged(pairs: Pairs, entry: Entry | None, key: str | None) -> LazyTensor:
+    info = pairs.base.infos[key] if key else None
+    if entry is None:
+        assert info is not None and key is not None
+        return LazyTensor(info.shape, DTYPES[info.dtype], lambda: pairs.base.read(key))
+    shape = info.shape if info else entry.part.shape
+    dtype = DTYPES[info.dtype if info else entry.part.dtype]
+
+    def load() -> Tensor:
+        return pairs.value(entry).to(dtype)
+
+    return LazyTensor(shape, dtype, load)
+
+
+def _write_shards(directory: Path, tensors: dict[str, LazyTensor], progress: Progress) -> tuple[int, int]:
+    shards: list[dict[str, LazyTensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > _SHARD:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return write_safetensors(directory / "model.safetensors", _watched(shards[0], progress), {"format": "pt"}), 1
+    size = 0
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        size += write_safetensors(directory / file, _watched(shard, progress), {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return size, len(shards)
+
+
+def _watched(tensors: dict[str, LazyTensor], progress: Progress) -> dict[str, LazyTensor]:
+    """The same tensors, with `progress` moved on by each one that is written."""
+    steps: Iterator[Any] = iter(progress(list(tensors), "merging"))
+
+    def watch(tensor: LazyTensor) -> LazyTensor:
+        def load() -> Tensor:
+            next(steps, None)
+            return tensor.load()
+
+        return LazyTensor(tensor.shape, tensor.dtype, load)
+
+    return {name: watch(tensor) for name, tensor in tensors.items()}
+
+
+def _copy_small_files(source: Path, target: Path, untie: bool) -> None:
+    for path in source.iterdir():
+        if path.is_file() and _COPIED.search(path.name):
+            shutil.copyfile(path, target / path.name)
+    config = target / "config.json"
+    if untie and config.is_file():
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}, indent=2) + "\n")

@@ -1,0 +1,82 @@
+"""What a user can ask of a conversion, checked once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.lorta import Orientation
+
+TARGETS = ("lora", "lorta")
+DEFAULT_RANK = 16
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `adapt-convert delta`, by the same names.
+
+    At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
+    without any the rank is 16. `dtype` None keeps the source's own. Raises `AdaptError` on anything out of range.
+    """
+
+    to: str = "lora"
+    rank: int | None = None
+    energy: float | None = None
+    budget: int | None = None
+    target_modules: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dtype: str | None = None
+    device: str | None = None
+    seed: int = 0
+    orientation: Orientation = "paper"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.to not in TARGETS:
+            raise AdaptError(f"--to {self.to}: unknown target; choose one of {', '.join(TARGETS)}")
+        given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise AdaptError(f"--{given[0]} and --{given[1]} contradict each other; give one")
+        if not given:
+            object.__setattr__(self, "rank", DEFAULT_RANK)
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise AdaptError(f"--rank {self.rank}: must be a whole number of at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise AdaptError(f"--energy {self.energy}: must be above 0 and at most 1")
+        if self.budget is not None and self.budget < 1:
+            raise AdaptError(f"--budget {self.budget}: must be at least one byte")
+        if self.to == "lorta" and self.rank is None:
+            raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise AdaptError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+        if self.orientation not in ("paper", "reference"):
+            raise AdaptError(f"--orientation {self.orientation}: choose paper or reference")
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        """The device asked for, or CUDA if there is one, or the CPU."""
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError):
+            raise AdaptError(f"--device {name}: there is no such device here") from None
+        return device
+
+
+def parse_size(text: str) -> int:
+    """`20MB`, `1.5 GiB` or plain bytes, as a number of bytes. Raises `AdaptError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)?\s*", text.lower())
+    if not match:
+        raise AdaptError(f"{text!r} is not a size; write it like 20MB, 512KiB or 1.5GB")
+    return int(float(match[1]) * _UNITS[match[2] or "b"])
+
+
+def matches(module: str, pattern: str) -> bool:
+    """Whether a module is meant by a name as PEFT means it: its full path, or whole last components of it."""
+    return module == pattern or module.endswith("." + pattern)

@@ -1,0 +1,301 @@
+"""The plan of a conversion, made from headers alone: what will become of every tensor of the source.
+
+A plan says what would happen to a tensor *if it changed*; whether it did is known once it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from adapt_convert.convert.architectures import (
+    ATTENTION_ROLES,
+    Family,
+    Place,
+    family_of,
+    is_embedding,
+    is_head,
+    module_names,
+    place_of,
+    without_prefix,
+)
+from adapt_convert.convert.options import DTYPES, Options, matches
+from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
+from adapt_convert.formats.source import Part, Source
+
+Action = Literal["factor", "store", "drop"]
+# Constants that old checkpoints carry and current models compute for themselves.
+_BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids|token_type_ids)$")
+_RUNTIME_BYTES = 300 * 2**20  # Python with torch loaded
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the source. `base_key` is its counterpart in the base, None when the base has none.
+
+    `module` is the module that owns the parameter. `transposed` marks a weight stored `(in, out)`. `lossy` says that a drop is
+    a loss that `--strict` refuses. `tied_to` names the parameter whose weight the base shares here.
+    """
+
+    part: Part
+    base_key: str | None
+    module: str
+    kind: Literal["matrix", "embedding", "other"]
+    action: Action
+    reason: str
+    place: Place | None = None
+    transposed: bool = False
+    lossy: bool = True
+    tied_to: str | None = None
+    rows_lost: int = 0  # rows beyond the base's, which an adapter of the unresized base cannot hold
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(out, in)` of a matrix or embedding."""
+        rows, columns = self.part.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of the source, the base's tensors that the source lacks, and what a user should know beforehand."""
+
+    entries: tuple[Entry, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+    base_keys: Mapping[str, str]  # parameter of the loaded model -> key in the base checkpoint
+    family: Family | None
+    config: Mapping[str, Any]  # of the model class that the adapter is for
+    predicted_bytes: int
+    predicted_peak: int
+
+    def having(self, action: Action) -> list[Entry]:
+        return [entry for entry in self.entries if entry.action == action]
+
+    def full_name(self, name: str) -> str:
+        """A name of the architecture table as the loaded model has it: a bare backbone has no prefix."""
+        short = without_prefix(name, self.family)
+        return name if name in self.base_keys or short not in self.base_keys else short
+
+
+def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
+    """Match the source's parameters to the base's tensors and decide what the target can do with each.
+
+    Raises `AdaptError` when the two cannot belong together: other architecture, other shapes, no common matrix.
+    """
+    family = family_of(base.config) or family_of(source.config)
+    _check_same_architecture(base, source)
+    base_names = module_names(base.infos, base.config or source.config)
+    by_short = {without_prefix(name, family): key for key, name in base_names.items()}
+    entries = tuple(
+        _entry(part, by_short, base, source, family, options)
+        for part in sorted(source.parts.values(), key=lambda part: _natural(part.name))
+    )
+    if not any(entry.kind == "matrix" and entry.base_key for entry in entries):
+        raise AdaptError(f"{source.origin} and {base.origin} have no weight matrix in common; is this the right base?")
+    if not any(entry.action == "factor" for entry in entries):
+        raise AdaptError(_nothing_to_factor(entries, family, base, options))
+    base_keys = _loaded_names(base_names, source, family)
+    missing = tuple(sorted(set(base_keys) - set(source.parts))) if source.kind == "checkpoint" else ()
+    size, peak = _predict(entries, source, options)
+    config = source.config if source.kind == "checkpoint" and source.config else base.config
+    return Plan(entries, missing, _notes(entries, missing, base), base_keys, family, config, size, peak)
+
+
+def _loaded_names(base_names: Mapping[str, str], source: Source, family: Family | None) -> dict[str, str]:
+    """Base tensors by their names in the model class of the source, which may have a head, and so a prefix, where the base
+    has none (or the other way round)."""
+    names = {without_prefix(name, family): name for name in source.parts}
+    prefixed = bool(family) and any(short != name for short, name in names.items())
+    loaded = {}
+    for key, name in base_names.items():
+        short = without_prefix(name, family)
+        if short not in names and family and prefixed and not is_head(short):
+            name = f"{family.prefix}.{short}"
+        loaded[names.get(short, name)] = key
+    return loaded
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def _check_same_architecture(base: Checkpoint, source: Source) -> None:
+    if source.kind != "checkpoint":
+        return
+    ours, theirs = base.config.get("model_type"), source.config.get("model_type")
+    if ours and theirs and ours != theirs:
+        raise AdaptError(f"{source.origin} is a {theirs} and {base.origin} a {ours}: a fine-tune has its base's architecture")
+
+
+def _nothing_to_factor(entries: Iterable[Entry], family: Family | None, base: Checkpoint, options: Options) -> str:
+    if options.to == "lorta" and family is None:
+        model_type = base.config.get("model_type", "of no stated model_type")
+        return f"--to lorta needs to know the layers of {base.origin} ({model_type}), which is not listed; use --to lora"
+    names = sorted({entry.module.rsplit(".", 1)[-1] for entry in entries if entry.kind == "matrix"})
+    return f"no matrix is left to convert; --target-modules and --exclude choose among {', '.join(names[:12])}"
+
+
+def _entry(
+    part: Part, by_short: Mapping[str, str], base: Checkpoint, source: Source, family: Family | None, options: Options
+) -> Entry:
+    module = part.name.rpartition(".")[0]
+    key = by_short.get(without_prefix(part.name, family))
+    tied_to = _shared_parameter(part.name, key, by_short, family)
+    if tied_to:
+        key = by_short[without_prefix(tied_to, family)]
+    transposed = bool(family and family.conv1d and key and place_of(module, family) and part.name.endswith(".weight"))
+    kind = _kind(part, module, transposed)
+    if key is None and part.kind != "replace":
+        raise AdaptError(f"{source.origin}: adapts {part.name}, which {base.origin} does not have; is this the right base?")
+    if key is not None:
+        shape = base.infos[key].shape
+        logical = shape[::-1] if transposed and part.kind == "low_rank" else shape
+        _check_shape(part, logical, kind, module, base, source, family)
+    place = place_of(module, family) if family and kind == "matrix" else None
+    action, reason, lossy = _decide(part, module, kind, key, place, options)
+    if tied_to and action != "drop" and source.config.get("tie_word_embeddings", True):
+        action, reason = "store", f"shares {tied_to}"
+    rows = base.infos[key].shape[:1] if key and part.kind == "replace" else part.shape[:1]
+    lost = max(0, part.shape[0] - rows[0]) if rows else 0
+    return Entry(part, key, module, kind, action, reason, place, transposed, lossy, tied_to, lost)
+
+
+def _shared_parameter(name: str, key: str | None, by_short: Mapping[str, str], family: Family | None) -> str | None:
+    """The parameter that holds the value of `name` in the base, when the base does not store it on its own."""
+    owner = family.tied.get(name) if family and key is None else None
+    return owner if owner and without_prefix(owner, family) in by_short else None
+
+
+def _kind(part: Part, module: str, transposed: bool) -> Literal["matrix", "embedding", "other"]:
+    floating = part.dtype in ("F64", "F32", "F16", "BF16")
+    if len(part.shape) != 2 or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
+        return "other"
+    return "embedding" if is_embedding(module) and not transposed else "matrix"
+
+
+def _check_shape(
+    part: Part, shape: tuple[int, ...], kind: str, module: str, base: Checkpoint, source: Source, family: Family | None
+) -> None:
+    if part.shape == shape:
+        return
+    # Rows may be added or cut where rows are tokens or classes: an embedding table or a head, outside the numbered layers.
+    in_layers = re.search(r"\.\d+\.", f".{module}.") is not None
+    if part.shape[1:] == shape[1:] and len(shape) in (1, 2) and not in_layers and part.kind == "replace":
+        return
+    raise AdaptError(
+        f"{part.name} is {list(part.shape)} in {source.origin} but {list(shape)} in {base.origin}: not a fine-tune of this base"
+    )
+
+
+def _decide(
+    part: Part, module: str, kind: str, key: str | None, place: Place | None, options: Options
+) -> tuple[Action, str, bool]:
+    """What to do with a tensor if it changed: the action, its reason, and whether dropping it counts as a loss."""
+    if any(matches(module, pattern) for pattern in options.exclude):
+        return "drop", "excluded by --exclude", False
+    if part.dtype not in ("F64", "F32", "F16", "BF16") or _BUFFER.search(part.name):
+        return "drop", "a buffer that the model computes itself", not _BUFFER.search(part.name)
+    if key is None:
+        return "store", "new in the fine-tune", True
+    targeted = _is_targeted(module, kind, place, options)
+    if kind == "matrix" and targeted:
+        if options.to == "lorta" and place is None:
+            return "drop", "not one of the attention or MLP matrices that a LoRTA holds", True
+        return "factor", "", True
+    if kind == "embedding" and options.to == "lora" and (targeted or part.kind == "low_rank"):
+        return "factor", "", True
+    if kind == "matrix" and place is None and options.to == "lorta":
+        return "store", "a matrix outside the blocks of a LoRTA", True
+    if kind == "matrix":
+        return "drop", _untargeted_reason(options), True
+    return "store", "", True
+
+
+def _untargeted_reason(options: Options) -> str:
+    if options.target_modules:
+        return "not in --target-modules"
+    return "outside the attention that a LoRTA holds by default; --target-modules all-linear adds the MLP"
+
+
+def _is_targeted(module: str, kind: str, place: Place | None, options: Options) -> bool:
+    names = options.target_modules or (("all-linear",) if options.to == "lora" else ("attention",))
+    attention = place is not None and place.role in (*ATTENTION_ROLES, "qkv")
+    return any(
+        (name == "all-linear" and kind == "matrix" and (options.to == "lora" or place is not None))
+        or (name == "attention" and attention)
+        or (name == "mlp" and place is not None and not attention)
+        or matches(module, name)
+        for name in names
+    )
+
+
+def _notes(entries: tuple[Entry, ...], missing: tuple[str, ...], base: Checkpoint) -> tuple[str, ...]:
+    notes = []
+    for entry in entries:
+        if entry.base_key is None:
+            notes.append(f"{entry.name} {list(entry.part.shape)} is not in the base")
+        elif entry.part.kind == "replace" and entry.part.shape != base.infos[entry.base_key].shape:
+            old, new = base.infos[entry.base_key].shape[0], entry.part.shape[0]
+            what = f"{new - old} rows added" if new > old else f"{old - new} rows cut"
+            notes.append(f"{entry.name} has {new} rows, the base {old}: {what} (vocabulary or classes changed)")
+        if entry.tied_to:
+            notes.append(f"{entry.name} shares {entry.tied_to} in the base")
+        if len(entry.part.shape) == 3:
+            notes.append(f"{entry.name} {list(entry.part.shape)} holds stacked matrices")
+    fused = sorted({e.module.rsplit(".", 1)[-1] for e in entries if e.place and e.place.role == "qkv"})
+    if fused:
+        notes.append(f"fused matrices: {', '.join(fused)} (q, k and v in one weight)")
+    notes += [f"{name} of the base is not in the fine-tune" for name in missing]
+    return tuple(notes)
+
+
+def _predict(entries: tuple[Entry, ...], source: Source, options: Options) -> tuple[int, int]:
+    """Bytes of the written weights and of peak memory, if everything changed."""
+    item = DTYPES[options.dtype or output_dtype(source)].itemsize
+    shapes = [entry.matrix_shape for entry in entries if entry.action == "factor"]
+    if options.budget is not None:
+        factors = options.budget
+    elif options.to == "lora" and options.rank is not None:
+        factors = sum(min(options.rank, *shape) * sum(shape) * item for shape in shapes)
+    elif options.to == "lora":
+        factors = sum(min(shape) * sum(shape) * item for shape in shapes)  # at most: an energy needs no more than full rank
+    else:
+        rank = options.rank or 0
+        factors = (max(map(max, shapes)) + 4 * len(shapes)) * rank * item
+    stored = sum(_stored_bytes(entry) for entry in entries if entry.action == "store")
+    largest = max((_elements(entry) * 12 for entry in entries), default=0)
+    return factors + stored, _RUNTIME_BYTES + largest + factors
+
+
+def _elements(entry: Entry) -> int:
+    count = 1
+    for n in entry.part.shape:
+        count *= n
+    # A tensor that is only compared is never turned into float32 as a whole.
+    return count if entry.action == "factor" else count // 2
+
+
+def _stored_bytes(entry: Entry) -> int:
+    count = 1
+    for n in entry.part.shape:
+        count *= n
+    return count * STORED_DTYPES[entry.part.dtype].itemsize if entry.part.dtype in STORED_DTYPES else 0
+
+
+def output_dtype(source: Source) -> str:
+    """The dtype of most of the source's numbers: what its author thought enough."""
+    counts: dict[str, int] = {}
+    for info in source.store.infos.values():
+        if info.is_float:
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes
+    best = max(counts, key=lambda name: counts[name], default="F32")
+    return {"F16": "float16", "BF16": "bfloat16"}.get(best, "float32")

@@ -1,0 +1,96 @@
+"""The record of a conversion: what became of every tensor, measured on what was written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+from adapt_convert.convert.options import Options
+from adapt_convert.convert.preflight import Entry
+from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.source import Source
+
+Status = Literal["factored", "exact", "unchanged", "dropped"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one tensor. `energy` is `||change||_F^2`; `residual` what of it the written adapter misses."""
+
+    entry: Entry
+    status: Status
+    energy: float
+    residual: float
+    reason: str = ""
+    rank: int | None = None
+
+    @property
+    def captured(self) -> float | None:
+        """Captured energy, `1 - residual / energy`; None where nothing changed."""
+        return 1.0 - self.residual / self.energy if self.energy > 0 else None
+
+    @property
+    def is_loss(self) -> bool:
+        return self.status == "dropped" and self.entry.lossy
+
+    def to_json(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"status": self.status, "shape": list(self.entry.part.shape), "energy": self.energy}
+        if self.status == "factored":
+            row |= {"rank": self.rank, "captured_energy": self.captured}
+        row |= {"reason": self.reason} if self.reason else {}
+        return row | {"source_tensors": list(self.entry.part.keys)}
+
+
+def captured_energy(records: Iterable[Record]) -> float | None:
+    """The share of the records' total energy that the adapter holds; None when nothing changed."""
+    records = list(records)
+    total = sum(record.energy for record in records)
+    return 1.0 - sum(record.residual for record in records) / total if total > 0 else None
+
+
+def unchanged(entry: Entry) -> Record:
+    return Record(entry, "unchanged", 0.0, 0.0)
+
+
+def exact(entry: Entry, energy: float, reason: str = "") -> Record:
+    return Record(entry, "exact", energy, 0.0, reason)
+
+
+def dropped(entry: Entry, energy: float, reason: str) -> Record:
+    return Record(entry, "dropped", energy, energy, reason)
+
+
+def build_report(
+    base: Checkpoint, source: Source, options: Options, records: Iterable[Record], missing: Iterable[str]
+) -> dict[str, Any]:
+    """The content of `conversion.json` but for what is known only after writing (`bytes`, `seconds`, `peak_memory`)."""
+    records = list(records)
+    factored = [record for record in records if record.status == "factored"]
+    return {
+        "target": options.to,
+        "captured_energy": captured_energy(factored),
+        "captured_energy_of_all_changes": captured_energy(records),
+        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(options).items()},
+        "seed": options.seed,
+        "device": str(options.torch_device()),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("adapt-convert", "torch", "safetensors")},
+        },
+        "inputs": {
+            role: {
+                "origin": side.origin,
+                "kind": side.kind,
+                "revision": side.location.revision,
+                "bytes": side.store.nbytes,
+                "sha256": side.store.content_hash(),
+            }
+            for role, side in (("base", base), ("source", source))
+        },
+        "missing_from_source": list(missing),
+        "ignored_source_tensors": dict(source.ignored),
+        "tensors": {record.entry.name: record.to_json() for record in records},
+    }

@@ -1,0 +1,152 @@
+"""Truncated SVD of one delta, without ever taking a full SVD where a sketch will do.
+
+By Eckart-Young the truncated SVD is the best rank-r approximation, so a data-free LoRA of a full fine-tune is
+`D ~ U_r S_r V_r^T` (PHLoRA, arXiv 2509.10971). A block Krylov method (Musco and Musco, arXiv 1504.05477) reaches its energy to
+1e-5 with a handful of thin products; the exact eigenvectors of the smaller Gram matrix take over where the wanted rank is no
+longer small. `||D||_F^2` is known, so the error of either is exact, never an estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+
+_OVERSAMPLING = 8  # extra columns of a Krylov block beyond the wanted rank
+_TOLERANCE = 1e-5  # share of captured energy that one more Krylov step may still be expected to add
+_DENSE_SHARE = 0.3  # a Krylov basis wider than this share of the matrix costs more than the exact Gram matrix
+_NOISE = 1e-6  # singular values below this share of the largest are float32 rounding of the delta, not signal
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """The leading singular triplets of one delta, largest first.
+
+    `left (out, k)` and `right (k, in)` hold `D V` and `V^T` with orthonormal rows of `V^T`, so that `left[:, :r] @ right[:r]`
+    is the projection of D on its leading r right singular vectors; `values (k,)` are float64 singular values.
+    `energy` is `||D||_F^2`. One factorisation serves every rank up to k.
+    """
+
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    energy: float
+
+    def rank_for_energy(self, share: float) -> int | None:
+        """The smallest rank that captures `share` of the energy; None when more triplets are needed to tell."""
+        captured = torch.cumsum(self.values.square(), 0)
+        enough = (captured >= share * self.energy * (1 - 1e-9)).nonzero()
+        return int(enough[0]) + 1 if len(enough) else None
+
+    def truncate(self, rank: int) -> LowRankDelta:
+        """The best rank-`rank` approximation, the singular values shared evenly so that both factors have the same scale."""
+        scale = self.values[:rank].sqrt().float()
+        return LowRankDelta(self.left[:, :rank] / scale, self.right[:rank] * scale[:, None])
+
+
+def factorise(delta: Delta, rank: int, generator: torch.Generator) -> Factorisation:
+    """At least the leading `rank` singular triplets of `delta`, or all of its numerical rank if that is smaller.
+
+    `generator` seeds the Krylov start on the CPU, so a seed means the same on every device.
+    """
+    if isinstance(delta, LowRankDelta):
+        return _from_factors(delta)
+    small = min(delta.shape)
+    rank = min(rank, small)
+    block = rank + _OVERSAMPLING
+    # Three Krylov steps are the least that settle; a basis of that width must stay well below the matrix itself.
+    if 3 * block > _DENSE_SHARE * small:
+        return _from_gram(delta, rank)
+    return _from_krylov(delta, rank, block, generator) or _from_gram(delta, rank)
+
+
+def factorise_for_energy(delta: Delta, share: float, generator: torch.Generator) -> tuple[Factorisation, int]:
+    """A factorisation wide enough to capture `share` of the energy, and the smallest rank that does."""
+    rank = 16
+    while True:
+        factorisation = factorise(delta, rank, generator)
+        found = factorisation.rank_for_energy(share)
+        if found is not None:
+            return factorisation, found
+        if len(factorisation.values) < rank or rank >= min(delta.shape):  # all there is above rounding noise
+            return factorisation, len(factorisation.values)
+        # What is missing cannot come in singular values above the smallest found: that bounds the rank from below.
+        missing = share * factorisation.energy - float(factorisation.values.square().sum())
+        rank = max(2 * rank, rank + int(missing / float(factorisation.values[-1].square())))
+
+
+def _from_factors(delta: LowRankDelta) -> Factorisation:
+    """Exact: QR of both factors and an SVD of the small core, in float64; the product is never formed."""
+    q_b, r_b = torch.linalg.qr(delta.B.double())
+    q_a, r_a = torch.linalg.qr(delta.A.double().T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    u, vt = q_b @ u[:, : len(s)], vt[: len(s)] @ q_a.T
+    return _finish(u * s, vt, s, float(s.square().sum()))
+
+
+def _from_gram(delta: DenseDelta, rank: int) -> Factorisation:
+    """Exact: eigenvectors of the smaller of `D^T D` and `D D^T`."""
+    weight, tall = delta.weight, delta.shape[0] >= delta.shape[1]
+    gram = (weight.T @ weight) if tall else (weight @ weight.T)
+    vectors = torch.linalg.eigh(gram.double()).eigenvectors.flip(1)[:, :rank]
+    if tall:
+        left = weight @ vectors.float()
+        return _finish(left, vectors.T, torch.linalg.vector_norm(left.double(), dim=0), delta.energy())
+    right = weight.T @ vectors.float()  # D^T u = s v
+    values = torch.linalg.vector_norm(right.double(), dim=0)
+    return _finish(vectors * values, (right / values.clamp_min(1e-300)).T, values, delta.energy())
+
+
+def _from_krylov(delta: DenseDelta, rank: int, block: int, generator: torch.Generator) -> Factorisation | None:
+    """Block Golub-Kahan-Lanczos with full reorthogonalisation; None when it does not settle in a narrow basis.
+
+    Every step appends an orthonormal block to the basis V of the row space and keeps P = D V; the eigenvectors of the small
+    P^T P are the best approximations within V (Rayleigh-Ritz) and its leading eigenvalues the energy captured so far, which
+    only grows. Its gain shrinks by a nearly constant factor, which bounds what further steps can add.
+    """
+    device = delta.weight.device
+    start = torch.randn(delta.shape[0], block, generator=generator).to(device)
+    basis = _orthonormal(delta.rmatmul(start))
+    image = delta.matmul(basis)
+    captured, gain = 0.0, float("inf")
+    while True:
+        gram = image.double().T @ image.double()
+        eigenvalues, rotation = torch.linalg.eigh(gram)
+        previous, captured = captured, float(eigenvalues[-rank:].sum())
+        last, gain = gain, captured - previous
+        ratio = min(gain / last, 0.9) if last < float("inf") and last > 0 else 1.0
+        if captured == 0 or (ratio < 1 and gain * ratio / (1 - ratio) <= _TOLERANCE * captured and gain < 0.01 * captured):
+            return _from_ritz(basis, image, rotation.flip(1)[:, :rank], delta.energy())
+        if basis.shape[1] + block > _DENSE_SHARE * min(delta.shape):
+            return None
+        fresh = delta.rmatmul(_orthonormal(image[:, -block:]))
+        for _ in range(2):  # once is not enough in float32
+            fresh = fresh - basis @ (basis.T @ fresh)
+        fresh = _orthonormal(fresh)
+        fresh = _orthonormal(fresh - basis @ (basis.T @ fresh))
+        basis = torch.cat([basis, fresh], dim=1)
+        image = torch.cat([image, delta.matmul(fresh)], dim=1)
+
+
+def _from_ritz(basis: Tensor, image: Tensor, rotation: Tensor, energy: float) -> Factorisation:
+    left, right = image.double() @ rotation, (basis.double() @ rotation).T
+    return _finish(left, right, torch.linalg.vector_norm(left, dim=0), energy)
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis
+
+
+def _finish(left: Tensor, right: Tensor, values: Tensor, energy: float) -> Factorisation:
+    """Order by singular value, drop rounding noise, fix signs: the largest entry of each right vector is positive."""
+    order = torch.argsort(values, descending=True, stable=True)
+    order = order[values[order] > _NOISE * values.max()] if len(values) else order
+    left, right, values = left[:, order], right[order], values[order]
+    if len(values):
+        peak = right.gather(1, right.abs().argmax(dim=1, keepdim=True)).sign()
+        left, right = left * peak.T, right * peak
+    return Factorisation(left.float(), right.float(), values.double(), energy)

@@ -1,0 +1,119 @@
+"""Output directories that exist whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapt_convert.formats.errors import AdaptError
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """Refuse a destination before any work: it exists, or its parent cannot be written to."""
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise AdaptError(f"{path} already exists; choose another with -o, or replace it with --overwrite")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise AdaptError(f"{path} is not a directory; choose another with -o")
+    if path.exists() and (path.resolve() == Path.cwd() or not _is_our_output(path)):
+        raise AdaptError(f"{path} was not written by adapt-convert; it is not replaced, choose another with -o")
+    parent = _existing_ancestor(path)
+    if not parent.is_dir():
+        raise AdaptError(f"{parent} is not a directory, so {path} cannot be written")
+    try:  # asked of the file system: access() says yes to root even on a read-only mount
+        os.rmdir(tempfile.mkdtemp(prefix=".adapt-convert-", dir=parent))
+    except OSError as error:
+        raise AdaptError(f"{parent} cannot be written to: {error.strerror}") from None
+
+
+def _is_our_output(path: Path) -> bool:
+    """`--overwrite` replaces a conversion, a merged model or an empty directory, never somebody's files."""
+    return not any(path.iterdir()) or (path / "conversion.json").is_file()
+
+
+def _existing_ancestor(path: Path) -> Path:
+    parent = path.absolute().parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    return parent
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory beside `path` to write into; renamed to `path` when the block ends well, removed when it does not.
+
+    An interrupt (Ctrl-C, SIGTERM) removes it too. With `overwrite` the old directory is replaced only at the very end.
+    """
+    check_destination(path, overwrite)
+    created = _make_parents(path.absolute().parent)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        with _terminate_as_interrupt():
+            yield staging
+            staging.chmod(0o777 & ~_umask())
+            _publish(staging, path)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        for directory in reversed(created):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        if isinstance(error, OSError):
+            raise AdaptError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def _publish(staging: Path, path: Path) -> None:
+    if not path.exists():
+        staging.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.absolute().parent))
+    path.rename(old / path.name)
+    try:
+        staging.rename(path)
+    except BaseException:
+        (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create missing parents, outermost first; what was created is returned, so that a failure can take it back."""
+    missing: list[Path] = []
+    while not parent.exists():
+        missing.insert(0, parent)
+        parent = parent.parent
+    for directory in missing:
+        try:
+            directory.mkdir()
+        except OSError as error:
+            raise AdaptError(f"{directory}: cannot be created: {error.strerror}") from None
+    return missing
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C while a directory is half written; only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,182 @@
+"""A model on disk as a lazy mapping from names to tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.pickle_file import PickleFile
+from adapt_convert.formats.safetensors_file import SafetensorsFile, TensorInfo, byte_view
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+
+
+class TensorStore:
+    """The tensors of one or more files: `infos` by name from the headers, `read` for one at a time.
+
+    Every tensor that is read is hashed on the way, so that `content_hash` names the weights and not the files they lie in:
+    the same model in other shards has the same hash.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self._owner: dict[str, SafetensorsFile | PickleFile] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self._digests: dict[str, str] = {}
+        for path in files:
+            opened = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+            for name, info in opened.infos.items():
+                if name in self._owner:
+                    raise AdaptError(f"{path}: {name!r} is also in {self._owner[name].path.name}; one of the two is stale")
+                self._owner[name], self.infos[name] = opened, info
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype."""
+        tensor = self._owner[name].read(name)
+        if name not in self._digests:
+            self._digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
+        return tensor
+
+    def file_of(self, name: str) -> Path:
+        return self._owner[name].path
+
+    def content_hash(self) -> str:
+        """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""
+        total = hashlib.sha256()
+        for name, info in sorted(self.infos.items()):
+            if name not in self._digests:
+                self.read(name)
+            total.update(json.dumps([name, info.dtype, info.shape, self._digests[name]]).encode())
+        return total.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
+
+class Checkpoint:
+    """A base model or a full fine-tune: its tensors, and its `config.json` where there is one."""
+
+    kind = "checkpoint"
+
+    def __init__(self, location: Location) -> None:
+        refuse_unconsolidated(location)
+        self.location = location
+        self.origin = location.origin
+        config = location.directory / "config.json"
+        self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        self.store = TensorStore(weight_files(location))
+        _check_index(location, self.store)
+        if not self.store.infos:
+            raise AdaptError(f"{self.origin}: holds no tensors")
+        refuse_quantised(self.origin, self.config, self.store.infos)
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.store.infos
+
+    def read(self, name: str) -> Tensor:
+        return self.store.read(name)
+
+
+def open_checkpoint(origin: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a directory, a single file or a Hub id; reads headers only. Raises `AdaptError`."""
+    return Checkpoint(locate(origin, revision))
+
+
+def weight_files(location: Location) -> list[Path]:
+    """The files that hold the weights: the one named, those of an index, or a single file under its usual name."""
+    if location.file:
+        if location.file.name.endswith(".index.json"):
+            return _indexed(location.file)
+        if location.file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+            hint = "; GGUF is quantised, use the original checkpoint" if location.file.suffix == ".gguf" else ""
+            raise AdaptError(f"{location.origin}: is not a .safetensors or .bin file{hint}")
+        return [location.file]
+    for name in _INDEXES:
+        if (location.directory / name).is_file():
+            return _indexed(location.directory / name)
+    for name in _SINGLE:
+        if (location.directory / name).is_file():
+            return [location.directory / name]
+    found = ", ".join(sorted(p.name for p in location.directory.iterdir())[:6]) or "nothing"
+    raise AdaptError(f"{location.origin}: no model.safetensors, pytorch_model.bin or index of shards in it (found: {found})")
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise AdaptError(f"{index}: has no weight_map from tensor names to file names")
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise AdaptError(f"{index}: names the shard {name!r}, which is outside its own directory")
+        if not (index.parent / name).is_file():
+            raise AdaptError(f"{index}: the shard {name} is missing; fetch it again")
+        files.append(index.parent / name)
+    return files
+
+
+def _check_index(location: Location, store: TensorStore) -> None:
+    """Every tensor that an index promises is in the shards."""
+    for name in _INDEXES:
+        path = location.directory / name
+        if location.file is None and path.is_file():
+            absent = sorted(set(read_json(path).get("weight_map", {})) - set(store.infos))
+            if absent:
+                raise AdaptError(f"{path}: names {absent[0]!r}, which no shard holds ({len(absent)} such)")
+            return
+
+
+def refuse_unconsolidated(location: Location) -> None:
+    """Training checkpoints in pieces: name the official tool that puts them together."""
+    directory = location.directory
+    if location.file:
+        return
+    if any(directory.glob("pytorch_model_fsdp_*")) or any(directory.glob("*.distcp")):
+        raise AdaptError(f"{location.origin}: is an FSDP checkpoint in shards; run `accelerate merge-weights` on it first")
+    if any(directory.glob("**/*_optim_states.pt")) or (directory / "zero_to_fp32.py").is_file():
+        if not any((directory / name).is_file() for name in (*_INDEXES, *_SINGLE)):
+            raise AdaptError(f"{location.origin}: is a DeepSpeed ZeRO checkpoint; run its own zero_to_fp32.py first")
+
+
+_QUANTISED_SUFFIXES = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".weight_packed": "compressed-tensors",
+    "_blocks": "MXFP4",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+}
+
+
+def refuse_quantised(origin: str, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> None:
+    """A difference of quantised weights is mostly quantisation noise: say which format it is and what to do."""
+    quantisation = config.get("quantization_config")
+    method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, dict) else None
+    evidence = "config.json: quantization_config"
+    for name, info in infos.items():
+        if method:
+            break
+        if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" not in infos:
+            continue
+        method = next((kind for suffix, kind in _QUANTISED_SUFFIXES.items() if name.endswith(suffix)), None)
+        if method is None and info.dtype.startswith(("F8", "F4", "F6")):
+            method = info.dtype
+        evidence = name
+    if method:
+        raise AdaptError(
+            f"{origin}: is quantised ({method}; {evidence}); use the unquantised original, "
+            "or dequantise it first (transformers: model.dequantize(), then save_pretrained)"
+        )

@@ -1,0 +1,95 @@
+"""From what a user types - a directory, a file or a Hub id - to a local directory."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapt_convert.formats.errors import AdaptError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = (
+    ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"],
+    ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"],
+)
+MAX_JSON = 256 * 2**20  # bytes; tokenizers reach tens of megabytes
+
+
+@dataclass(frozen=True)
+class Location:
+    """`directory` holds the files; `file` is set when the user named one file; `name` is what to call it in a path."""
+
+    origin: str
+    directory: Path
+    file: Path | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"@.*$", "", self.origin).rstrip("/").split("/")[-1] if self.is_hub else self._local_name()
+
+    @property
+    def is_hub(self) -> bool:
+        return self.revision is not None
+
+    def _local_name(self) -> str:
+        return (self.file.stem if self.file else self.directory.resolve().name) or "model"
+
+
+def locate(origin: str | Path, revision: str | None = None) -> Location:
+    """A local path, or else a Hub id of the form `org/name` or `org/name@revision`.
+
+    The Hub is asked only for an id that is no local path, and then only for the files that are read.
+    Raises `AdaptError` when neither exists.
+    """
+    path = Path(origin).expanduser()
+    text = str(origin)
+    if path.is_dir():
+        return Location(text, path)
+    if path.is_file():
+        return Location(text, path.parent, path)
+    if not _HUB_ID.match(text) or text.startswith((".", "/", "~")):
+        raise AdaptError(f"{text}: no such file or directory (a Hub id has the form org/name)")
+    repo, _, at = text.partition("@")
+    return _from_hub(text, repo, at or revision)
+
+
+def _from_hub(origin: str, repo: str, revision: str | None) -> Location:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
+        for patterns in _WEIGHTS:
+            directory = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+            if any(next(directory.glob(pattern), None) for pattern in patterns):
+                break
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise AdaptError(f"{origin}: is neither a local path nor in the local Hub cache: {_first_line(error)}") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise AdaptError(f"{origin}: is no local path and the Hub refused it: {_first_line(error)}") from None
+    # In the cache a snapshot is stored under the commit it was resolved to.
+    return Location(origin, directory, revision=directory.name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file; `AdaptError` when it is anything else."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise AdaptError(f"{path}: is larger than {MAX_JSON} bytes, which no configuration is")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdaptError(f"{path}: cannot be opened: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise AdaptError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise AdaptError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value

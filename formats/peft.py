@@ -1,0 +1,225 @@
+"""PEFT LoRA directories: reading one as factored deltas, and writing one that an unmodified PEFT loads.
+
+Layout as of PEFT 0.21: `adapter_config.json` and `adapter_model.safetensors`, keys `base_model.model.<module>.` followed by
+`lora_A.weight (r, in)`, `lora_B.weight (out, r)`, `lora_B.bias`, `lora_embedding_A (r, vocabulary)`,
+`lora_embedding_B (hidden, r)`, `base_layer.weight | bias`, or the parameter itself for a module in `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.formats.checkpoint import TensorStore, weight_files
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location, read_json
+from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
+from adapt_convert.formats.source import Part, Source, whole_part
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_SUFFIXES = re.compile(
+    r"^(?P<module>.*)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|base_layer\.weight|base_layer\.bias|lora_magnitude_vector(\.weight)?)$"
+)
+
+
+def read_lora(location: Location) -> Source:
+    """Open a PEFT LoRA directory; alpha, rsLoRA and both patterns are folded into `B`. Reads headers only.
+
+    Raises `AdaptError` for another PEFT method, DoRA, a missing half of a factor pair or contradicting shapes.
+    """
+    config = read_json(location.directory / CONFIG)
+    _check_supported(location, config)
+    store = TensorStore(weight_files(location))
+    slots: dict[str, dict[str, str]] = {}
+    parts: dict[str, Part] = {}
+    for key in store.infos:
+        name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
+        match = _SUFFIXES.match(name)
+        if match:
+            slots.setdefault(match["module"], {})[match["slot"]] = key
+        else:
+            parts[name] = whole_part(store, name, key)
+    for module, slot in slots.items():
+        for part in _module_parts(location, store, config, module, slot):
+            parts[part.name] = part
+    return Source("lora", location, config, store, parts, {})
+
+
+def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter; LORA and LORTA are supported")
+    if config.get("use_dora"):
+        raise AdaptError(f"{location.origin}: is a DoRA adapter, which is no sum of base and delta; merge it with PEFT first")
+    if config.get("target_parameters"):
+        raise AdaptError(f"{location.origin}: adapts bare parameters (target_parameters), which is not supported")
+    if config.get("layer_replication"):
+        raise AdaptError(f"{location.origin}: replicates layers, so its deltas belong to no base tensor")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key, 8)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {value!r}, expected a positive number")
+
+
+def _module_parts(
+    location: Location, store: TensorStore, config: Mapping[str, Any], module: str, slot: Mapping[str, str]
+) -> Iterable[Part]:
+    if any(name.startswith("lora_magnitude_vector") for name in slot):
+        raise AdaptError(f"{location.origin}: {module} has a DoRA magnitude; merge the adapter with PEFT first")
+    embedding = "lora_embedding_A" in slot or "lora_embedding_B" in slot
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    if any(name in slot for name in names):
+        yield _low_rank(location, store, config, module, slot, names)
+    if "lora_B.bias" in slot:
+        yield _added_bias(store, config, module, slot["lora_B.bias"], _rank(store, slot, names[0]))
+    if "base_layer.bias" in slot:
+        yield whole_part(store, f"{module}.bias", slot["base_layer.bias"])
+
+
+def _rank(store: TensorStore, slot: Mapping[str, str], name: str) -> int:
+    return store.infos[slot[name]].shape[0] if name in slot else 1
+
+
+def _low_rank(
+    location: Location,
+    store: TensorStore,
+    config: Mapping[str, Any],
+    module: str,
+    slot: Mapping[str, str],
+    names: tuple[str, str],
+) -> Part:
+    for name in names:
+        if name not in slot:
+            raise AdaptError(f"{location.origin}: {module} has only one half of its factor pair; {name} is missing")
+    key_a, key_b = slot[names[0]], slot[names[1]]
+    info_a, info_b = store.infos[key_a], store.infos[key_b]
+    if len(info_a.shape) != 2 or len(info_b.shape) != 2:
+        raise AdaptError(f"{location.origin}: {module} has factors of shape {list(info_a.shape)}; only matrices are supported")
+    rank = info_a.shape[0]
+    if info_b.shape[1] != rank or rank == 0:
+        raise AdaptError(
+            f"{location.origin}: {module} has factors A {list(info_a.shape)} and B {list(info_b.shape)}, which do not multiply"
+        )
+    scale = _scaling(config, module, rank)
+    embedding = names[0] == "lora_embedding_A"
+    base_layer = slot.get("base_layer.weight")
+
+    def load() -> LowRankDelta:
+        a, b = store.read(key_a).float(), store.read(key_b).float() * scale
+        return LowRankDelta(a.T, b.T) if embedding else LowRankDelta(b, a)
+
+    def load_with_base() -> Tensor:
+        assert base_layer is not None
+        return store.read(base_layer).float() + load().dense()
+
+    shape: tuple[int, ...] = (info_a.shape[1], info_b.shape[0]) if embedding else (info_b.shape[0], info_a.shape[1])
+    if base_layer:  # PEFT saves the whole table beside its LoRA when the vocabulary may have changed
+        shape = store.infos[base_layer].shape
+        return Part(f"{module}.weight", (key_a, key_b, base_layer), shape, "F32", "replace", load_with_base)
+    return Part(f"{module}.weight", (key_a, key_b), shape, info_a.dtype, "low_rank", load, rank)
+
+
+def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key: str, rank: int) -> Part:
+    scale = _scaling(config, module, rank)
+    info = store.infos[key]
+    return Part(f"{module}.bias", (key,), info.shape, info.dtype, "add", lambda: store.read(key).float() * scale)
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA. Patterns are regular expressions anchored at a dot; the first wins."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@dataclass
+class LoraAdapter:
+    """A LoRA to be written: `factors` by module in the output dtype, and what is stored exactly.
+
+    `embeddings` are factors of `(vocabulary, hidden)` deltas; `biases` are differences added to the module's bias, float32;
+    `exact` holds every parameter of every module in `modules_to_save`, by parameter name.
+    """
+
+    factors: dict[str, LowRankDelta] = field(default_factory=dict)
+    embeddings: dict[str, LowRankDelta] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    exact: dict[str, Tensor | LazyTensor] = field(default_factory=dict)
+    exact_modules: list[str] = field(default_factory=list)
+    conv1d: bool = False
+    all_modules: list[str] = field(default_factory=list)
+    base_model: str = ""
+    task_type: str | None = None
+
+    def tensors(self) -> dict[str, Tensor | LazyTensor]:
+        tensors: dict[str, Tensor | LazyTensor] = {}
+        for module, delta in self.factors.items():
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = delta.A
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = delta.B
+            if self.biases:  # `lora_bias` is one switch for all modules: those without a changed bias get zeros
+                tensors[f"{PREFIX}{module}.lora_B.bias"] = self.biases.get(module, torch.zeros(delta.shape[0]))
+        for module, delta in self.embeddings.items():
+            tensors[f"{PREFIX}{module}.lora_embedding_A"] = delta.B.T
+            tensors[f"{PREFIX}{module}.lora_embedding_B"] = delta.A.T
+        for name, value in self.exact.items():
+            tensors[PREFIX + name] = value
+        return tensors
+
+    def config(self) -> dict[str, Any]:
+        """The smallest config that says everything: `lora_alpha == r` everywhere, so no loader can get the scale wrong."""
+        ranks = {module: delta.rank for module, delta in {**self.factors, **self.embeddings}.items()}
+        common = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
+        pattern = {f"^{re.escape(module)}": rank for module, rank in sorted(ranks.items()) if rank != common}
+        return {
+            "peft_type": "LORA",
+            "task_type": self.task_type,
+            "base_model_name_or_path": self.base_model,
+            "inference_mode": True,
+            "r": common,
+            "lora_alpha": common,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "lora_dropout": 0.0,
+            "use_rslora": False,
+            "use_dora": False,
+            "init_lora_weights": True,
+            "bias": "none",
+            "lora_bias": bool(self.biases),
+            "fan_in_fan_out": self.conv1d,
+            "target_modules": shortest_targets(ranks, self.all_modules),
+            "modules_to_save": sorted(self.exact_modules) or None,
+        }
+
+    def write(self, directory: Path) -> int:
+        """Write config and weights; returns the size of the weights in bytes."""
+        (directory / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
+        return write_safetensors(directory / WEIGHTS, self.tensors(), {"format": "pt"})
+
+
+def shortest_targets(targets: Iterable[str], all_modules: Iterable[str]) -> list[str]:
+    """`target_modules`: the short name (`q_proj`) where every module of that name is adapted, else the full path.
+
+    PEFT takes a short name as "every module whose path ends in it", so it may stand only for all of them.
+    """
+    chosen = set(targets)
+    by_name: dict[str, set[str]] = {}
+    for module in set(all_modules) | chosen:
+        by_name.setdefault(module.rsplit(".", 1)[-1], set()).add(module)
+    result = set()
+    for module in chosen:
+        name = module.rsplit(".", 1)[-1]
+        result.add(name if by_name[name] <= chosen and not name.isdigit() else module)
+    return sorted(result)

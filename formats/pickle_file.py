@@ -1,0 +1,58 @@
+"""Reading `pytorch_model.bin` without running what a pickle may contain."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.safetensors_file import DTYPE_NAMES, TensorInfo
+
+
+class PickleFile:
+    """One open `.bin` file with the same face as `SafetensorsFile`: `infos`, and `read` for one tensor at a time.
+
+    Tensors stay mapped from the disk until they are read; a file from before torch 1.6 is not a zip archive, cannot be mapped,
+    and is loaded whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        state = self._load()
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise AdaptError(f"{path}: holds a {type(state).__name__}, not a state dict (name -> tensor)")
+        self._tensors: dict[str, Tensor] = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        self.infos = {name: self._info(name, tensor) for name, tensor in self._tensors.items()}
+
+    def _load(self) -> object:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+        except OSError as error:
+            raise AdaptError(f"{self.path}: cannot be opened: {error.strerror or error}") from None
+        except pickle.UnpicklingError as error:
+            if "Unsupported" in str(error) or "GLOBAL" in str(error):
+                raise AdaptError(
+                    f"{self.path}: is a pickle that would run code, so it is not loaded; convert it to safetensors "
+                    "in an environment where you trust it"
+                ) from None
+            raise AdaptError(f"{self.path}: is damaged or not a PyTorch file; fetch it again") from None
+        except Exception:  # a damaged archive can raise almost anything
+            raise AdaptError(f"{self.path}: is damaged or not a PyTorch file; fetch it again") from None
+
+    def _info(self, name: str, tensor: Tensor) -> TensorInfo:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
+            raise AdaptError(f"{self.path}: {name!r} is a {tensor.dtype} {tensor.layout} tensor, which is not supported")
+        return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], tensor.numel() * tensor.element_size())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, copied out of the mapping."""
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        self._tensors.clear()

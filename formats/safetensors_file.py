@@ -1,0 +1,205 @@
+"""Lazy reading and streamed writing of safetensors files.
+
+The `safetensors` library maps a whole file into memory, so the resident size of a process that reads a model grows to the size of
+the model; and it opens no file that holds a dtype it does not know. Here a header is parsed once and checked against the file,
+a tensor is one `pread` into its own buffer, and a file is written one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_convert.formats.errors import AdaptError
+
+MAX_HEADER = 64 * 2**20  # bytes; the headers of the largest public models stay below 20 MB
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Stored by other writers and never read here: their size still has to add up. Bits per element.
+_FOREIGN_BITS = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor: `dtype` is the safetensors name, `nbytes` its size in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in ("F64", "F32", "F16", "BF16")
+
+
+class SafetensorsFile:
+    """One open safetensors file: `infos` from the header, `read` for one tensor at a time.
+
+    Raises `AdaptError` when the header is not JSON, is larger than `MAX_HEADER`, or disagrees with itself or with the file's size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the checkpoint
+        except OSError as error:
+            raise AdaptError(f"{path}: cannot be opened: {error.strerror}") from None
+        self.metadata, self.infos, self._starts = self._parse_header()
+
+    def _parse_header(self) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
+        size = os.fstat(self._file.fileno()).st_size
+        if size < 8:
+            raise self._broken(f"is {size} bytes long, not a safetensors file")
+        length = int.from_bytes(self._file.read(8), "little")
+        if length > MAX_HEADER:
+            raise self._broken(f"claims a header of {length} bytes; more than {MAX_HEADER} is refused")
+        if length > size - 8:
+            raise self._broken(f"claims a header of {length} bytes but is {size} bytes long: truncated, or not safetensors")
+        try:
+            header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise self._broken(f"has a header that is not valid JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise self._broken("has a header that is not a JSON object")
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise self._broken("has a __metadata__ entry that is not a JSON object")
+        return metadata, *self._check_entries(header, data_start=8 + length, size=size)
+
+    def _check_entries(self, header: dict[str, Any], data_start: int, size: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+        infos: dict[str, TensorInfo] = {}
+        spans: list[tuple[int, int, str]] = []
+        for name, entry in header.items():
+            info, begin, end = self._entry(name, entry)
+            infos[name] = info
+            spans.append((begin, end, name))
+        position = 0
+        for begin, end, name in sorted(spans):
+            if begin != position:
+                raise self._broken(f"has a gap or an overlap before {name!r} (offset {begin}, expected {position})")
+            position = end
+        if data_start + position != size:
+            raise self._broken(
+                f"should be {data_start + position} bytes long but is {size}: truncated or damaged; fetch it again"
+            )
+        return infos, {name: data_start + begin for begin, _, name in spans}
+
+    def _entry(self, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            integers = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (TypeError, KeyError, ValueError):
+            integers = False
+        if not integers:
+            raise self._broken(f"has a malformed header entry for {name!r}")
+        if dtype in DTYPES:
+            bits = 8 * DTYPES[dtype].itemsize
+        elif dtype in _FOREIGN_BITS:
+            bits = _FOREIGN_BITS[dtype]
+        else:
+            raise self._broken(f"stores {name!r} in the unknown dtype {str(dtype)[:40]!r}")
+        if (end - begin) * 8 != math.prod(shape) * bits:
+            raise self._broken(f"gives {name!r} {end - begin} bytes, which does not fit shape {list(shape)} of {dtype}")
+        return TensorInfo(name, shape, dtype, end - begin), begin, end
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype. Safe to call from several threads."""
+        info = self.infos[name]
+        if info.dtype not in DTYPES:
+            raise self._broken(f"stores {name!r} as {info.dtype}, a quantised format; dequantise the model first")
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        view = byte_view(buffer)
+        done, start = 0, self._starts[name]
+        while done < info.nbytes:  # one call reads at most 2 GiB
+            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
+            if count == 0:
+                raise self._broken(f"ends inside {name!r}: it was cut short while being read")
+            done += count
+        return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _broken(self, what: str) -> AdaptError:
+        return AdaptError(f"{self.path}: {what}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate keys")
+    return result
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is written: `shape`, `dtype` and a function that returns it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str]) -> int:
+    """Write one file, holding one lazy tensor at a time; returns its size in bytes.
+
+    The order is that of the `safetensors` library (widest dtype first, then by name), so equal content gives equal bytes.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        end = position + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data starts on a multiple of eight
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            tensor = tensors[name]
+            value = tensor.load() if isinstance(tensor, LazyTensor) else tensor
+            if value.shape != tensor.shape or value.dtype != tensor.dtype:
+                raise ValueError(f"{name}: announced {tensor.dtype} {tensor.shape}, got {value.dtype} {tuple(value.shape)}")
+            file.write(byte_view(value.detach().cpu().contiguous()))
+    return 8 + len(encoded) + position

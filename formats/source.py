@@ -1,0 +1,71 @@
+"""What a fine-tune is made of: named parts, whether it lies on the disk as a checkpoint or as an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.formats.checkpoint import Checkpoint, TensorStore
+from adapt_convert.formats.location import Location
+
+
+@dataclass(frozen=True)
+class Part:
+    """The change of one parameter, known from headers until `load` is called.
+
+    `name` is the parameter's name in the model (`model.norm.weight`); `keys` are the tensors of the source that carry it;
+    `shape` is the parameter's own shape, as stored. By `kind`, `load()` returns
+    - `replace`: the new value, in its stored dtype and layout;
+    - `add`: what is added to the base's value, float32;
+    - `low_rank`: a `LowRankDelta` in the `(out, in)` layout (for an embedding: `(vocabulary, hidden)`).
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Literal["replace", "add", "low_rank"]
+    load: Callable[[], Tensor | LowRankDelta]
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened fine-tune. `ignored` names the tensors of an adapter that change nothing, with the reason."""
+
+    kind: Literal["checkpoint", "lora", "lorta"]
+    location: Location
+    config: Mapping[str, Any]
+    store: TensorStore
+    parts: Mapping[str, Part]
+    ignored: Mapping[str, str]
+
+    @property
+    def origin(self) -> str:
+        return self.location.origin
+
+
+def whole_part(store: TensorStore, name: str, key: str) -> Part:
+    """The parameter `name` replaced by the tensor `key`."""
+    info = store.infos[key]
+    return Part(name, (key,), info.shape, info.dtype, "replace", lambda: store.read(key))
+
+
+def checkpoint_source(checkpoint: Checkpoint, names: Mapping[str, str]) -> Source:
+    """A full fine-tune: every tensor is the new value of the parameter that `names` (key -> parameter) says it is."""
+
+    parts = {names[key]: whole_part(checkpoint.store, names[key], key) for key in checkpoint.infos}
+    return Source("checkpoint", checkpoint.location, checkpoint.config, checkpoint.store, parts, {})
+
+
+def adapter_config_path(location: Location) -> Path | None:
+    """The `adapter_config.json` that makes a directory (or the file in it) an adapter."""
+    if location.file and not location.file.name.startswith("adapter_model"):
+        return None
+    path = location.directory / "adapter_config.json"
+    return path if path.is_file() else None
