@@ -205,11 +205,7 @@ def aliases_of(name: str, family: Family | None, config: Mapping[str, Any]) -> l
     architecture = str((config.get("architectures") or ["ForCausalLM"])[0])
     has_head = architecture.endswith(_LANGUAGE_MODELS)
     short = without_prefix(name, family)
-    return [
-        alias
-        for alias, owner in family.tied.items()
-        if without_prefix(owner, family) == short and (has_head or not is_head(alias))
-    ]
+    return [alias for alias, owner in family.tied.items() if without_prefix(owner, family) == short and (has_head or not is_head(alias))]
 
 
 def without_prefix(name: str, family: Family | None) -> str:

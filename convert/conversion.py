@@ -128,9 +128,7 @@ def _refuse_losses(losses: list[str]) -> None:
         raise AdaptError(f"--strict: {losses[0]}{more} would be lost; leave out with --exclude what may be lost")
 
 
-def _survey(
-    pairs: Pairs, plan: Plan, options: Options, progress: Progress
-) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
+def _survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
     """Read everything that is not factored: what has to be stored (with its energy), rows lost, and the records of the rest.
 
     It comes before the solving, so that a loss that `--strict` forbids is found before the long work starts.
@@ -173,15 +171,16 @@ def _rows_reason(entry: Entry) -> str:
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
 
 def task_type(plan: Plan) -> str | None:
-    """PEFT's task type, from the model class in `config.json`."""
+    """PEFT's task type, from the model class in `config.json`.
+
+    A classifier gets none: with one, PEFT would expect its head among the saved modules, whether it changed or not.
+    """
     architecture = str((plan.config.get("architectures") or [""])[0])
     return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from adapt_convert.convert.cp_als import Core, Model, balance, fit_core, normals, refine, solve_proximal
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 
+_CORE_FLOATS = 2**20  # 16 MB: up to here a larger basis costs less than the passes it saves
 _POLISH = 2  # rounds of two passes each
 _POLISH_TOLERANCE = 1e-3  # a round must promise this share of the captured energy
 
@@ -115,9 +116,7 @@ class _Bases:
 class _Stream:
     """All passes over the data, the only code that loads it. The first pass also sums the energy."""
 
-    def __init__(
-        self, slabs: Sequence[Slab], shape: CPShape, device: torch.device, progress: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, slabs: Sequence[Slab], shape: CPShape, device: torch.device, progress: Callable[[str], None] | None) -> None:
         self.slabs, self.shape, self.device, self.progress = slabs, shape, device, progress
         self.passes = 0
         self.energy = 0.0
@@ -143,8 +142,7 @@ class _Stream:
         k = shape.d if bases.residual is None else bases.residual.shape[1]
         p = shape.d_h if bases.channel is None else bases.channel.shape[1]
         tensors = tuple(
-            torch.zeros(k, len(shape.members(g)), shape.layers, heads, p, device=self.device)
-            for g, heads in enumerate(shape.heads)
+            torch.zeros(k, len(shape.members(g)), shape.layers, heads, p, device=self.device) for g, heads in enumerate(shape.heads)
         )
         for slab, delta in self.read("core"):
             group = shape.group[slab.matrix]
@@ -198,7 +196,8 @@ def _find_bases(stream: _Stream, rank: int, seed: int) -> _Bases:
     The power pass is not a luxury: the spectrum of a full fine-tune is nearly flat, and a plain sketch of it is hardly better than chance.
     """
     shape = stream.shape
-    k = max(4 * rank, 64)
+    columns = shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
+    k = max(4 * rank, 64, _CORE_FLOATS // columns)
     narrow, wide = shape.d > k, shape.d_h > max(4 * k, 256)
     if not narrow and not wide:
         return _Bases(None, None)

@@ -21,9 +21,7 @@ from torch import Tensor
 
 Model = list[Tensor]
 
-_PROXIMAL = (
-    1e-9  # relative weight of the old factor in a normal equation: keeps a singular one solvable, moves no digit of a good one
-)
+_PROXIMAL = 1e-9  # relative weight of the old factor in a normal equation: keeps a singular one solvable, moves no digit of a good one
 _TINY = 1e-30  # added where a whole column or core may be zero
 _CG_STEPS = 30
 _CG_TOLERANCE = 0.05  # inexact Newton: the direction need not be better than the model it minimises
@@ -34,7 +32,7 @@ _RANK_ONE_SWEEPS = 10
 _REFIT_SWEEPS = 3
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
-_NEWTON_STEPS, _NEWTON_TOLERANCE = 60, 1e-6  # tolerance relative to the loss
+_NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 1e-6  # tolerance relative to the loss
 _CLOSE = 0.1
 _EXACT = 1e-14  # share of the energy below which nothing is left to fit
 
@@ -149,8 +147,7 @@ def product_c(core: Core, model: Model, small: list[Tensor], n: int) -> Tensor:
     """MTTKRP of the factor at position `n >= 2`, float64."""
     if n == 2:
         terms = (
-            torch.einsum("rmlh,mr,hr->lr", tensor, model[3 + core.groups + group], model[3 + group])
-            for group, tensor in enumerate(small)
+            torch.einsum("rmlh,mr,hr->lr", tensor, model[3 + core.groups + group], model[3 + group]) for group, tensor in enumerate(small)
         )
         return sum(terms, torch.zeros_like(model[2]))
     group, is_matrix = (n - 3) % core.groups, n >= 3 + core.groups
@@ -384,11 +381,11 @@ def refine(core: Core, model: Model) -> CoreFit:
 
 
 def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
-    """The best of `starts` fits: greedy starts, but a random one in every second place; an exact fit ends the search."""
+    """The best of `starts` fits: greedy starts, but a random one in every third place; an exact fit ends the search."""
     best: CoreFit | None = None
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + 1_000_003 * start)
-        model = (random_model if start % 2 else greedy_model)(core, rank, generator)
+        model = (random_model if start % 3 == 2 else greedy_model)(core, rank, generator)
         fit = refine(core, model)
         if best is None or fit.loss < best.loss:
             best = fit

@@ -113,8 +113,6 @@ def residual_energy(delta: Delta, approximation: LowRankDelta) -> float:
         return float((r_b @ r_a.T).square().sum())
     total = 0.0
     for start in range(0, delta.shape[0], _ROWS):
-        block = torch.addmm(
-            delta.weight[start : start + _ROWS], approximation.B[start : start + _ROWS], approximation.A, alpha=-1.0
-        )
+        block = torch.addmm(delta.weight[start : start + _ROWS], approximation.B[start : start + _ROWS], approximation.A, alpha=-1.0)
         total += float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
     return total

@@ -85,9 +85,7 @@ def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> d
             spectra[entry.name] = values[: known[entry.name]]
         ranks = spend_budget(spectra, costs, options.budget)
         pending = [
-            entry
-            for entry in entries
-            if ranks[entry.name] == len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
+            entry for entry in entries if ranks[entry.name] == len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
         ]
         known |= {entry.name: min(2 * known[entry.name], *entry.matrix_shape) for entry in pending}
     if not any(ranks.values()):
@@ -95,9 +93,7 @@ def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> d
     return ranks
 
 
-def _factor(
-    entry: Entry, delta: Delta, factorisation: Factorisation | None, rank: int, adapter: LoraAdapter, dtype: torch.dtype
-) -> Record:
+def _factor(entry: Entry, delta: Delta, factorisation: Factorisation | None, rank: int, adapter: LoraAdapter, dtype: torch.dtype) -> Record:
     if factorisation is None:
         return unchanged(entry)
     if rank == 0:

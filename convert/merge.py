@@ -48,9 +48,12 @@ def merge(
     plan = make_plan(opened_base, source, options)
     pairs = Pairs(opened_base, source, options.torch_device())
     by_key: dict[str, Entry] = {e.base_key: e for e in plan.entries if e.base_key and not e.tied_to}
+    for entry in plan.entries:
+        if entry.tied_to and entry.base_key and entry.name.endswith(".bias") and entry.base_key not in by_key:
+            by_key[entry.base_key] = entry  # PEFT can hold only the alias of a shared bias, and it is never untied
     tensors = {key: _merged(pairs, by_key.get(key), key) for key in opened_base.infos}
     # A head that the base shares with its embedding is stored on its own once the adapter gives it another value.
-    added = [e for e in plan.entries if e.base_key is None or (e.tied_to and not _same_as_owner(pairs, plan.entries, e))]
+    added = [e for e in plan.entries if e.base_key is None or (e.tied_to and not _same_as_owner(pairs, by_key, e))]
     tensors |= {e.name: _merged(pairs, e, None) for e in added}
     with atomic_directory(Path(output), overwrite) as staging:
         size, shards = _write_shards(staging, tensors, progress)
@@ -62,9 +65,9 @@ def merge(
     return summary
 
 
-def _same_as_owner(pairs: Pairs, entries: tuple[Entry, ...], entry: Entry) -> bool:
-    owner = next((other for other in entries if other.name == entry.tied_to), None)
-    return owner is not None and bool((pairs.value(owner) == pairs.value(entry)).all())
+def _same_as_owner(pairs: Pairs, by_key: dict[str, Entry], entry: Entry) -> bool:
+    owner = by_key.get(entry.base_key or "")
+    return owner is entry or (owner is not None and bool((pairs.value(owner) == pairs.value(entry)).all()))
 
 
 def _merged(pairs: Pairs, entry: Entry | None, key: str | None) -> LazyTensor:

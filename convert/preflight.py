@@ -144,9 +144,7 @@ def _nothing_to_factor(entries: Iterable[Entry], family: Family | None, base: Ch
     return f"no matrix is left to convert; --target-modules and --exclude choose among {', '.join(names[:12])}"
 
 
-def _entry(
-    part: Part, by_short: Mapping[str, str], base: Checkpoint, source: Source, family: Family | None, options: Options
-) -> Entry:
+def _entry(part: Part, by_short: Mapping[str, str], base: Checkpoint, source: Source, family: Family | None, options: Options) -> Entry:
     module = part.name.rpartition(".")[0]
     key = by_short.get(without_prefix(part.name, family))
     tied_to = _shared_parameter(part.name, key, by_short, family)
@@ -196,9 +194,7 @@ def _check_shape(
     )
 
 
-def _decide(
-    part: Part, module: str, kind: str, key: str | None, place: Place | None, options: Options
-) -> tuple[Action, str, bool]:
+def _decide(part: Part, module: str, kind: str, key: str | None, place: Place | None, options: Options) -> tuple[Action, str, bool]:
     """What to do with a tensor if it changed: the action, its reason, and whether dropping it counts as a loss."""
     if any(matches(module, pattern) for pattern in options.exclude):
         return "drop", "excluded by --exclude", False

@@ -63,9 +63,7 @@ def dropped(entry: Entry, energy: float, reason: str) -> Record:
     return Record(entry, "dropped", energy, energy, reason)
 
 
-def build_report(
-    base: Checkpoint, source: Source, options: Options, records: Iterable[Record], missing: Iterable[str]
-) -> dict[str, Any]:
+def build_report(base: Checkpoint, source: Source, options: Options, records: Iterable[Record], missing: Iterable[str]) -> dict[str, Any]:
     """The content of `conversion.json` but for what is known only after writing (`bytes`, `seconds`, `peak_memory`)."""
     records = list(records)
     factored = [record for record in records if record.status == "factored"]

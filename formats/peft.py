@@ -44,17 +44,20 @@ def read_lora(location: Location) -> Source:
     store = TensorStore(weight_files(location))
     slots: dict[str, dict[str, str]] = {}
     parts: dict[str, Part] = {}
+    ignored: dict[str, str] = {}
     for key in store.infos:
         name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
         match = _SUFFIXES.match(name)
-        if match:
+        if match and match["slot"] == "lora_B.bias" and not store.read(key).any():
+            ignored[key] = "a bias of zeros"  # `lora_bias` puts one on every module, also where the base has no bias
+        elif match:
             slots.setdefault(match["module"], {})[match["slot"]] = key
         else:
             parts[name] = whole_part(store, name, key)
     for module, slot in slots.items():
         for part in _module_parts(location, store, config, module, slot):
             parts[part.name] = part
-    return Source("lora", location, config, store, parts, {})
+    return Source("lora", location, config, store, parts, ignored)
 
 
 def _check_supported(location: Location, config: Mapping[str, Any]) -> None:

@@ -53,6 +53,3 @@ class PickleFile:
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, copied out of the mapping."""
         return self._tensors[name].clone(memory_format=torch.contiguous_format)
-
-    def close(self) -> None:
-        self._tensors.clear()

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -67,22 +67,22 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the checkpoint
+            with open(path, "rb") as file:
+                self.metadata, self.infos, self._starts = self._parse_header(file)
         except OSError as error:
-            raise AdaptError(f"{path}: cannot be opened: {error.strerror}") from None
-        self.metadata, self.infos, self._starts = self._parse_header()
+            raise AdaptError(f"{path}: cannot be read: {error.strerror}") from None
 
-    def _parse_header(self) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
-        size = os.fstat(self._file.fileno()).st_size
+    def _parse_header(self, file: BinaryIO) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
+        size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise self._broken(f"is {size} bytes long, not a safetensors file")
-        length = int.from_bytes(self._file.read(8), "little")
+        length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise self._broken(f"claims a header of {length} bytes; more than {MAX_HEADER} is refused")
         if length > size - 8:
             raise self._broken(f"claims a header of {length} bytes but is {size} bytes long: truncated, or not safetensors")
         try:
-            header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
         except (ValueError, RecursionError) as error:
             raise self._broken(f"has a header that is not valid JSON ({error})") from None
         if not isinstance(header, dict):
@@ -105,9 +105,7 @@ class SafetensorsFile:
                 raise self._broken(f"has a gap or an overlap before {name!r} (offset {begin}, expected {position})")
             position = end
         if data_start + position != size:
-            raise self._broken(
-                f"should be {data_start + position} bytes long but is {size}: truncated or damaged; fetch it again"
-            )
+            raise self._broken(f"should be {data_start + position} bytes long but is {size}: truncated or damaged; fetch it again")
         return infos, {name: data_start + begin for begin, _, name in spans}
 
     def _entry(self, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
@@ -135,16 +133,18 @@ class SafetensorsFile:
             raise self._broken(f"stores {name!r} as {info.dtype}, a quantised format; dequantise the model first")
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         view = byte_view(buffer)
-        done, start = 0, self._starts[name]
-        while done < info.nbytes:  # one call reads at most 2 GiB
-            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
-            if count == 0:
-                raise self._broken(f"ends inside {name!r}: it was cut short while being read")
-            done += count
+        done = 0
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._starts[name])
+                while done < info.nbytes:  # one call reads at most 2 GiB
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise self._broken(f"ends inside {name!r}: it was cut short while being read")
+                    done += count
+        except OSError as error:
+            raise AdaptError(f"{self.path}: cannot be read: {error.strerror}") from None
         return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
-
-    def close(self) -> None:
-        self._file.close()
 
     def _broken(self, what: str) -> AdaptError:
         return AdaptError(f"{self.path}: {what}")

@@ -75,9 +75,9 @@ def load(model: nn.Module, adapter: str | Path, revision: str | None = None) -> 
     state = _Attached()
     setattr(model, _STATE, state)
     try:
-        _attach_slices(model, blocks, state)
         for name, key in names.items():
             _set_parameter(model, name, store.read(key), state)
+        _attach_slices(model, blocks, state)
     except BaseException:
         unload(model)
         raise
