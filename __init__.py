@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import adapt_convert.convert
+
+# The public function and the folder share the name `convert`. Python binds a folder to its parent when it is first imported:
+# that has just happened, without its contents, so from here on the name is free for the function.
+globals().pop("convert", None)
+
 if TYPE_CHECKING:
     from adapt_convert.convert.conversion import Conversion, convert
     from adapt_convert.convert.inspection import inspect

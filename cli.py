@@ -115,26 +115,28 @@ def delta(
     Example:
       adapt-convert delta ./base ./ft --to lorta --rank 16
     """
-    from adapt_convert.convert.conversion import convert, open_pair
+    from adapt_convert.convert.conversion import convert
     from adapt_convert.convert.inspection import describe_plan
+    from adapt_convert.convert.inspection import inspect as inspect_paths
     from adapt_convert.convert.options import Options
-    from adapt_convert.convert.preflight import make_plan
     from adapt_convert.formats.atomic import check_destination
     from adapt_convert.formats.location import locate
 
     chosen = _clean(options)
     parsed = Options(**chosen)
     directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{_size_name(parsed, options)}")
-    if not dry_run:
-        check_destination(directory, overwrite)
-    plan = describe_plan(make_plan(*open_pair(base, source, revision, base_revision), parsed))
-    if not as_json:
-        _print_plan(plan, _console(stderr=True))
     if dry_run:
-        _emit(plan, as_json)
+        plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **chosen)
+        _emit(plan, True) if as_json else _print_plan(plan, _console())
         return
+    check_destination(directory, overwrite)
+
+    def announce(*plan: Any) -> None:
+        if not as_json:
+            _print_plan(describe_plan(*plan), _console(stderr=True))
+
     with _progress(quiet=as_json) as progress:
-        conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=progress, **chosen)
+        conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=progress, on_plan=announce, **chosen)
         conversion.save(directory, overwrite)
     if as_json:
         _emit({"output": str(directory), **conversion.report}, True)
@@ -267,9 +269,10 @@ def _print_plan(plan: dict[str, Any], console: Console) -> None:
         f"if changed, {actions.get('drop', 0)} left out if changed; at most {_bytes(plan['predicted_bytes'])}, "
         f"peak memory about {_bytes(plan['predicted_peak_memory'])}",
         highlight=False,
+        soft_wrap=True,
     )
     for note in plan["notes"][:12]:
-        console.print(f"  note: {note}", highlight=False, markup=False)
+        console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
     if len(plan["notes"]) > 12:
         console.print(f"  and {len(plan['notes']) - 12} more notes; --json has all of them", highlight=False)
 
@@ -292,11 +295,13 @@ def _print_summary(conversion: Conversion, directory: Path) -> None:
     table.add_row("time", f"{report['seconds']:.1f} s")
     table.add_row("peak memory", _bytes(report["peak_memory"]))
     console.print(table)
-    losses = [record for record in conversion.records if record.is_loss]
-    for record in losses[:8]:
-        console.print(f"dropped: {record.entry.name}: {record.reason}", highlight=False, markup=False, soft_wrap=True)
-    if len(losses) > 8:
-        console.print(f"and {len(losses) - 8} more; conversion.json names all of them", highlight=False)
+    by_reason: dict[str, list[str]] = {}
+    for record in conversion.records:
+        if record.status == "dropped" or record.entry.rows_lost:
+            by_reason.setdefault(record.reason, []).append(record.entry.name)
+    for reason, names in by_reason.items():
+        listed = names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} ... {names[-1]}"
+        console.print(f"lost: {listed}: {reason}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"written to {directory}", highlight=False, markup=False, soft_wrap=True)
 
 

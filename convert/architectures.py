@@ -177,7 +177,8 @@ def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, st
     family = family_of(config)
     renames = [(re.compile(a), b) for a, b in family.renames] if family else []
     prefix = f"{family.prefix}." if family and family.prefix else ""
-    with_head = not str((config.get("architectures") or [""])[0]).endswith("Model")
+    architecture = str((config.get("architectures") or [""])[0])
+    with_head = not architecture.endswith("Model") or architecture.endswith(("HeadModel", "HeadsModel"))  # GPT2LMHeadModel
     add_prefix = bool(prefix) and with_head and bool(config) and not any(key.startswith(prefix) for key in keys)
     names = {}
     for key in keys:

@@ -16,7 +16,7 @@ from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, Plan, make_plan
+from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, make_plan
 from adapt_convert.convert.report import Record, build_report, dropped, unchanged
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
@@ -63,17 +63,20 @@ def convert(
     revision: str | None = None,
     base_revision: str | None = None,
     progress: Progress = lambda items, what: items,
+    on_plan: Callable[[Plan, Source, Options], None] = lambda plan, source, options: None,
     **options: Any,
 ) -> Conversion:
     """Convert a fine-tune of `base` - a checkpoint or an adapter, each a path or a Hub id - into an adapter.
 
-    `options` are the fields of `Options`. `progress(iterable, what)` wraps the long loops. Raises `AdaptError` for anything
+    `options` are the fields of `Options`. `progress(iterable, what)` wraps the long loops; `on_plan` is told what will be done
+    before it is. Raises `AdaptError` for anything
     that can be mended by the user, always before something is written.
     """
     started = time.monotonic()
     chosen = Options(**options)
     opened_base, opened_source = open_pair(base, source, revision, base_revision)
     plan = make_plan(opened_base, opened_source, chosen)
+    on_plan(plan, opened_source, chosen)
     if chosen.strict:
         _refuse_losses(_losses_by_header(plan, chosen))
     pairs = Pairs(opened_base, opened_source, chosen.torch_device())
@@ -136,14 +139,18 @@ def _survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> t
     stored: dict[Entry, float] = {}
     lost: dict[str, float] = {}
     records: list[Record] = []
-    for entry in progress([entry for entry in plan.entries if entry.action != "factor"], "comparing"):
+    for entry in progress([entry for entry in plan.entries if entry.action != "factor" or entry.rows_lost], "comparing"):
         energy, lost_energy = pairs.change_energy(entry)
         if lost_energy:
             lost[entry.name] = lost_energy
+        if entry.action == "factor":
+            continue
         if energy == 0 and not lost_energy and entry.base_key is not None:
             records.append(unchanged(entry))
         elif entry.action == "drop":
-            records.append(dropped(entry, energy + lost_energy, entry.reason))
+            # What the model computes for itself is no change, however much of it a checkpoint carries.
+            changed = energy + lost_energy if entry.lossy or entry.reason != COMPUTED else 0.0
+            records.append(dropped(entry, changed, entry.reason))
         elif energy == 0 and lost_energy:
             records.append(dropped(entry, lost_energy, _rows_reason(entry)))
         else:
@@ -156,12 +163,16 @@ def _survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> t
 
 
 def _with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
-    """A tensor of which only the rows that the base has could be stored counts as dropped, with what is missing."""
-    if record.entry.name not in lost or record.status != "exact":
+    """Of a tensor with more rows than the base only the base's rows could be kept: add what is missing.
+
+    One that would have been exact counts as dropped; one that is factored is an approximation anyway.
+    """
+    missing = lost.get(record.entry.name, 0.0)
+    if not missing:
         return record
-    energy = lost[record.entry.name]
-    reason = f"{_rows_reason(record.entry)}; the others are stored exactly"
-    return replace(record, status="dropped", energy=record.energy + energy, residual=energy, reason=reason)
+    status = "dropped" if record.status == "exact" else record.status
+    reason = f"{_rows_reason(record.entry)}; the others are kept"
+    return replace(record, status=status, energy=record.energy + missing, residual=record.residual + missing, reason=reason)
 
 
 def _rows_reason(entry: Entry) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from adapt_convert.convert.cp_als import Core, Model, balance, fit_core, normals, refine, solve_proximal
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 
-_CORE_FLOATS = 2**20  # 16 MB: up to here a larger basis costs less than the passes it saves
+_CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
 _POLISH = 2  # rounds of two passes each
 _POLISH_TOLERANCE = 1e-3  # a round must promise this share of the captured energy
 

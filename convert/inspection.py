@@ -10,22 +10,31 @@ from typing import Any
 from adapt_convert.convert.architectures import family_of, place_of
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.options import Options
+from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.location import locate, read_json
-from adapt_convert.formats.source import adapter_config_path
+from adapt_convert.formats.source import Source, adapter_config_path
 
 
-def inspect(path: str | Path, other: str | Path | None = None, *, revision: str | None = None, **options: Any) -> dict[str, Any]:
+def inspect(
+    path: str | Path,
+    other: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Describe one model or adapter, or the pair of a base and its fine-tune. Reads no tensor.
 
-    With `other` the result is the plan of a conversion with the given `options`; see `describe_plan`. Raises `AdaptError`.
+    `revision` is that of the last Hub id given. With `other` the result is the plan of a conversion with the given `options`,
+    as `describe_plan` has it. Raises `AdaptError`.
     """
     if other is None:
         return _describe(path, revision)
     chosen = Options(**options)
-    base, source = open_pair(path, other, revision)
-    return describe_plan(make_plan(base, source, chosen))
+    base, source = open_pair(path, other, revision, base_revision)
+    return describe_plan(make_plan(base, source, chosen), source, chosen)
 
 
 def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
@@ -62,14 +71,15 @@ def _layers(store: TensorStore, config: dict[str, Any]) -> int | None:
     return len({(place.block, place.layer) for place in places if place}) or None
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
+def describe_plan(plan: Plan, source: Source, options: Options) -> dict[str, Any]:
     """The plan as plain data: `actions` counts what would become of changed tensors, `losses` what could not be kept."""
+    size, peak = predict(plan, source, options)
     return {
         "tensors": len(plan.entries),
         "actions": dict(Counter(entry.action for entry in plan.entries)),
         "losses": {entry.name: entry.reason for entry in plan.having("drop") if entry.lossy},
         "missing_from_source": list(plan.missing),
         "notes": list(plan.notes),
-        "predicted_bytes": plan.predicted_bytes,
-        "predicted_peak_memory": plan.predicted_peak,
+        "predicted_bytes": size,
+        "predicted_peak_memory": peak,
     }

@@ -152,6 +152,9 @@ def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
     """A parameter's value in the fine-tune, read when it is written; the base's where the source does not change it."""
     entry = next((entry for entry in plan.entries if entry.name == name), None)
     if entry is None:
+        owner = plan.full_name(plan.family.tied[name]) if plan.family and name in plan.family.tied else None
+        if pairs.source.kind == "checkpoint" and owner in pairs.source.parts:
+            return lazy_value(pairs, plan, owner)  # stored in the base, but in the fine-tune only its owner is
         key = plan.base_keys[name]
         info = pairs.base.infos[key]
         return LazyTensor(info.shape, STORED_DTYPES[info.dtype], lambda: pairs.base.read(key))

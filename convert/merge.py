@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, make_plan
+from adapt_convert.convert.preflight import Entry, Plan, make_plan
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor, write_safetensors
@@ -51,6 +52,7 @@ def merge(
     for entry in plan.entries:
         if entry.tied_to and entry.base_key and entry.name.endswith(".bias") and entry.base_key not in by_key:
             by_key[entry.base_key] = entry  # PEFT can hold only the alias of a shared bias, and it is never untied
+    by_key |= {copy: by_key[key] for copy, key in _stored_copies(pairs, plan).items() if key in by_key and copy not in by_key}
     tensors = {key: _merged(pairs, by_key.get(key), key) for key in opened_base.infos}
     # A head that the base shares with its embedding is stored on its own once the adapter gives it another value.
     added = [e for e in plan.entries if e.base_key is None or (e.tied_to and not _same_as_owner(pairs, by_key, e))]
@@ -65,6 +67,19 @@ def merge(
     return summary
 
 
+def _stored_copies(pairs: Pairs, plan: Plan) -> dict[str, str]:
+    """Keys under which the base stores a shared value once more (a tied `lm_head`) -> the key of the value: one moves with the other."""
+    if plan.family is None or not pairs.base.config.get("tie_word_embeddings", True):
+        return {}
+    keys = {plan.base_keys.get(alias): plan.base_keys.get(plan.full_name(owner)) for alias, owner in plan.family.tied.items()}
+    infos = pairs.base.infos
+    return {
+        copy: key
+        for copy, key in keys.items()
+        if copy and key and infos[copy].dtype == infos[key].dtype and torch.equal(pairs.base.read(copy), pairs.base.read(key))
+    }
+
+
 def _same_as_owner(pairs: Pairs, by_key: dict[str, Entry], entry: Entry) -> bool:
     owner = by_key.get(entry.base_key or "")
     return owner is entry or (owner is not None and bool((pairs.value(owner) == pairs.value(entry)).all()))
@@ -73,7 +88,8 @@ def _same_as_owner(pairs: Pairs, by_key: dict[str, Entry], entry: Entry) -> bool
 def _merged(pairs: Pairs, entry: Entry | None, key: str | None) -> LazyTensor:
     info = pairs.base.infos[key] if key else None
     if entry is None:
-        assert info is not None and key is not None
+        assert info is not None
+        assert key is not None
         return LazyTensor(info.shape, DTYPES[info.dtype], lambda: pairs.base.read(key))
     shape = info.shape if info else entry.part.shape
     dtype = DTYPES[info.dtype if info else entry.part.dtype]

@@ -51,8 +51,11 @@ class Pairs:
             delta: Delta = new.to(self.device)
         else:
             assert old is not None
+            rows = min(len(new), len(old))
             # float32 first: subtracting in bfloat16 would round away most of a light fine-tune.
-            difference = new.to(self.device, torch.float32, copy=True).sub_(old.to(self.device))
+            difference = new[:rows].to(self.device, torch.float32, copy=True).sub_(old[:rows].to(self.device))
+            if rows < len(old):  # rows that the source cut stay as they are
+                difference = torch.cat([difference, difference.new_zeros(len(old) - rows, difference.shape[1])])
             delta = DenseDelta(difference.T.contiguous() if entry.transposed else difference)
         self._check_finite(entry, delta.energy())
         return delta
@@ -99,7 +102,8 @@ class Pairs:
     def difference(self, entry: Entry) -> Tensor:
         """New value less the base's, float32, in the stored layout (for vectors)."""
         new, old = self._read(entry)
-        assert isinstance(new, Tensor) and old is not None
+        assert isinstance(new, Tensor)
+        assert old is not None
         return new.float() if entry.part.kind == "add" else new.float() - old.float()
 
 

@@ -21,16 +21,15 @@ from adapt_convert.convert.architectures import (
     place_of,
     without_prefix,
 )
-from adapt_convert.convert.options import DTYPES, Options, matches
+from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
 from adapt_convert.formats.source import Part, Source
 
 Action = Literal["factor", "store", "drop"]
 # Constants that old checkpoints carry and current models compute for themselves.
+COMPUTED = "a buffer that the model computes itself"
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids|token_type_ids)$")
-_RUNTIME_BYTES = 300 * 2**20  # Python with torch loaded
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,6 @@ class Plan:
     base_keys: Mapping[str, str]  # parameter of the loaded model -> key in the base checkpoint
     family: Family | None
     config: Mapping[str, Any]  # of the model class that the adapter is for
-    predicted_bytes: int
-    predicted_peak: int
 
     def having(self, action: Action) -> list[Entry]:
         return [entry for entry in self.entries if entry.action == action]
@@ -105,9 +102,8 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
         raise AdaptError(_nothing_to_factor(entries, family, base, options))
     base_keys = _loaded_names(base_names, source, family)
     missing = tuple(sorted(set(base_keys) - set(source.parts))) if source.kind == "checkpoint" else ()
-    size, peak = _predict(entries, source, options)
     config = source.config if source.kind == "checkpoint" and source.config else base.config
-    return Plan(entries, missing, _notes(entries, missing, base), base_keys, family, config, size, peak)
+    return Plan(entries, missing, _notes(entries, missing, base), base_keys, family, config)
 
 
 def _loaded_names(base_names: Mapping[str, str], source: Source, family: Family | None) -> dict[str, str]:
@@ -199,7 +195,7 @@ def _decide(part: Part, module: str, kind: str, key: str | None, place: Place | 
     if any(matches(module, pattern) for pattern in options.exclude):
         return "drop", "excluded by --exclude", False
     if part.dtype not in ("F64", "F32", "F16", "BF16") or _BUFFER.search(part.name):
-        return "drop", "a buffer that the model computes itself", not _BUFFER.search(part.name)
+        return "drop", COMPUTED, not _BUFFER.search(part.name)
     if key is None:
         return "store", "new in the fine-tune", True
     targeted = _is_targeted(module, kind, place, options)
@@ -252,39 +248,6 @@ def _notes(entries: tuple[Entry, ...], missing: tuple[str, ...], base: Checkpoin
         notes.append(f"fused matrices: {', '.join(fused)} (q, k and v in one weight)")
     notes += [f"{name} of the base is not in the fine-tune" for name in missing]
     return tuple(notes)
-
-
-def _predict(entries: tuple[Entry, ...], source: Source, options: Options) -> tuple[int, int]:
-    """Bytes of the written weights and of peak memory, if everything changed."""
-    item = DTYPES[options.dtype or output_dtype(source)].itemsize
-    shapes = [entry.matrix_shape for entry in entries if entry.action == "factor"]
-    if options.budget is not None:
-        factors = options.budget
-    elif options.to == "lora" and options.rank is not None:
-        factors = sum(min(options.rank, *shape) * sum(shape) * item for shape in shapes)
-    elif options.to == "lora":
-        factors = sum(min(shape) * sum(shape) * item for shape in shapes)  # at most: an energy needs no more than full rank
-    else:
-        rank = options.rank or 0
-        factors = (max(map(max, shapes)) + 4 * len(shapes)) * rank * item
-    stored = sum(_stored_bytes(entry) for entry in entries if entry.action == "store")
-    largest = max((_elements(entry) * 12 for entry in entries), default=0)
-    return factors + stored, _RUNTIME_BYTES + largest + factors
-
-
-def _elements(entry: Entry) -> int:
-    count = 1
-    for n in entry.part.shape:
-        count *= n
-    # A tensor that is only compared is never turned into float32 as a whole.
-    return count if entry.action == "factor" else count // 2
-
-
-def _stored_bytes(entry: Entry) -> int:
-    count = 1
-    for n in entry.part.shape:
-        count *= n
-    return count * STORED_DTYPES[entry.part.dtype].itemsize if entry.part.dtype in STORED_DTYPES else 0
 
 
 def output_dtype(source: Source) -> str:

@@ -143,9 +143,9 @@ def refuse_unconsolidated(location: Location) -> None:
         return
     if any(directory.glob("pytorch_model_fsdp_*")) or any(directory.glob("*.distcp")):
         raise AdaptError(f"{location.origin}: is an FSDP checkpoint in shards; run `accelerate merge-weights` on it first")
-    if any(directory.glob("**/*_optim_states.pt")) or (directory / "zero_to_fp32.py").is_file():
-        if not any((directory / name).is_file() for name in (*_INDEXES, *_SINGLE)):
-            raise AdaptError(f"{location.origin}: is a DeepSpeed ZeRO checkpoint; run its own zero_to_fp32.py first")
+    in_pieces = any(directory.glob("**/*_optim_states.pt")) or (directory / "zero_to_fp32.py").is_file()
+    if in_pieces and not any((directory / name).is_file() for name in (*_INDEXES, *_SINGLE)):
+        raise AdaptError(f"{location.origin}: is a DeepSpeed ZeRO checkpoint; run its own zero_to_fp32.py first")
 
 
 _QUANTISED_SUFFIXES = {
@@ -172,7 +172,7 @@ def refuse_quantised(origin: str, config: Mapping[str, Any], infos: Mapping[str,
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" not in infos:
             continue
         method = next((kind for suffix, kind in _QUANTISED_SUFFIXES.items() if name.endswith(suffix)), None)
-        if method is None and info.dtype.startswith(("F8", "F4", "F6")):
+        if method is None and info.dtype.startswith(("F8_", "F6_", "F4")):
             method = info.dtype
         evidence = name
     if method:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+_LONGEST = 1000  # characters: file and tensor names come from files, and may be of any length
+
 
 class AdaptError(Exception):
-    """Names the file and tensor, what was found, what was expected and what to do - in one line."""
+    """Names the file and tensor, what was found, what was expected and what to do - in one line of printable text."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        # A name in a damaged or hostile file can hold what drives a terminal, or what no encoding can write.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))

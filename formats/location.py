@@ -46,8 +46,10 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
     The Hub is asked only for an id that is no local path, and then only for the files that are read.
     Raises `AdaptError` when neither exists.
     """
-    path = Path(origin).expanduser()
     text = str(origin)
+    if not text:
+        raise AdaptError("an empty path: no such file or directory")  # Path("") would be the working directory
+    path = Path(origin).expanduser()
     if path.is_dir():
         return Location(text, path)
     if path.is_file():

@@ -52,4 +52,4 @@ class PickleFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, copied out of the mapping."""
-        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)

@@ -40,6 +40,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The order in which the `safetensors` library lays tensors out: widest first, so that each is aligned.
+_FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+_MAX_DIMENSIONS = 64  # as many as torch takes
 # Stored by other writers and never read here: their size still has to add up. Bits per element.
 _FOREIGN_BITS = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 
@@ -82,14 +85,14 @@ class SafetensorsFile:
         if length > size - 8:
             raise self._broken(f"claims a header of {length} bytes but is {size} bytes long: truncated, or not safetensors")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_checked_object)
         except (ValueError, RecursionError) as error:
             raise self._broken(f"has a header that is not valid JSON ({error})") from None
         if not isinstance(header, dict):
             raise self._broken("has a header that is not a JSON object")
-        metadata = header.pop("__metadata__", None) or {}
-        if not isinstance(metadata, dict):
-            raise self._broken("has a __metadata__ entry that is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._broken("has a __metadata__ entry that is not a JSON object of strings")
         return metadata, *self._check_entries(header, data_start=8 + length, size=size)
 
     def _check_entries(self, header: dict[str, Any], data_start: int, size: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:
@@ -110,21 +113,26 @@ class SafetensorsFile:
 
     def _entry(self, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            integers = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            well_formed = (
+                isinstance(dtype, str) and isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            )
         except (TypeError, KeyError, ValueError):
-            integers = False
-        if not integers:
+            well_formed = False
+        if not well_formed:
             raise self._broken(f"has a malformed header entry for {name!r}")
+        # Torch counts in int64, and zeros must not hide what it cannot count.
+        if len(shape) > _MAX_DIMENSIONS or math.prod(n or 1 for n in shape[:_MAX_DIMENSIONS]) >= 2**60:
+            raise self._broken(f"gives {name!r} {len(shape)} dimensions of a size that no tensor has")
         if dtype in DTYPES:
             bits = 8 * DTYPES[dtype].itemsize
         elif dtype in _FOREIGN_BITS:
             bits = _FOREIGN_BITS[dtype]
         else:
-            raise self._broken(f"stores {name!r} in the unknown dtype {str(dtype)[:40]!r}")
+            raise self._broken(f"stores {name!r} in the unknown dtype {dtype[:40]!r}")
         if (end - begin) * 8 != math.prod(shape) * bits:
-            raise self._broken(f"gives {name!r} {end - begin} bytes, which does not fit shape {list(shape)} of {dtype}")
-        return TensorInfo(name, shape, dtype, end - begin), begin, end
+            raise self._broken(f"gives {name!r} {end - begin} bytes, which does not fit shape {shape} of {dtype}")
+        return TensorInfo(name, tuple(shape), dtype, end - begin), begin, end
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype. Safe to call from several threads."""
@@ -150,10 +158,13 @@ class SafetensorsFile:
         return AdaptError(f"{self.path}: {what}")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without duplicate keys, and without names that UTF-8 cannot write back."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("duplicate keys")
+    for name in result:
+        name.encode()
     return result
 
 
@@ -178,9 +189,9 @@ class LazyTensor:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str]) -> int:
     """Write one file, holding one lazy tensor at a time; returns its size in bytes.
 
-    The order is that of the `safetensors` library (widest dtype first, then by name), so equal content gives equal bytes.
+    The order is that of the `safetensors` library (by dtype, then by name), so equal content gives equal bytes.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = sorted(tensors, key=lambda name: (_FILE_ORDER.index(DTYPE_NAMES[tensors[name].dtype]), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name in names:
@@ -192,7 +203,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], me
             "data_offsets": [position, end],
         }
         position = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts on a multiple of eight
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)

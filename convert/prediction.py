@@ -1,0 +1,53 @@
+"""How large the output of a plan will be and how much memory it takes, before any work: upper bounds from shapes alone."""
+
+from __future__ import annotations
+
+import math
+
+from adapt_convert.convert.architectures import aliases_of, heads_of
+from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
+from adapt_convert.formats.source import Source
+
+_RUNTIME = 300 * 2**20  # bytes: Python with torch loaded
+# Of a matrix: base and source as stored and the next pair read ahead (at most 2 bytes each in half precision, 4 in float32),
+# and the float32 difference. Of a tensor that is only compared: base and source.
+_FACTORED, _COMPARED = 4, 2
+
+
+def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
+    """Bytes of the written weights, and of peak memory, if every tensor of the plan changed."""
+    item = DTYPES[options.dtype or output_dtype(source)].itemsize
+    factors = options.budget or _factor_numbers(plan, options) * item
+    stored = sum(_stored_bytes(entry, plan, source, options) for entry in plan.having("store"))
+    largest = max((_working_bytes(entry) for entry in plan.entries), default=0)
+    return factors + stored, _RUNTIME + largest + factors
+
+
+def _factor_numbers(plan: Plan, options: Options) -> int:
+    shapes = [entry.matrix_shape for entry in plan.having("factor")]
+    if options.to == "lora":  # a share of the energy needs full rank at most
+        return sum(min(options.rank or max(shape), *shape) * sum(shape) for shape in shapes)
+    heads = heads_of(plan.config)
+    places = [entry.place for entry in plan.having("factor") if entry.place]
+    layers = len({(place.block, place.layer) for place in places})
+    attention = heads.query + heads.key_value + heads.size if heads else 0
+    wide = max(max(shape) for shape in shapes)  # the MLP's width, or at least that of the residual stream
+    return (options.rank or 0) * (attention + 2 * wide + 2 * layers + len({place.role for place in places}) + 2)
+
+
+def _stored_bytes(entry: Entry, plan: Plan, source: Source, options: Options) -> int:
+    copies = 1
+    if options.to == "lora":  # PEFT wants a shared value once for each module that shares it
+        copies += len([alias for alias in aliases_of(entry.name, plan.family, plan.config) if alias not in source.parts])
+    return copies * math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize
+
+
+def _working_bytes(entry: Entry) -> int:
+    if entry.part.dtype not in STORED_DTYPES:
+        return 0
+    stored = math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize
+    if entry.action != "factor":
+        return _COMPARED * stored
+    return _FACTORED * stored + 4 * math.prod(entry.part.shape)

@@ -1,0 +1,195 @@
+"""Conversions end to end: what is reported, what is kept, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapt_convert
+from adapt_convert import AdaptError
+
+PREFIX = "base_model.model."
+
+
+def factors(directory: Path, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    written = load_file(directory / "adapter_model.safetensors")
+    return tuple(written[f"{PREFIX}{module}.lora_{x}.weight"].double() for x in "BA")
+
+
+def report_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "conversion.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert", "vit", "t5"])
+def test_every_matrix_captures_what_the_full_svd_does(pairs: Any, tmp_path: Path, name: str, dtype: str) -> None:
+    pair = pairs(name)
+    out = adapt_convert.convert(pair.base, pair.ft, rank=5, dtype=dtype).save(tmp_path / "out")
+    base, ft, report = load_file(pair.base / "model.safetensors"), load_file(pair.ft / "model.safetensors"), report_of(out)
+    written = load_file(out / "adapter_model.safetensors")
+    total = residual = 0.0
+    rows = {tensor: row for tensor, row in report["tensors"].items() if row["status"] == "factored"}
+    assert len(rows) >= 8
+    for tensor, row in rows.items():
+        (key,) = row["source_tensors"]
+        delta = (ft[key] - base[key]).double()
+        module = tensor.removesuffix(".weight")
+        b, a = (written[f"{PREFIX}{module}.lora_{x}.weight"].double() for x in "BA")
+        product = (b @ a).T if name == "gpt2" else b @ a
+        error = float((delta - product).square().sum())
+        energies = torch.linalg.svdvals(delta).square()
+        captured = 1 - error / float(energies.sum())
+        assert row["captured_energy"] == pytest.approx(captured, rel=1e-4)
+        assert captured >= 0.9999 * float(energies[:5].sum() / energies.sum())
+        assert row["rank"] == min(5, *delta.shape) == b.shape[1]
+        total, residual = total + float(energies.sum()), residual + error
+    assert report["captured_energy"] == pytest.approx(1 - residual / total, rel=1e-4)
+    assert report["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+
+
+def test_every_source_tensor_has_its_entry(pairs: Any, tmp_path: Path) -> None:
+    for name in ("qwen2", "gpt2", "roberta"):
+        pair = pairs(name)
+        for target in ("lora", "lorta"):
+            out = adapt_convert.convert(pair.base, pair.ft, to=target, rank=2).save(tmp_path / f"{name}-{target}")
+            report = report_of(out)
+            keys = [key for row in report["tensors"].values() for key in row["source_tensors"]]
+            assert sorted(keys) == sorted(load_file(pair.ft / "model.safetensors"))
+            statuses = {row["status"] for row in report["tensors"].values()}
+            assert statuses <= {"factored", "exact", "unchanged", "dropped"}
+            assert all(row["reason"] for row in report["tensors"].values() if row["status"] == "dropped")
+
+
+def test_unchanged_matrices_have_no_factors(make_pair: Any, tmp_path: Path) -> None:
+    def change(model: Any) -> None:
+        model.model.layers[1].self_attn.q_proj.weight += 0.01 * torch.randn(32, 32)
+
+    pair = make_pair(tmp_path, "qwen2", change)
+    out = adapt_convert.convert(pair.base, pair.ft, rank=4).save(tmp_path / "out")
+    assert sorted(load_file(out / "adapter_model.safetensors")) == [
+        f"{PREFIX}model.layers.1.self_attn.q_proj.lora_{x}.weight" for x in "AB"
+    ]
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    assert config["modules_to_save"] is None
+    assert config["lora_bias"] is False
+    assert {row["status"] for row in report_of(out)["tensors"].values()} == {"factored", "unchanged"}
+    pair.load_peft(out)
+
+
+def test_a_bias_alone_survives_beside_an_unchanged_matrix(make_pair: Any, tmp_path: Path) -> None:
+    def change(model: Any) -> None:
+        model.model.layers[0].self_attn.k_proj.bias += 0.5
+        model.model.layers[1].self_attn.q_proj.weight += 0.3 * torch.randn(32, 1) @ torch.randn(1, 32)
+
+    pair = make_pair(tmp_path, "qwen2", change)
+    out = adapt_convert.convert(pair.base, pair.ft, rank=1, strict=True).save(tmp_path / "out")
+    torch.testing.assert_close(pair.logits(pair.load_peft(out)), pair.logits(pair.load(pair.ft)), atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_by_energy(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    out = adapt_convert.convert(pair.base, pair.ft, energy=0.8).save(tmp_path / "out")
+    rows = [row for row in report_of(out)["tensors"].values() if row["status"] == "factored"]
+    assert all(row["captured_energy"] >= 0.8 - 1e-6 for row in rows)
+    assert len({row["rank"] for row in rows}) > 1
+    pair.load_peft(out)
+
+
+def test_a_budget_is_spent_where_it_captures_most(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    budget = 20_000
+    out = adapt_convert.convert(pair.base, pair.ft, budget=budget).save(tmp_path / "out")
+    report = report_of(out)
+    sizes = [v.numel() * 4 for k, v in load_file(out / "adapter_model.safetensors").items() if "lora_" in k]
+    assert 0.9 * budget < sum(sizes) <= budget
+    # No exchange of one rank for another of the same cost gains: the least kept beats the best left out.
+    base, ft = load_file(pair.base / "model.safetensors"), load_file(pair.ft / "model.safetensors")
+    kept, left = [], []
+    for tensor, row in report["tensors"].items():
+        if row["status"] == "factored" or row.get("reason", "").startswith("the budget"):
+            values = torch.linalg.svdvals((ft[tensor] - base[tensor]).double()).square() / sum(ft[tensor].shape)
+            rank = row.get("rank", 0)
+            kept += values[:rank].tolist()
+            left += values[rank : rank + 1].tolist()
+    cheapest = min(sum(ft[t].shape) for t, row in report["tensors"].items() if row["status"] == "factored")
+    assert budget - sum(sizes) < 4 * max(sum(v.shape) for v in ft.values() if v.ndim == 2)
+    assert sorted(kept)[1] >= sorted(left)[-1] or budget - sum(sizes) < 4 * cheapest
+
+
+def test_added_vocabulary_is_reported_and_still_loads(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    ft = load_file(pair.ft / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        ft[key] = torch.cat([ft[key], torch.ones(8, ft[key].shape[1])])
+    (tmp_path / "ft").mkdir()
+    save_file(ft, tmp_path / "ft" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "ft" / "config.json").write_text((pair.ft / "config.json").read_text().replace("96", "104"))
+    out = adapt_convert.convert(pair.base, tmp_path / "ft", rank=4).save(tmp_path / "out")
+    row = report_of(out)["tensors"]["model.embed_tokens.weight"]
+    assert row["status"] == "dropped"
+    assert "8 rows" in row["reason"]
+    embedding = pair.load_peft(out).get_input_embeddings().weight
+    torch.testing.assert_close(embedding, ft["model.embed_tokens.weight"][:96])
+    with pytest.raises(AdaptError, match=r"--strict: .*8 rows"):
+        adapt_convert.convert(pair.base, tmp_path / "ft", rank=4, strict=True)
+
+
+def test_strict_refuses_what_the_target_leaves_out(pairs: Any) -> None:
+    pair = pairs("llama")
+    with pytest.raises(AdaptError, match=r"--strict: model\.layers\.0\.mlp"):
+        adapt_convert.convert(pair.base, pair.ft, to="lorta", rank=2, strict=True)
+    adapt_convert.convert(pair.base, pair.ft, to="lorta", rank=2, strict=True, exclude=("gate_proj", "up_proj", "down_proj"))
+    adapt_convert.convert(pair.base, pair.ft, to="lorta", rank=2, strict=True, target_modules=("all-linear",))
+
+
+@pytest.mark.parametrize("target", ["lora", "lorta"])
+def test_same_seed_same_bytes(pairs: Any, tmp_path: Path, target: str) -> None:
+    pair = pairs("llama")
+    first, second = (
+        adapt_convert.convert(pair.base, pair.ft, to=target, rank=3, seed=5).save(tmp_path / name) for name in ("a", "b")
+    )
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_an_embedding_can_be_factored(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    out = adapt_convert.convert(pair.base, pair.ft, rank=32, target_modules=("all-linear", "embed_tokens")).save(tmp_path / "o")
+    assert report_of(out)["tensors"]["model.embed_tokens.weight"]["status"] == "factored"
+    torch.testing.assert_close(pair.logits(pair.load_peft(out)), pair.logits(pair.load(pair.ft)), atol=2e-4, rtol=1e-4)
+
+
+_PEAK = """
+import resource, sys, adapt_convert
+adapt_convert.convert(sys.argv[1], sys.argv[2], rank=4, device="cpu").save(sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path: Path) -> None:
+    """Forty layers take no more memory than four but for their factors; a sharded pair of 4 and 40 times two 4 MB matrices."""
+    peaks = {}
+    for layers in (4, 40):
+        for side in ("base", "ft"):
+            directory = tmp_path / f"{side}{layers}"
+            directory.mkdir()
+            weight_map = {}
+            for layer in range(layers):
+                file = f"model-{layer:05d}.safetensors"
+                names = [f"model.layers.{layer}.mlp.{kind}_proj.weight" for kind in ("up", "gate")]
+                save_file({name: torch.randn(1024, 1024) for name in names}, directory / file)
+                weight_map |= dict.fromkeys(names, file)
+            (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        paths = [str(tmp_path / f"{name}{layers}") for name in ("base", "ft", "out")]
+        run = subprocess.run([sys.executable, "-c", _PEAK, *paths], capture_output=True, text=True, check=True)
+        peaks[layers] = int(run.stdout)
+    factor_bytes = 36 * 2 * 2 * 1024 * 4 * 4
+    assert peaks[40] - peaks[4] < 2 * factor_bytes + 16 * 2**20, peaks  # 36 more layers hold 288 MB on each side

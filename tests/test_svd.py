@@ -1,0 +1,113 @@
+"""The truncated SVD against `torch.linalg.svd`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapt_convert.convert.delta import DenseDelta, LowRankDelta, residual_energy
+from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+SPECTRA = {
+    "flat": random(500, 400),
+    "wide": random(150, 900),
+    "tall": random(900, 150),
+    "low rank": random(500, 6) @ random(6, 400),
+    "low rank and noise": random(500, 30) @ random(30, 400) + 3 * random(500, 400),
+    "steep": random(500, 400) * torch.logspace(0, -6, 400),
+    "one direction": random(500, 1) @ random(1, 400),
+    "clustered": torch.linalg.qr(random(500, 400)).Q,
+    "tiny scale": 1e-12 * random(300, 200),
+    "large scale": 1e12 * random(300, 200),
+    "one row": random(1, 300),
+    "one number": random(1, 1),
+    "bf16 rounding": (random(400, 300).bfloat16().float() - random(400, 300)),
+}
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 64, 10**6])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_energy_of_the_full_svd(name: str, rank: int) -> None:
+    delta = DenseDelta(SPECTRA[name])
+    best = torch.linalg.svdvals(delta.weight.double())
+    factors = factorise(delta, rank, generator()).truncate(rank)
+    captured = 1 - residual_energy(delta, factors) / delta.energy()
+    optimum = float(best[:rank].square().sum() / best.square().sum())
+    assert captured >= 0.9999 * optimum
+    assert captured <= optimum + 1e-6
+    assert factors.rank <= min(rank, *delta.shape)
+
+
+def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapt_convert.convert import svd
+
+    monkeypatch.setattr(svd, "_from_gram", lambda *_: pytest.fail("the exact path was taken"))
+    delta = DenseDelta(random(1200, 20) @ random(20, 1100) + 0.5 * random(1200, 1100))
+    values = factorise(delta, 12, generator()).values
+    torch.testing.assert_close(values, torch.linalg.svdvals(delta.weight.double())[:12], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rank", [3, 8, 50])
+def test_factored_delta_needs_no_product(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    delta = LowRankDelta(random(90, 8), random(8, 70))
+    product = delta.dense()
+    monkeypatch.setattr(LowRankDelta, "dense", lambda self: pytest.fail("the product was formed"))
+    factors = factorise(delta, rank, generator()).truncate(rank)
+    u, s, vt = torch.linalg.svd(product.double())
+    expected = (u[:, :rank] * s[:rank] @ vt[:rank]).float() if rank < 8 else product
+    torch.testing.assert_close(factors.B @ factors.A, expected, rtol=1e-4, atol=1e-4)
+    assert factors.rank == min(rank, 8)
+    assert residual_energy(delta, factors) == pytest.approx(float(s[rank:8].square().sum()), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("name", ["flat", "low rank", "low rank and noise", "steep", "one row"])
+def test_least_rank_for_an_energy(name: str, share: float) -> None:
+    delta = DenseDelta(SPECTRA[name])
+    factorisation, rank = factorise_for_energy(delta, share, generator())
+    captured = 1 - residual_energy(delta, factorisation.truncate(rank)) / delta.energy()
+    assert captured >= share - 2e-6
+    energies = torch.linalg.svdvals(delta.weight.double()).square()
+    if share < 1:  # what one rank less captures at the very best
+        assert float(energies[: rank - 1].sum() / energies.sum()) < share
+
+
+def test_one_factorisation_serves_every_smaller_rank() -> None:
+    delta = DenseDelta(SPECTRA["steep"])
+    wide = factorise(delta, 40, generator())
+    for rank in (1, 7, 40):
+        once = factorise(delta, rank, generator()).truncate(rank)
+        assert residual_energy(delta, wide.truncate(rank)) == pytest.approx(residual_energy(delta, once), rel=1e-3, abs=1e-9)
+
+
+def test_same_seed_same_bytes() -> None:
+    def run() -> Factorisation:
+        return factorise(DenseDelta(SPECTRA["flat"]), 16, generator())
+
+    first, second = run(), run()
+    assert torch.equal(first.left, second.left)
+    assert torch.equal(first.right, second.right)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50), st.integers(0, 40), st.integers(0, 2**31))
+def test_any_shape_and_rank(rows: int, columns: int, rank: int, true_rank: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, max(true_rank, 1), generator=draw) @ torch.randn(max(true_rank, 1), columns, generator=draw)
+    delta = DenseDelta(weight)
+    factors = factorise(delta, rank, generator()).truncate(rank)
+    best = torch.linalg.svdvals(weight.double()).square()
+    assert factors.B.isfinite().all()
+    assert factors.A.isfinite().all()
+    assert residual_energy(delta, factors) <= float(best[rank:].sum()) + 1e-5 * float(best.sum())
