@@ -332,15 +332,15 @@ def fit_cp(
     rank: int,
     *,
     seed: int = 0,
-    starts: int = 2,
+    starts: int = 3,
     polish: int = _POLISH,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     progress: Callable[[str], None] | None = None,
 ) -> CPFit:
     """Fit a CP tensor of `rank` columns to all slabs, in 3 to 8 passes over them.
 
-    `starts`: fits of the core from different starts (greedy and random in turn) of which the best goes on; `polish`: rounds of at
-    most two passes after the first measurement. The same input, seed and device give the same bytes.
+    `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
+    `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.
 
     Raises `ValueError` for a slab outside of the shape, given twice, or of another size than the shape says.
     """

@@ -33,7 +33,8 @@ _REFIT_SWEEPS = 3
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
 _NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 1e-6  # tolerance relative to the loss
-_CLOSE = 0.1
+_CLOSE = 0.1  # share of the energy left below which the fit goes on in float64
+_NOISE = 0.5  # share of the energy left above which one start is enough
 _EXACT = 1e-14  # share of the energy below which nothing is left to fit
 
 
@@ -381,16 +382,17 @@ def refine(core: Core, model: Model) -> CoreFit:
 
 
 def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
-    """The best of `starts` fits: greedy starts, but a random one in every third place; an exact fit ends the search."""
-    best: CoreFit | None = None
+    """The best of at most `starts` fits; greedy starts, but a random one in every third place.
+
+    More starts are for structured data: an exact fit ends the search, and so does one that leaves more than half of the energy, as
+    greedy starts on noise-like data end within a percent of each other.
+    """
+    if starts < 1:
+        raise ValueError(f"fit_core: starts must be at least 1, got {starts}")
+    fits: list[CoreFit] = []
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + 1_000_003 * start)
-        model = (random_model if start % 3 == 2 else greedy_model)(core, rank, generator)
-        fit = refine(core, model)
-        if best is None or fit.loss < best.loss:
-            best = fit
-        if best.loss <= _EXACT * core.energy:
+        fits.append(refine(core, (random_model if start % 3 == 2 else greedy_model)(core, rank, generator)))
+        if not _EXACT < fits[-1].loss / (core.energy + _TINY) < _NOISE:
             break
-    if best is None:
-        raise ValueError(f"fit_core: starts must be at least 1, got {starts}")
-    return best
+    return min(fits, key=lambda fit: fit.loss)

@@ -1,0 +1,164 @@
+"""Effective deltas: the changes of the matrices as the residual stream meets them, norm gains folded in.
+
+A reader computes `W (g * n(h)) + b`, so what has to be added to it is `D_eff = W_ft diag(g_ft) - W_base diag(g_base)`; a writer
+adds `D = W_ft - W_base`. Where the norm subtracts a mean, no reader sees the uniform direction of the residual stream, and both
+kinds are stripped of it, so that every basis made from them is orthogonal to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.latte_layout import Layout, layout_of
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, Plan
+from adapt_convert.formats.errors import AdaptError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of the network: `norm` is the module whose output it reads; None makes it a writer.
+
+    `entry` is its row of the plan, None where the source leaves it as it is.
+    """
+
+    module: str
+    layer: int
+    norm: str | None
+    entry: Entry | None
+
+    @property
+    def reads(self) -> bool:
+        return self.norm is not None
+
+
+class Effective:
+    """The effective deltas and biases of one conversion, read when asked for. Raises `AdaptError` for unsupported bases."""
+
+    def __init__(self, pairs: Pairs, plan: Plan) -> None:
+        self.pairs, self.plan = pairs, plan
+        self.layout: Layout = layout_of(pairs.base.config, pairs.base.origin)
+        self._entries = {entry.name: entry for entry in plan.entries if entry.action != "drop"}
+        self.layers = self._count_layers()
+        self.matrices = tuple(self._matrices())
+        weight = self._base_info(self.matrices[0].module)
+        self.width = weight[1]
+
+    def _count_layers(self) -> int:
+        head = self.plan.full_name(self.layout.block.format(0) + "." + self.layout.writers[0] + ".weight")
+        count = 0
+        while head.replace(".0.", f".{count}.", 1) in self.plan.base_keys:
+            count += 1
+        if not count:
+            raise AdaptError(f"{self.pairs.base.origin}: has no {head}; LatTE cannot find its layers")
+        return count
+
+    def _matrices(self) -> Iterator[Matrix]:
+        for layer in range(self.layers):
+            block = self.layout.block.format(layer)
+            for norm, readers in self.layout.readers.items():
+                for reader in readers:
+                    yield self._matrix(f"{block}.{reader}", layer, self.module_name(f"{block}.{norm}"))
+            for writer in self.layout.writers:
+                yield self._matrix(f"{block}.{writer}", layer, None)
+
+    def _matrix(self, module: str, layer: int, norm: str | None) -> Matrix:
+        module = self.module_name(module)
+        entry = self._entries.get(f"{module}.weight")
+        return Matrix(module, layer, norm, entry if entry and entry.action == "factor" else None)
+
+    def module_name(self, module: str) -> str:
+        """A module's name in the model class that the plan is for."""
+        return self.plan.full_name(f"{module}.weight").removesuffix(".weight")
+
+    def _base_info(self, module: str) -> tuple[int, int]:
+        key = self.plan.base_keys.get(f"{module}.weight")
+        if key is None:
+            raise AdaptError(f"{self.pairs.base.origin}: has no {module}.weight, which its architecture should have")
+        rows, columns = self.pairs.base.infos[key].shape
+        return (columns, rows) if self.layout.conv1d else (rows, columns)
+
+    def shape(self, matrix: Matrix) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self._base_info(matrix.module)
+
+    def delta(self, matrix: Matrix) -> Delta | None:
+        """The effective delta, `(out, in)` float32; None when nothing changed."""
+        delta = self.pairs.delta(matrix.entry) if matrix.entry else None
+        if matrix.norm is None:
+            return self._centre(delta, dim=0)
+        new, old = self.gain(matrix.norm, new=True), self.gain(matrix.norm, new=False)
+        if delta is not None:
+            delta = LowRankDelta(delta.B, delta.A * new) if isinstance(delta, LowRankDelta) else DenseDelta(delta.weight * new)
+        if not torch.equal(new, old):
+            folded = self.base_weight(matrix.module) * (new - old)
+            delta = DenseDelta(folded if delta is None else delta.dense() + folded)
+        return self._centre(delta, dim=1)
+
+    def _centre(self, delta: Delta | None, dim: int) -> Delta | None:
+        if delta is None or self.layout.norm != "layer":
+            return delta
+        if isinstance(delta, DenseDelta):
+            return DenseDelta(delta.weight - delta.weight.mean(dim, keepdim=True))
+        if dim == 1:
+            return LowRankDelta(delta.B, delta.A - delta.A.mean(1, keepdim=True))
+        return LowRankDelta(delta.B - delta.B.mean(0, keepdim=True), delta.A)
+
+    def bias(self, matrix: Matrix) -> Tensor | None:
+        """What the expanded matrix has to add, exact, float32; None when the base's own bias is right.
+
+        For a reader behind a LayerNorm: the norm goes on adding its base bias, so `W_ft b_norm_ft - W_base b_norm_base` is added here.
+        """
+        name = f"{matrix.module}.bias"
+        old, new = self.vector(name, new=False), self.vector(name, new=True)
+        changed = (new - old) if old is not None and new is not None else (new if old is None else None)
+        total = torch.zeros(self.shape(matrix)[0], device=self.pairs.device) + (changed if changed is not None else 0.0)
+        if matrix.norm is not None and self.layout.norm == "layer":
+            total += self._through_norm_bias(matrix)
+        if not total.any():
+            return None
+        return total + old if old is not None else total
+
+    def _through_norm_bias(self, matrix: Matrix) -> Tensor:
+        old, new = self.vector(f"{matrix.norm}.bias", new=False), self.vector(f"{matrix.norm}.bias", new=True)
+        assert old is not None
+        assert new is not None
+        delta = self.pairs.delta(matrix.entry) if matrix.entry else None
+        total = delta.matmul(new[:, None])[:, 0] if delta is not None else torch.zeros(self.shape(matrix)[0], device=self.pairs.device)
+        if not torch.equal(new, old):
+            total = total + self.base_weight(matrix.module) @ (new - old)
+        return total
+
+    def gain(self, norm: str, new: bool) -> Tensor:
+        """The factor by which a norm multiplies, `(d,)` float32, of the fine-tune or of the base."""
+        weight = self.vector(f"{norm}.weight", new)
+        if weight is None:
+            raise AdaptError(f"{self.pairs.base.origin}: has no {norm}.weight, which its architecture should have")
+        return weight + 1.0 if self.layout.norm == "gemma" else weight
+
+    def vector(self, name: str, new: bool) -> Tensor | None:
+        """A vector parameter, float32; None when neither side has it."""
+        entry = self._entries.get(name)
+        if new and entry is not None:
+            return self.pairs.value(entry).to(self.pairs.device, torch.float32)
+        key = self.plan.base_keys.get(name)
+        return self.pairs.base.read(key).to(self.pairs.device, torch.float32) if key else None
+
+    def base_weight(self, module: str) -> Tensor:
+        """The base's matrix, `(out, in)` float32."""
+        weight = self.pairs.base.read(self.plan.base_keys[f"{module}.weight"]).to(self.pairs.device, torch.float32)
+        return weight.T if self.layout.conv1d else weight
+
+    def folded(self) -> frozenset[str]:
+        """The parameters that need no storing of their own, because the deltas and biases above contain them."""
+        names: set[str] = set()
+        for matrix in self.matrices:
+            names.add(f"{matrix.module}.bias")
+            if matrix.norm is not None:
+                names |= {f"{matrix.norm}.weight", f"{matrix.norm}.bias"}
+        return frozenset(names)
