@@ -41,7 +41,7 @@ class _Commands(click.Group):
             if isinstance(error, RuntimeError) and "out of memory" in str(error):
                 _fail("out of memory; try --device cpu")
             if isinstance(error, OSError):
-                _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+                _fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
             raise
 
 
@@ -129,7 +129,7 @@ def delta(
         plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **chosen)
         _emit(plan, True) if as_json else _print_plan(plan, _console())
         return
-    check_destination(directory, overwrite)
+    check_destination(directory, overwrite, (base, source))
 
     def announce(*plan: Any) -> None:
         if not as_json:
@@ -185,7 +185,7 @@ def merge(base: str, adapter: str, output: Path | None, overwrite: bool, revisio
     from adapt_convert.formats.location import locate
 
     directory = output or Path(f"{locate(adapter, revision).name}-merged")
-    check_destination(directory, overwrite)
+    check_destination(directory, overwrite, (base, adapter))
     with _progress(quiet=as_json) as progress:
         summary = merge_adapter(base, adapter, directory, revision=revision, overwrite=overwrite, progress=progress)
     _emit(summary, as_json)

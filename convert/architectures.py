@@ -64,6 +64,11 @@ _BERT_ROLES = {
 }
 
 
+def _bart_layer(path: str) -> Block:
+    attention = {**{role: f"self_attn.{role}_proj" for role in ("q", "k", "v")}, "o": "self_attn.out_proj"}
+    return Block(path, {**attention, "up": "fc1", "down": "fc2"})
+
+
 def _t5_attention(path: str) -> Block:
     return Block(path, {role: role for role in ATTENTION_ROLES})
 
@@ -83,19 +88,68 @@ FAMILIES: tuple[Family, ...] = (
         tied={"lm_head.weight": "model.embed_tokens.weight"},
     ),
     Family(
-        model_types=("opt",),
+        model_types=("phi",),
         prefix="model",
         blocks=(
             Block(
-                "model.decoder.layers.{}",
+                "model.layers.{}",
                 {
                     **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v")},
-                    "o": "self_attn.out_proj",
-                    "up": "fc1",
-                    "down": "fc2",
+                    "o": "self_attn.dense",
+                    "up": "mlp.fc1",
+                    "down": "mlp.fc2",
                 },
             ),
         ),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
+    ),
+    Family(
+        model_types=("phi3",),
+        prefix="model",
+        blocks=(Block("model.layers.{}", {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj"}),),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
+    ),
+    # Their fused q, k and v are interleaved by heads, so no LoRTA; listed for the head that shares the embedding's weight.
+    Family(
+        model_types=("gpt_neox",),
+        prefix="gpt_neox",
+        blocks=(),
+        tied={"lm_head.weight": "gpt_neox.embed_in.weight"},
+        renames=((r"^embed_out\.", "lm_head."),),
+    ),
+    Family(("falcon", "bloom"), "transformer", blocks=(), tied={"lm_head.weight": "transformer.word_embeddings.weight"}),
+    Family(
+        model_types=("bart", "mbart"),
+        prefix="model",
+        blocks=(
+            _bart_layer("model.encoder.layers.{}"),
+            _bart_layer("model.decoder.layers.{}"),
+            Block(
+                "model.decoder.layers.{}",
+                {**{r: f"encoder_attn.{r}_proj" for r in ("q", "k", "v")}, "o": "encoder_attn.out_proj"},
+            ),
+        ),
+        tied={
+            "model.encoder.embed_tokens.weight": "model.shared.weight",
+            "model.decoder.embed_tokens.weight": "model.shared.weight",
+            "lm_head.weight": "model.shared.weight",
+        },
+    ),
+    Family(
+        model_types=("distilbert",),
+        prefix="distilbert",
+        blocks=(
+            Block(
+                "distilbert.transformer.layer.{}",
+                {**{r: f"attention.{r}_lin" for r in ("q", "k", "v")}, "o": "attention.out_lin", "up": "ffn.lin1", "down": "ffn.lin2"},
+            ),
+        ),
+        tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+    ),
+    Family(
+        model_types=("opt",),
+        prefix="model",
+        blocks=(_bart_layer("model.decoder.layers.{}"),),
         tied={"lm_head.weight": "model.decoder.embed_tokens.weight"},
     ),
     Family(
@@ -167,6 +221,11 @@ def is_embedding(module: str) -> bool:
     return _EMBEDDING.search(module) is not None
 
 
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether `config.json` describes a mixture of experts."""
+    return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+
+
 def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Checkpoint key -> the name of that parameter in the model class that `config` names.
 
@@ -193,18 +252,25 @@ def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, st
 
 def is_head(name: str) -> bool:
     """Whether a parameter lies outside the backbone."""
-    return name.split(".")[0] in ("lm_head", "classifier", "score", "cls", "qa_outputs", "pooler")
+    return name.split(".")[0] in (
+        *("lm_head", "classifier", "score", "cls", "qa_outputs", "pooler", "embed_out"),
+        *("vocab_projector", "vocab_transform", "vocab_layer_norm", "pre_classifier", "final_logits_bias"),
+    )
 
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+
+
+def is_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether the model class of `config.json` has an output head over the vocabulary."""
+    return str((config.get("architectures") or ["ForCausalLM"])[0]).endswith(_LANGUAGE_MODELS)
 
 
 def aliases_of(name: str, family: Family | None, config: Mapping[str, Any]) -> list[str]:
     """The parameters that share the value of `name` in the model class of `config` without being stored on their own."""
     if family is None:
         return []
-    architecture = str((config.get("architectures") or ["ForCausalLM"])[0])
-    has_head = architecture.endswith(_LANGUAGE_MODELS)
+    has_head = is_language_model(config)
     short = without_prefix(name, family)
     return [alias for alias, owner in family.tied.items() if without_prefix(owner, family) == short and (has_head or not is_head(alias))]
 
@@ -251,8 +317,8 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
     def first(*names: str) -> int | None:
         return next((int(config[n]) for n in names if isinstance(config.get(n), int)), None)
 
-    query = first("num_attention_heads", "n_head", "num_heads")
-    hidden = first("hidden_size", "n_embd", "d_model")
+    query = first("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+    hidden = first("hidden_size", "n_embd", "d_model", "dim")
     if not query:
         return None
     size = first("head_dim", "d_kv") or (hidden // query if hidden else None)

@@ -83,9 +83,9 @@ def convert(
     stored, lost, records = _survey(pairs, plan, chosen, progress)
     adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     records += [_with_lost_rows(record, lost) for record in solved]
-    if all(record.status == "unchanged" for record in records):
+    if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
-    if not any(record.status == "factored" for record in records):
+    if not any(record.status == "factored" and record.energy for record in records):
         raise AdaptError(f"{opened_source.origin}: none of the targeted matrices changed; there is nothing to factor")
     if chosen.strict:
         _refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])

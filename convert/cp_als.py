@@ -34,6 +34,7 @@ _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
 _NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 1e-6  # tolerance relative to the loss
 _CLOSE = 0.1  # share of the energy left below which the fit goes on in float64
+_AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
 _NOISE = 0.5  # share of the energy left above which one start is enough
 _EXACT = 1e-14  # share of the energy below which nothing is left to fit
 
@@ -384,8 +385,8 @@ def refine(core: Core, model: Model) -> CoreFit:
 def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
     """The best of at most `starts` fits; greedy starts, but a random one in every third place.
 
-    More starts are for structured data: an exact fit ends the search, and so does one that leaves more than half of the energy, as
-    greedy starts on noise-like data end within a percent of each other.
+    More starts are for structured data: an exact fit ends the search, so do two alike, and so does one that leaves more than half of
+    the energy, as greedy starts on noise-like data end within a percent of each other.
     """
     if starts < 1:
         raise ValueError(f"fit_core: starts must be at least 1, got {starts}")
@@ -393,6 +394,8 @@ def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + 1_000_003 * start)
         fits.append(refine(core, (random_model if start % 3 == 2 else greedy_model)(core, rank, generator)))
-        if not _EXACT < fits[-1].loss / (core.energy + _TINY) < _NOISE:
+        left = [fit.loss / (core.energy + _TINY) for fit in fits]
+        agreed = start > 0 and abs(left[-1] - min(left[:-1])) < _AGREED
+        if agreed or not _EXACT < left[-1] < _NOISE:
             break
     return min(fits, key=lambda fit: fit.loss)

@@ -46,8 +46,8 @@ class Recipe:
     mlp: int = 384
     context: int = 128
     batch: int = 8
-    base_steps: int = 1000
-    tune_steps: int = 400
+    base_steps: int = 900
+    tune_steps: int = 300
     base_rate: float = 4e-3
     tune_rate: float = 2e-3
     code_bytes: int = 1_500_000
@@ -117,8 +117,9 @@ def _quiet() -> Iterator[None]:
     """Keep what transformers, peft and torch have to say about the models from the user's terminal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from transformers.utils import logging
+        import transformers
 
+        logging: Any = transformers.utils.logging
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -221,12 +222,11 @@ def _tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    wrap: Any = PreTrainedTokenizerFast
+    return wrap(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
-def _train(
-    model: nn.Module, tokens: Tensor, steps: int, rate: float, recipe: Recipe, progress: Progress, what: str
-) -> None:
+def _train(model: nn.Module, tokens: Tensor, steps: int, rate: float, recipe: Recipe, progress: Progress, what: str) -> None:
     """AdamW on random windows; the rate rises over the first twentieth of the steps and then falls to nothing."""
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -234,7 +234,7 @@ def _train(
     model.train()
     for _ in progress(range(steps), what):
         starts = torch.randint(len(tokens) - recipe.context, (recipe.batch, 1), generator=generator)
-        _loss(model, tokens[starts + torch.arange(recipe.context)]).backward()
+        torch.autograd.backward(_loss(model, tokens[starts + torch.arange(recipe.context)]))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -252,7 +252,7 @@ def _loss(model: nn.Module, windows: Tensor) -> Tensor:
 def _perplexity(model: nn.Module, windows: Tensor) -> float:
     """Perplexity per byte."""
     model.eval()
-    batches = windows.split(32)
+    batches = [windows[start : start + 32] for start in range(0, len(windows), 32)]
     return math.exp(sum(_loss(model, batch).item() * len(batch) for batch in batches) / len(windows))
 
 
@@ -279,7 +279,7 @@ def _adapter_row(directory: Path, target: str, windows: Tensor, progress: Progre
     conversion = convert(directory / "base", directory / "ft", to=target, rank=RANK, progress=progress)
     conversion.save(output, overwrite=True)
     return {
-        "name": f"{TARGETS[target]}, rank {RANK}",
+        "name": f"{TARGETS[target]} of rank {RANK}",
         "perplexity": _perplexity(_with_adapter(_read_model(directory / "base"), target, output), windows),
         "captured_energy": conversion.report["captured_energy"],
         "bytes": conversion.report["bytes"],

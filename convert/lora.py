@@ -153,7 +153,7 @@ def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
     entry = next((entry for entry in plan.entries if entry.name == name), None)
     if entry is None:
         owner = plan.full_name(plan.family.tied[name]) if plan.family and name in plan.family.tied else None
-        if pairs.source.kind == "checkpoint" and owner in pairs.source.parts:
+        if owner and pairs.source.kind == "checkpoint" and owner in pairs.source.parts:
             return lazy_value(pairs, plan, owner)  # stored in the base, but in the fine-tune only its owner is
         key = plan.base_keys[name]
         info = pairs.base.infos[key]

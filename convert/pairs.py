@@ -103,8 +103,7 @@ class Pairs:
         """New value less the base's, float32, in the stored layout (for vectors)."""
         new, old = self._read(entry)
         assert isinstance(new, Tensor)
-        assert old is not None
-        return new.float() if entry.part.kind == "add" else new.float() - old.float()
+        return new.float() if entry.part.kind == "add" or old is None else new.float() - old.float()
 
 
 def _energy(new: Tensor, old: Tensor | None) -> float:

@@ -17,6 +17,8 @@ from adapt_convert.convert.architectures import (
     family_of,
     is_embedding,
     is_head,
+    is_language_model,
+    is_mixture,
     module_names,
     place_of,
     without_prefix,
@@ -29,6 +31,7 @@ from adapt_convert.formats.source import Part, Source
 Action = Literal["factor", "store", "drop"]
 # Constants that old checkpoints carry and current models compute for themselves.
 COMPUTED = "a buffer that the model computes itself"
+_EXPERTS = re.compile(r"\.(experts?|shared_expert|block_sparse_moe|router|gate)\.")
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids|token_type_ids)$")
 
 
@@ -88,21 +91,19 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
 
     Raises `AdaptError` when the two cannot belong together: other architecture, other shapes, no common matrix.
     """
-    family = family_of(base.config) or family_of(source.config)
     _check_same_architecture(base, source)
+    family = family_of(base.config) or family_of(source.config)
+    config = source.config if source.kind == "checkpoint" and source.config else base.config
     base_names = module_names(base.infos, base.config or source.config)
     by_short = {without_prefix(name, family): key for key, name in base_names.items()}
-    entries = tuple(
-        _entry(part, by_short, base, source, family, options)
-        for part in sorted(source.parts.values(), key=lambda part: _natural(part.name))
-    )
+    planner = _Planner(base, source, options, family, config, by_short)
+    entries = tuple(planner.entry(part) for part in sorted(source.parts.values(), key=lambda part: _natural(part.name)))
     if not any(entry.kind == "matrix" and entry.base_key for entry in entries):
         raise AdaptError(f"{source.origin} and {base.origin} have no weight matrix in common; is this the right base?")
     if not any(entry.action == "factor" for entry in entries):
         raise AdaptError(_nothing_to_factor(entries, family, base, options))
     base_keys = _loaded_names(base_names, source, family)
     missing = tuple(sorted(set(base_keys) - set(source.parts))) if source.kind == "checkpoint" else ()
-    config = source.config if source.kind == "checkpoint" and source.config else base.config
     return Plan(entries, missing, _notes(entries, missing, base), base_keys, family, config)
 
 
@@ -133,40 +134,104 @@ def _check_same_architecture(base: Checkpoint, source: Source) -> None:
 
 
 def _nothing_to_factor(entries: Iterable[Entry], family: Family | None, base: Checkpoint, options: Options) -> str:
-    if options.to == "lorta" and family is None:
+    if options.to == "lorta" and (family is None or not family.blocks):
         model_type = base.config.get("model_type", "of no stated model_type")
-        return f"--to lorta needs to know the layers of {base.origin} ({model_type}), which is not listed; use --to lora"
+        return f"--to lorta needs to know the layers of {base.origin}, and {model_type} is not listed; use --to lora"
     names = sorted({entry.module.rsplit(".", 1)[-1] for entry in entries if entry.kind == "matrix"})
     return f"no matrix is left to convert; --target-modules and --exclude choose among {', '.join(names[:12])}"
 
 
-def _entry(part: Part, by_short: Mapping[str, str], base: Checkpoint, source: Source, family: Family | None, options: Options) -> Entry:
-    module = part.name.rpartition(".")[0]
-    key = by_short.get(without_prefix(part.name, family))
-    tied_to = _shared_parameter(part.name, key, by_short, family)
-    if tied_to:
-        key = by_short[without_prefix(tied_to, family)]
-    transposed = bool(family and family.conv1d and key and place_of(module, family) and part.name.endswith(".weight"))
-    kind = _kind(part, module, transposed)
-    if key is None and part.kind != "replace":
-        raise AdaptError(f"{source.origin}: adapts {part.name}, which {base.origin} does not have; is this the right base?")
-    if key is not None:
-        shape = base.infos[key].shape
-        logical = shape[::-1] if transposed and part.kind == "low_rank" else shape
-        _check_shape(part, logical, kind, module, base, source, family)
-    place = place_of(module, family) if family and kind == "matrix" else None
-    action, reason, lossy = _decide(part, module, kind, key, place, options)
-    if tied_to and action != "drop" and source.config.get("tie_word_embeddings", True):
-        action, reason = "store", f"shares {tied_to}"
-    rows = base.infos[key].shape[:1] if key and part.kind == "replace" else part.shape[:1]
-    lost = max(0, part.shape[0] - rows[0]) if rows else 0
-    return Entry(part, key, module, kind, action, reason, place, transposed, lossy, tied_to, lost)
+@dataclass(frozen=True)
+class _Planner:
+    """What deciding over one tensor needs to know of the two sides; `by_short` leads from backbone names to keys of the base."""
 
+    base: Checkpoint
+    source: Source
+    options: Options
+    family: Family | None
+    config: Mapping[str, Any]
+    by_short: Mapping[str, str]
 
-def _shared_parameter(name: str, key: str | None, by_short: Mapping[str, str], family: Family | None) -> str | None:
-    """The parameter that holds the value of `name` in the base, when the base does not store it on its own."""
-    owner = family.tied.get(name) if family and key is None else None
-    return owner if owner and without_prefix(owner, family) in by_short else None
+    def entry(self, part: Part) -> Entry:
+        module, family = part.name.rpartition(".")[0], self.family
+        key, tied_to = self._counterpart(part)
+        transposed = bool(family and family.conv1d and key and place_of(module, family) and part.name.endswith(".weight"))
+        kind = _kind(part, module, transposed)
+        rows = part.shape[:1]
+        if key is not None:
+            shape = self.base.infos[key].shape
+            self._check_shape(part, shape[::-1] if transposed and part.kind == "low_rank" else shape, module)
+            rows = shape[:1] if part.kind == "replace" else rows
+        place = place_of(module, family) if family and kind == "matrix" else None
+        action, reason, lossy = self._decide(part, module, kind, key, place)
+        if tied_to and action != "drop" and self.source.config.get("tie_word_embeddings", True):
+            action, reason = "store", f"shares {tied_to}"
+        lost = max(0, part.shape[0] - rows[0]) if rows else 0
+        return Entry(part, key, module, kind, action, reason, place, transposed, lossy, tied_to, lost)
+
+    def _counterpart(self, part: Part) -> tuple[str | None, str | None]:
+        """The base's tensor for a parameter; and the parameter it shares, where the base does not store it on its own."""
+        key = self.by_short.get(without_prefix(part.name, self.family))
+        owner = self.family.tied.get(part.name) if self.family and key is None else None
+        if owner and without_prefix(owner, self.family) in self.by_short:
+            return self.by_short[without_prefix(owner, self.family)], owner
+        if key is None and part.kind != "replace":
+            raise AdaptError(f"{self.source.origin}: adapts {part.name}, which {self.base.origin} does not have; is this the right base?")
+        return key, None
+
+    def _check_shape(self, part: Part, shape: tuple[int, ...], module: str) -> None:
+        if part.shape == shape:
+            return
+        # Rows may be added or cut where rows are tokens or classes: an embedding table or a head, outside the numbered layers.
+        in_layers = re.search(r"\.\d+\.", f".{module}.") is not None
+        if part.shape[1:] == shape[1:] and len(shape) in (1, 2) and not in_layers and part.kind == "replace":
+            return
+        raise AdaptError(
+            f"{part.name} is {list(part.shape)} in {self.source.origin} but {list(shape)} in {self.base.origin}: "
+            "not a fine-tune of this base"
+        )
+
+    def _decide(self, part: Part, module: str, kind: str, key: str | None, place: Place | None) -> tuple[Action, str, bool]:
+        """What to do with a tensor if it changed: the action, its reason, and whether dropping it counts as a loss."""
+        if any(matches(module, pattern) for pattern in self.options.exclude):
+            return "drop", "excluded by --exclude", False
+        if part.dtype not in ("F64", "F32", "F16", "BF16") or _BUFFER.search(part.name):
+            return "drop", COMPUTED, not _BUFFER.search(part.name)
+        if is_mixture(self.config) and _EXPERTS.search(f".{module}."):
+            return "drop", "part of a mixture of experts, which transformers holds in another form than the checkpoint", True
+        if kind == "embedding" and self.family is None and self._shares_unknown_head(part):
+            return "drop", "shared with an output head whose name is not known for this architecture", True
+        if key is None:
+            return "store", "new in the fine-tune", True
+        if self._is_targeted(module, kind, place):
+            if kind == "matrix" and self.options.to == "lorta" and place is None:
+                return "drop", "not one of the attention or MLP matrices that a LoRTA holds", True
+            if kind == "matrix" or self.options.to == "lora":
+                return "factor", "", True
+        if kind == "embedding" and part.kind == "low_rank" and self.options.to == "lora":
+            return "factor", "", True
+        if kind == "matrix" and (place is not None or self.options.to == "lora"):
+            return "drop", _untargeted_reason(self.options), True
+        return "store", "", True
+
+    def _shares_unknown_head(self, part: Part) -> bool:
+        """Whether storing this embedding alone would leave a tied head of an unlisted architecture behind, in silence."""
+        config = self.config
+        if not is_language_model(config) or part.shape[0] != config.get("vocab_size") or not config.get("tie_word_embeddings", True):
+            return False
+        return not any(other.shape == part.shape and other.name != part.name for other in self.source.parts.values())
+
+    def _is_targeted(self, module: str, kind: str, place: Place | None) -> bool:
+        to_lora = self.options.to == "lora"
+        names = self.options.target_modules or (("all-linear",) if to_lora else ("attention",))
+        attention = place is not None and place.role in (*ATTENTION_ROLES, "qkv")
+        return kind in ("matrix", "embedding") and any(
+            (name == "all-linear" and kind == "matrix" and (to_lora or place is not None))
+            or (name == "attention" and attention)
+            or (name == "mlp" and place is not None and not attention)
+            or matches(module, name)
+            for name in names
+        )
 
 
 def _kind(part: Part, module: str, transposed: bool) -> Literal["matrix", "embedding", "other"]:
@@ -176,58 +241,10 @@ def _kind(part: Part, module: str, transposed: bool) -> Literal["matrix", "embed
     return "embedding" if is_embedding(module) and not transposed else "matrix"
 
 
-def _check_shape(
-    part: Part, shape: tuple[int, ...], kind: str, module: str, base: Checkpoint, source: Source, family: Family | None
-) -> None:
-    if part.shape == shape:
-        return
-    # Rows may be added or cut where rows are tokens or classes: an embedding table or a head, outside the numbered layers.
-    in_layers = re.search(r"\.\d+\.", f".{module}.") is not None
-    if part.shape[1:] == shape[1:] and len(shape) in (1, 2) and not in_layers and part.kind == "replace":
-        return
-    raise AdaptError(
-        f"{part.name} is {list(part.shape)} in {source.origin} but {list(shape)} in {base.origin}: not a fine-tune of this base"
-    )
-
-
-def _decide(part: Part, module: str, kind: str, key: str | None, place: Place | None, options: Options) -> tuple[Action, str, bool]:
-    """What to do with a tensor if it changed: the action, its reason, and whether dropping it counts as a loss."""
-    if any(matches(module, pattern) for pattern in options.exclude):
-        return "drop", "excluded by --exclude", False
-    if part.dtype not in ("F64", "F32", "F16", "BF16") or _BUFFER.search(part.name):
-        return "drop", COMPUTED, not _BUFFER.search(part.name)
-    if key is None:
-        return "store", "new in the fine-tune", True
-    targeted = _is_targeted(module, kind, place, options)
-    if kind == "matrix" and targeted:
-        if options.to == "lorta" and place is None:
-            return "drop", "not one of the attention or MLP matrices that a LoRTA holds", True
-        return "factor", "", True
-    if kind == "embedding" and options.to == "lora" and (targeted or part.kind == "low_rank"):
-        return "factor", "", True
-    if kind == "matrix" and place is None and options.to == "lorta":
-        return "store", "a matrix outside the blocks of a LoRTA", True
-    if kind == "matrix":
-        return "drop", _untargeted_reason(options), True
-    return "store", "", True
-
-
 def _untargeted_reason(options: Options) -> str:
     if options.target_modules:
         return "not in --target-modules"
     return "outside the attention that a LoRTA holds by default; --target-modules all-linear adds the MLP"
-
-
-def _is_targeted(module: str, kind: str, place: Place | None, options: Options) -> bool:
-    names = options.target_modules or (("all-linear",) if options.to == "lora" else ("attention",))
-    attention = place is not None and place.role in (*ATTENTION_ROLES, "qkv")
-    return any(
-        (name == "all-linear" and kind == "matrix" and (options.to == "lora" or place is not None))
-        or (name == "attention" and attention)
-        or (name == "mlp" and place is not None and not attention)
-        or matches(module, name)
-        for name in names
-    )
 
 
 def _notes(entries: tuple[Entry, ...], missing: tuple[str, ...], base: Checkpoint) -> tuple[str, ...]:

@@ -8,27 +8,39 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from adapt_convert.formats.errors import AdaptError
 
+_PREFIX = ".adapt-convert-"  # of temporary directories; short, so that any legal name can be written
 
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Refuse a destination before any work: it exists, or its parent cannot be written to."""
+
+def check_destination(path: Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a destination before any work: it exists, its parent cannot be written to, or it is one of the `inputs`."""
+    try:
+        _check_existing(path, overwrite)
+    except OSError as error:  # a name that is too long, a directory that may not be searched
+        raise AdaptError(f"{path}: cannot be written: {error.strerror}") from None
+    for read in map(Path, inputs):
+        if path.exists() and read.exists() and path.resolve() in (read.resolve(), *read.resolve().parents):
+            raise AdaptError(f"{path} is read by this run and cannot be replaced by it; choose another with -o")
+    parent = _existing_ancestor(path)
+    if not parent.is_dir():
+        raise AdaptError(f"{parent} is not a directory, so {path} cannot be written")
+    try:  # asked of the file system: access() says yes to root even on a read-only mount
+        os.rmdir(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    except OSError as error:
+        raise AdaptError(f"{parent} cannot be written to: {error.strerror}") from None
+
+
+def _check_existing(path: Path, overwrite: bool) -> None:
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise AdaptError(f"{path} already exists; choose another with -o, or replace it with --overwrite")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise AdaptError(f"{path} is not a directory; choose another with -o")
     if path.exists() and (path.resolve() == Path.cwd() or not _is_our_output(path)):
         raise AdaptError(f"{path} was not written by adapt-convert; it is not replaced, choose another with -o")
-    parent = _existing_ancestor(path)
-    if not parent.is_dir():
-        raise AdaptError(f"{parent} is not a directory, so {path} cannot be written")
-    try:  # asked of the file system: access() says yes to root even on a read-only mount
-        os.rmdir(tempfile.mkdtemp(prefix=".adapt-convert-", dir=parent))
-    except OSError as error:
-        raise AdaptError(f"{parent} cannot be written to: {error.strerror}") from None
 
 
 def _is_our_output(path: Path) -> bool:
@@ -51,12 +63,12 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_destination(path, overwrite)
     created = _make_parents(path.absolute().parent)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=path.absolute().parent))
     try:
         with _terminate_as_interrupt():
             yield staging
             staging.chmod(0o777 & ~_umask())
-            _publish(staging, path)
+            _publish(staging, path, overwrite)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         for directory in reversed(created):
@@ -67,11 +79,11 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _publish(staging: Path, path: Path) -> None:
-    if not path.exists():
-        staging.rename(path)
+def _publish(staging: Path, path: Path, overwrite: bool) -> None:
+    if not (overwrite and path.exists()):
+        staging.rename(path)  # fails if somebody has put files there meanwhile
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.absolute().parent))
+    old = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=path.absolute().parent))
     path.rename(old / path.name)
     try:
         staging.rename(path)

@@ -73,6 +73,7 @@ class Checkpoint:
         self.origin = location.origin
         config = location.directory / "config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        _check_config(config, self.config)
         self.store = TensorStore(weight_files(location))
         _check_index(location, self.store)
         if not self.store.infos:
@@ -85,6 +86,15 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         return self.store.read(name)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """The fields that name the model have the types that everything after relies on."""
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    if architectures is not None and not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
+        raise AdaptError(f"{path}: architectures is {architectures!r}, expected a list of class names")
+    if model_type is not None and not isinstance(model_type, str):
+        raise AdaptError(f"{path}: model_type is {model_type!r}, expected a name")
 
 
 def open_checkpoint(origin: str | Path, revision: str | None = None) -> Checkpoint:
@@ -164,7 +174,8 @@ _QUANTISED_SUFFIXES = {
 def refuse_quantised(origin: str, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> None:
     """A difference of quantised weights is mostly quantisation noise: say which format it is and what to do."""
     quantisation = config.get("quantization_config")
-    method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, dict) else None
+    named = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    method = (named or "unnamed method") if quantisation else None
     evidence = "config.json: quantization_config"
     for name, info in infos.items():
         if method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.safetensors_file import DTYPE_NAMES, TensorInfo
+
+
+_FORBIDDEN = re.compile(r"nsupported (?:global: )?GLOBAL (\S+)")  # how torch words its refusal of what a pickle would call
 
 
 class PickleFile:
@@ -36,9 +40,10 @@ class PickleFile:
         except OSError as error:
             raise AdaptError(f"{self.path}: cannot be opened: {error.strerror or error}") from None
         except pickle.UnpicklingError as error:
-            if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            called = _FORBIDDEN.search(str(error))
+            if called:
                 raise AdaptError(
-                    f"{self.path}: is a pickle that would run code, so it is not loaded; convert it to safetensors "
+                    f"{self.path}: is a pickle that would run code ({called[1]}), so it is not loaded; convert it to safetensors "
                     "in an environment where you trust it"
                 ) from None
             raise AdaptError(f"{self.path}: is damaged or not a PyTorch file; fetch it again") from None

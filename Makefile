@@ -1,0 +1,44 @@
+# Set-up and checks, each complete on a fresh machine: `make demo`, `make test`. Both use a .venv of their own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Every install is held to the tested releases; torch above all, of which a loose one may pull gigabytes.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(wildcard *.py) py.typed $(shell find convert formats kernels -name '*.py') README.md LICENSE
+WHEEL = $(wildcard dist/adapt_convert-*.whl)
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.run
+	$(BIN)/adapt-convert demo ./demo
+
+test: $(VENV)/.dev .dev/adapt_convert
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) build hatchling
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.made $(SOURCES)
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	touch $@
+
+# The second line puts a rebuilt wheel of the same version in place; the first then finds everything else as it was.
+$(VENV)/.run $(VENV)/.dev: $(VENV)/.%: $(VENV)/.wheel
+	$(INSTALL) "$(WHEEL)[$*]"
+	$(INSTALL) --no-deps --force-reinstall "$(WHEEL)"
+	touch $@
+
+# Where mypy finds the package under its import name.
+.dev/adapt_convert:
+	mkdir -p .dev
+	ln -s .. $@

@@ -1,0 +1,191 @@
+"""The models that are compared, and the one place in memory where they take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_convert.convert.live_model import load_model, quiet, release
+from adapt_convert.formats.checkpoint import TensorStore, weight_files
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.peft import PREFIX
+from adapt_convert.formats.source import adapter_config_path
+
+OURS = ("lorta", "latte")  # loaded by adapt_convert.load; every other adapter is loaded by peft, its own library
+CHECKPOINTS = ("base", "fine-tune", "merged")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to run: `kind` is base, fine-tune, merged, or an adapter's `peft_type` in small letters."""
+
+    path: str
+    kind: str
+    location: Location
+    bytes: int
+    task: str | None = None  # of a bundle that holds several
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.kind not in CHECKPOINTS
+
+
+def open_contender(origin: str | Path, kind: str | None = None, task: str | None = None) -> Contender:
+    """Find out what a path or Hub id holds; `kind` is given for the base and the fine-tune. Raises `AdaptError`."""
+    location = locate(origin)
+    config_path = adapter_config_path(location)
+    if kind and config_path and kind == "base":
+        raise AdaptError(f"{origin}: is an adapter; BASE has to be the full model that it was trained on")
+    if config_path:
+        kind = str(read_json(config_path).get("peft_type", "adapter")).lower()
+    size = sum(path.stat().st_size for path in weight_files(location))
+    return Contender(str(origin), kind or "merged", location, size, task)
+
+
+class Stage:
+    """Holds one model: the base, bare or wearing one adapter, or a whole checkpoint loaded in its place.
+
+    `model` is what is called, `root` the `transformers` model inside it, whose modules carry their own names. The base serves
+    all adapters in turn; taking one off puts back every module and value, bit for bit.
+    """
+
+    model: Any
+    root: nn.Module
+
+    def __init__(self, base: Contender, fine_tune: Contender, model_class: Any, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.base = base
+        self.fine_tune = fine_tune
+        self.device = device
+        self.dtype = dtype
+        self._class = model_class
+        self._checkpoint: Contender | None = None
+        self._current: Contender | None = None
+        self._detach: Callable[[], None] | None = None
+        self.ignored: dict[Contender, tuple[str, ...]] = {}  # tensors of an adapter that its library did not load
+
+    def show(self, contender: Contender) -> float:
+        """Make `contender` the model that runs; returns the seconds that it took (0 when it was there already)."""
+        if contender == self._current:
+            return 0.0
+        started = time.perf_counter()
+        self._take_off()
+        checkpoint = self.base if contender.is_adapter else contender
+        if checkpoint != self._checkpoint:
+            self.clear()
+            self._load(checkpoint)
+        if contender.is_adapter:
+            with quiet():
+                self._put_on(contender)
+        self._current = contender
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
+
+    def clear(self) -> None:
+        """Forget the model, so that its memory is free."""
+        self._take_off()
+        if self._checkpoint is not None:
+            del self.model, self.root
+            self._checkpoint = None
+        release(self.device)
+
+    def _load(self, contender: Contender) -> None:
+        like = self.fine_tune.location if contender.kind == "base" and not self.fine_tune.is_adapter else None
+        self.root = self.model = load_model(contender.location, self._class, self.device, self.dtype, like)
+        self.dtype = self.dtype or next(self.root.parameters()).dtype
+        self._checkpoint = contender
+
+    def _put_on(self, contender: Contender) -> None:
+        snapshot = _Snapshot(self.root, contender.location)
+        try:
+            if contender.kind in OURS:
+                self._put_on_ours(contender)
+            else:
+                self.model = _load_peft(self.root, contender)
+                self.ignored[contender] = _unloaded_keys(self.model, contender, snapshot)
+        except BaseException:
+            snapshot.restore(self.root)
+            raise
+        self._detach = lambda: snapshot.restore(self.root)
+
+    def _put_on_ours(self, contender: Contender) -> None:
+        from adapt_convert.kernels.attach import load
+
+        options = {"task": contender.task} if contender.task else {}
+        self.model = load(self.root, contender.location.directory, **options)
+
+    def _take_off(self) -> None:
+        if self._detach is not None:
+            from adapt_convert.kernels.attach import unload
+
+            if self._current is not None and self._current.kind in OURS:
+                unload(self.root)
+            self._detach()
+            self._detach = None
+            self.model = self.root
+            release(self.device)
+        self._current = None
+
+
+class _Snapshot:
+    """The modules of a model by reference, and copies of the few values that loading an adapter writes over.
+
+    `peft` puts its wrappers in place of modules and, for a tensor that it takes for the model's own (a norm outside
+    `modules_to_save`, `base_layer.weight` of an embedding), overwrites the base. Its `unload` does not undo the latter.
+    """
+
+    def __init__(self, root: nn.Module, adapter: Location) -> None:
+        self._modules = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
+        own = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+        keys = TensorStore(weight_files(adapter)).infos
+        names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in keys}
+        self.overwritten = {name for name in names if name in own}
+        self._values = {name: (own[name], own[name].detach().clone()) for name in self.overwritten}
+
+    def restore(self, root: nn.Module) -> None:
+        for module, modules, parameters, buffers in self._modules:
+            module._modules, module._parameters, module._buffers = dict(modules), dict(parameters), dict(buffers)
+        for tensor, value in self._values.values():
+            tensor.data = value
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            with contextlib.suppress(AttributeError):
+                delattr(root, name)
+
+
+def _load_peft(root: nn.Module, contender: Contender) -> Any:
+    import peft
+
+    try:
+        model = peft.PeftModel.from_pretrained(root, contender.location.directory)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if "out of memory" in str(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise AdaptError(f"{contender.path}: peft cannot load it onto the base: {' '.join(lines[:2])[:300]}") from None
+    return model.eval()
+
+
+def _unloaded_keys(model: Any, contender: Contender, snapshot: _Snapshot) -> tuple[str, ...]:
+    """Tensors of the adapter file that reached neither the adapter nor the model: `peft` drops them without a word."""
+    import peft
+
+    stored: dict[str, Tensor] = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    names = ((key, key.removeprefix(PREFIX).replace(".base_layer.", ".")) for key in TensorStore(weight_files(contender.location)).infos)
+    return tuple(sorted(key for key, name in names if key not in stored and name not in snapshot.overwritten))
+
+
+@contextlib.contextmanager
+def staged(stage: Stage) -> Iterator[Stage]:
+    """Clears the stage at the end, whatever happens."""
+    try:
+        yield stage
+    finally:
+        stage.clear()

@@ -1,0 +1,148 @@
+"""The LatTE target: a common basis of the residual stream for every matrix of a run of layers, and what each matrix does in it.
+
+Every reader's effective delta is projected on the basis from its input side, `D ~ (D Q) Q^T`, every writer's from its output side,
+`D ~ Q (Q^T D)`. Then the residual stream can carry the adapter's part in R extra dims and each weight, expanded by the two blocks,
+stays one matrix product (kernels/latte.py). Exact where all deltas lie in the span of Q.
+Paper: LatTE, "Efficient fine-tuning via auxiliary representation"; the residual-stream construction is this project's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+from adapt_convert.convert.latte_basis import cut, find_basis
+from adapt_convert.convert.latte_deltas import Effective, Matrix
+from adapt_convert.convert.lora import lazy_value
+from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.report import Record, exact, unchanged
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+FOLDED = "folded into the effective deltas and biases of the matrices that read it"
+
+
+def solve_latte(
+    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
+) -> tuple[LatteAdapter, list[Record]]:
+    """Find the bases, project every matrix, and keep the other changed tensors of `stored` (entry -> energy) by value."""
+    effective = Effective(pairs, plan)
+    check_rank(options.rank, effective.width, pairs.base.origin)
+    segments = _bases(effective, options, progress)
+    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    task = LatteTask(pairs.source.location.name)
+    adapter = LatteAdapter(str(pairs.base.config.get("model_type")), segments, [task])
+    records = project(effective, segments, task, dtype, progress)
+    if not task.readers and not task.writers:
+        raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
+    records += store_exact(effective, task, stored)
+    adapter.fingerprints = fingerprints(effective)
+    return adapter, records
+
+
+def check_rank(rank: int | None, width: int, origin: str) -> None:
+    if rank is not None and rank > width:
+        raise AdaptError(f"--rank {rank}: the residual stream of {origin} is {width} wide; a basis of it has at most {width} dims")
+
+
+def _bases(effective: Effective, options: Options, progress: Progress) -> list[Segment]:
+    count = options.segments
+    if count > effective.layers:
+        raise AdaptError(f"--segments {count}: {effective.pairs.base.origin} has {effective.layers} layers; give at most that many")
+    segments = []
+    for run in progress(cut(effective.layers, count), "finding bases"):
+
+        def stream(run: range = run) -> Iterator[tuple[bool, Delta]]:
+            return changed(effective, run)
+
+        Q, _ = find_basis(stream, effective.width, options.rank, options.energy, options.seed, effective.pairs.device)
+        segments.append(Segment(run.start, run.stop, Q.cpu()))
+    return segments
+
+
+def changed(effective: Effective, layers: range) -> Iterator[tuple[bool, Delta]]:
+    """(reads the residual, effective delta) of every changed matrix of some layers."""
+    for matrix in effective.matrices:
+        delta = effective.delta(matrix) if matrix.layer in layers else None
+        if delta is not None:
+            yield matrix.reads, delta
+
+
+def project(effective: Effective, segments: list[Segment], task: LatteTask, dtype: torch.dtype, progress: Progress) -> list[Record]:
+    """Fill a task with the projections of all effective deltas and with the biases; measure what the written blocks miss."""
+    records = []
+    for matrix in progress(effective.matrices, "projecting"):
+        segment = next(s for s in segments if s.start <= matrix.layer < s.stop)
+        Q = segment.Q.to(effective.pairs.device)
+        delta = effective.delta(matrix)
+        energy = delta.energy() if delta is not None else 0.0
+        residual = 0.0
+        if delta is not None and energy > 0:
+            block = as_written(delta.matmul(Q) if matrix.reads else delta.rmatmul(Q).T, dtype, matrix.module)
+            held = task.readers if matrix.reads else task.writers
+            held[matrix.module] = block.cpu()
+            residual = residual_energy(delta, approximation(block, Q, matrix.reads))
+        bias = effective.bias(matrix)
+        if bias is not None:
+            task.biases[matrix.module] = bias.cpu()
+        records += _record(matrix, energy, residual, segment.rank)
+    return records
+
+
+def approximation(block: Tensor, Q: Tensor, reads: bool) -> LowRankDelta:
+    """The delta that a written block stands for."""
+    return LowRankDelta(block.float(), Q.T) if reads else LowRankDelta(Q, block.float())
+
+
+def _record(matrix: Matrix, energy: float, residual: float, rank: int) -> list[Record]:
+    """Energies are those of the effective delta. A matrix that only meets a changed norm gain has no row in the plan."""
+    if matrix.entry is None:
+        return []
+    reason = "energy of the effective delta, norm gain folded in" if matrix.reads else ""
+    return [Record(matrix.entry, "factored", energy, residual, reason, rank) if energy > 0 else unchanged(matrix.entry)]
+
+
+def as_written(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A block in the output dtype. Raises `AdaptError` when it does not fit."""
+    written = block.to(dtype)
+    if not torch.isfinite(written).all():
+        raise AdaptError(f"{name}: its block does not fit into {dtype}; choose --dtype bfloat16 or float32")
+    return written.contiguous()
+
+
+def store_exact(effective: Effective, task: LatteTask, stored: dict[Entry, float]) -> list[Record]:
+    """Changed tensors that are no matrices: those that the effective deltas contain are folded, the others kept whole."""
+    folded = effective.folded()
+    records = []
+    for entry, energy in stored.items():
+        if entry.name in folded and entry.name.endswith(".bias"):
+            records.append(exact(entry, energy, "as the bias of an expanded matrix"))
+        elif entry.name in folded:
+            records.append(Record(entry, "factored", 0.0, 0.0, FOLDED))
+        else:
+            task.exact[entry.name] = lazy_value(effective.pairs, effective.plan, entry.name)
+            records.append(exact(entry, energy, entry.reason))
+    return records
+
+
+def fingerprints(effective: Effective) -> dict[str, dict[str, str]]:
+    """Of every expanded matrix of the base, by module."""
+    base, keys = effective.pairs.base, effective.plan.base_keys
+    found = {}
+    for matrix in effective.matrices:
+        weight = base.read(keys[f"{matrix.module}.weight"])
+        found[matrix.module] = fingerprint(weight, weight.dtype)
+    return found
+
+
+def latte_plan_options(options: Options) -> Options:
+    """The options by which a plan is made: all matrices of the blocks unless the user chose."""
+    return replace(options, target_modules=options.target_modules or ("all-linear",))

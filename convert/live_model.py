@@ -1,0 +1,124 @@
+"""Loading real `transformers` models to run them; nothing here is imported before a model is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location, read_json
+
+Task = Literal["causal", "masked", "seq2seq", "classes", "features"]
+_TASKS: tuple[tuple[str, Task], ...] = (
+    ("ForCausalLM", "causal"),
+    ("LMHeadModel", "causal"),
+    ("ForMaskedLM", "masked"),
+    ("ForSequenceClassification", "classes"),
+    ("ForTokenClassification", "classes"),
+    ("ForImageClassification", "classes"),
+)
+_LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+
+
+def require_run_extra() -> None:
+    """Refuse when `transformers` or `peft`, which run models, are not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import peft  # noqa: F401
+            import transformers  # noqa: F401
+    except ImportError as error:
+        raise AdaptError(f"validation runs the models and needs {error.name}: pip install 'adapt-convert[run]'") from None
+
+
+def read_config(location: Location) -> dict[str, Any]:
+    """`config.json` beside the weights. Raises `AdaptError` when a model cannot be built for want of it."""
+    if location.file:
+        raise AdaptError(f"{location.origin}: give the directory; a model is built from the config.json beside its weights")
+    path = location.directory / "config.json"
+    if not path.is_file():
+        raise AdaptError(f"{location.origin}: has no config.json, so the model cannot be built and run")
+    return read_json(path)
+
+
+def model_class_of(location: Location) -> Any:
+    """The `transformers` class that `config.json` names; code inside the checkpoint is never run."""
+    import transformers
+
+    names = read_config(location).get("architectures") or ["nothing"]
+    found = getattr(transformers, str(names[0]), None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise AdaptError(f"{location.origin}: config.json names {names[0]} as its class, which transformers does not have")
+    return found
+
+
+def task_of(model_class: Any, config: Mapping[str, Any]) -> Task:
+    """What kind of output the class has: next-token logits, class logits, or hidden states alone."""
+    name: str = model_class.__name__
+    if name.endswith("ForConditionalGeneration"):
+        return "seq2seq" if config.get("is_encoder_decoder") else "causal"
+    return next((task for suffix, task in _TASKS if name.endswith(suffix)), "features")
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """Number of tokens that a model knows; None for one that reads no text."""
+    nested = config.get("text_config")
+    size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+    return int(size) if isinstance(size, int) else None
+
+
+def load_model(location: Location, model_class: Any, device: torch.device, dtype: torch.dtype | None, like: Location | None = None) -> Any:
+    """A model in evaluation mode on `device`.
+
+    `dtype` None is the checkpoint's own. `like` lends the number and names of classes to a base whose head is another one;
+    weights that the checkpoint lacks are then random, from a fixed seed. Raises `AdaptError` for what cannot be loaded.
+    """
+    config = model_class.config_class.from_pretrained(location.directory, local_files_only=True)
+    if like is not None:
+        theirs = model_class.config_class.from_pretrained(like.directory, local_files_only=True)
+        for name in _LABELS:
+            if getattr(theirs, name, None) is not None and getattr(config, name, None) != getattr(theirs, name):
+                setattr(config, name, getattr(theirs, name))
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # A head of another shape in the base is replaced like one that it lacks.
+            options = {"ignore_mismatched_sizes": True} if like is not None else {}
+            loaded = model_class.from_pretrained(
+                location.directory, config=config, dtype=dtype or "auto", local_files_only=True, **options
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise AdaptError(f"{location.origin}: transformers cannot load it: {str(error).strip().splitlines()[0][:300]}") from None
+    model: nn.Module = loaded.eval().requires_grad_(False)
+    return model.to(device)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the progress bars, log lines and warnings of `transformers` and `peft` while they load."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def release(device: torch.device) -> None:
+    """Give the memory of dropped models back now, not when the collector gets to it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,310 @@
+"""LatTE on a live `transformers` model: expand it by swapping modules, choose tasks row by row, and take it all off again.
+
+The decoder layers stay as they are; what they call is swapped (kernels/latte_modules.py). The expanded weights hold the base's in
+their first block and replace them in memory, so that a loaded LatTE costs its extra blocks and no second copy of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_convert.convert.latte_layout import Layout, layout_of
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
+from adapt_convert.formats.location import Location
+from adapt_convert.kernels.attach import _STATE, _Attached, _set_module, _set_parameter, _tensor
+from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, ExpandedNorm, SegmentEdge, TaskNorm, Tasks
+
+
+@dataclass
+class LatteState:
+    """What taking a LatTE off needs: `shrunk` leads from a module's name to its layout, `edges` to the hooks at segments."""
+
+    tasks: Tasks
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    transposed: dict[str, bool] = field(default_factory=dict)
+    edges: dict[str, Any] = field(default_factory=dict)
+    exact: _Attached = field(default_factory=_Attached)
+
+    def restore(self, model: nn.Module) -> nn.Module:
+        """Every module and value as before loading, bit for bit."""
+        for name, handle in self.edges.items():
+            handle.remove()
+            delattr(model.get_submodule(name), "latte_edge")
+        for name, module in self.modules.items():
+            if name in self.transposed:
+                _give_back_weight(module, model.get_submodule(name), self.transposed[name])
+            _set_module(model, name, module)
+        for name, parameter in self.exact.untied.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, parameter)
+        for name, value in self.exact.values.items():
+            _tensor(model, name).data = value
+        delattr(model, _STATE)
+        return model
+
+
+def load_latte(model: nn.Module, location: Location) -> nn.Module:
+    """Expand `model`, the base, by the LatTE directory at `location`; the model is unchanged if that raises `AdaptError`.
+
+    Inference only: dropout of a training model would act on the carried parts separately.
+    """
+    adapter = read_latte(location)
+    config = getattr(model, "config", None)
+    layout = layout_of(config.to_dict() if config is not None else {}, type(model).__name__)
+    names = _Names(model, layout)
+    _check(model, adapter, layout, names, location.origin)
+    state = LatteState(Tasks(len(adapter.tasks)))
+    setattr(model, _STATE, state)
+    try:
+        with torch.no_grad():
+            _Loader(model, adapter, layout, names, state, location.origin).run()
+    except BaseException:
+        state.restore(model)
+        raise
+    return model
+
+
+@contextmanager
+def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
+    """Within the block, row i of every batch is of task `ids[i]`: 0 is the base, 1 the first adapter of the bundle, and so on.
+
+    Without it every row of a single adapter is of task 1, and every row of a bundle is the base's. `generate()` with beams or
+    several sequences has more rows than prompts: give one id for each. Raises `AdaptError` when an id is out of range.
+    """
+    state = getattr(model, _STATE, None)
+    if not isinstance(state, LatteState):
+        raise AdaptError("the model carries no LatTE; load one with adapt_convert.load(model, DIR)")
+    chosen = [int(i) for i in ids]
+    count = state.tasks.count
+    wrong = [i for i in chosen if not 0 <= i <= count]
+    if wrong or not chosen:
+        what = f"{wrong[0]} is out of range" if wrong else "no row is given"
+        raise AdaptError(f"task_ids: {what}; there are {count} tasks, 1 to {count}, and 0 is the base")
+    before = state.tasks.ids
+    device = next(model.parameters()).device
+    state.tasks.set(torch.tensor(chosen, dtype=torch.long, device=device))
+    try:
+        yield
+    finally:
+        state.tasks.set(before)
+
+
+class _Names:
+    """Names of the adapter in the live model: a bare backbone has no prefix."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self.prefix = "" if _has(model, layout.layers) else layout.layers.split(".")[0] + "."
+        if not _has(model, self.of(layout.layers)):
+            raise AdaptError(f"this {type(model).__name__} has no {layout.layers}")
+
+    def of(self, name: str) -> str:
+        return name.removeprefix(self.prefix) if self.prefix else name
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check(model: nn.Module, adapter: LatteAdapter, layout: Layout, names: _Names, origin: str) -> None:
+    """Whether the adapter was made for this base: architecture, shapes, and a fingerprint of every expanded matrix."""
+    own = str(getattr(getattr(model, "config", None), "model_type", None))
+    if adapter.model_type != own:
+        raise AdaptError(f"{origin}: is made for {adapter.model_type}, the model is {own}")
+    if adapter.construction != "residual":
+        raise AdaptError(f"{origin}: has the construction {adapter.construction!r}; this version runs 'residual'")
+    blocks = model.get_submodule(names.of(layout.layers))
+    count = len(blocks) if isinstance(blocks, nn.ModuleList) else 0
+    if adapter.segments[-1].stop != count:
+        raise AdaptError(f"{origin}: covers {adapter.segments[-1].stop} layers, the model has {count}: made for another base")
+    for module, hashes in adapter.fingerprints.items():
+        weight = _weight(model, names.of(module))
+        if not matches_fingerprint(weight, hashes):
+            raise AdaptError(f"{origin}: made for another base: {module}.weight has other values here; load it onto {adapter.base_model}")
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    try:
+        weight = model.get_parameter(f"{name}.weight")
+    except AttributeError:
+        raise AdaptError(f"the adapter adapts {name}, which this {type(model).__name__} does not have") from None
+    if weight.is_meta or not weight.is_floating_point():
+        raise AdaptError(f"{name}.weight is {'offloaded' if weight.is_meta else weight.dtype}; LatTE expands plain floating-point weights")
+    return weight
+
+
+class _Loader:
+    """The swaps of one load, in the order in which they can be undone."""
+
+    def __init__(self, model: nn.Module, adapter: LatteAdapter, layout: Layout, names: _Names, state: LatteState, origin: str) -> None:
+        self.model, self.adapter, self.layout, self.names, self.state, self.origin = model, adapter, layout, names, state, origin
+
+    def run(self) -> None:
+        self._set_exact()
+        previous: Segment | None = None
+        for segment in self.adapter.segments:
+            self._enter(segment, previous)
+            for layer in range(segment.start, segment.stop):
+                self._expand_layer(self.names.of(self.layout.block.format(layer)), layer, segment)
+            previous = segment
+        assert previous is not None
+        name = self.names.of(self.layout.final_norm)
+        norm = self.model.get_submodule(name)
+        self._swap(name, ExitNorm(norm, self._edge(previous, None, _parameter(norm))))
+
+    def _set_exact(self) -> None:
+        tasks = self.adapter.tasks
+        if len(tasks) == 1:
+            for name, value in tasks[0].exact.items():
+                assert isinstance(value, Tensor)
+                _set_parameter(self.model, self.names.of(name), value, self.state.exact)
+            return
+        for module in sorted({name.rpartition(".")[0] for task in tasks for name in task.exact}):
+            self._set_task_norm(module)
+
+    def _set_task_norm(self, module: str) -> None:
+        """A norm that tasks change differently: one gain per task, picked by row."""
+        name = self.names.of(module)
+        norm = self.model.get_submodule(name)
+        weight = getattr(norm, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 1:
+            raise AdaptError(f"{self.origin}: a bundle cannot hold {module}, which is no norm, task by task")
+        tables = []
+        for attribute in ("weight", "bias"):
+            value = getattr(norm, attribute, None)
+            rows = None if value is None else [value, *(t.exact.get(f"{module}.{attribute}", value) for t in self.adapter.tasks)]
+            tables.append(None if rows is None else torch.stack([row.to(weight.device, weight.dtype) for row in rows]))
+        assert tables[0] is not None
+        self._swap(name, TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.state.tasks))
+
+    def _enter(self, segment: Segment, previous: Segment | None) -> None:
+        name = self.names.of(self.layout.block.format(segment.start))
+        layer = self.model.get_submodule(name)
+        layer.latte_edge = self._edge(previous, segment, _parameter(layer))
+        self.state.edges[name] = layer.register_forward_pre_hook(_through_edge, with_kwargs=True)
+
+    def _edge(self, leaving: Segment | None, entering: Segment | None, like: Tensor) -> SegmentEdge:
+        out, into = (None if s is None else s.Q.to(like.device, like.dtype) for s in (leaving, entering))
+        return SegmentEdge(out, into, self.state.tasks)
+
+    def _expand_layer(self, block: str, layer: int, segment: Segment) -> None:
+        adapted = self.layout.block.format(layer)
+        for norm_name, readers in self.layout.readers.items():
+            norm = self.model.get_submodule(f"{block}.{norm_name}")
+            gain = _parameter(norm).float() + (1.0 if self.layout.norm == "gemma" else 0.0)
+            for reader in readers:
+                self._expand(f"{block}.{reader}", f"{adapted}.{reader}", segment, gain)
+            self._swap(f"{block}.{norm_name}", ExpandedNorm(norm, segment.rank, self.layout.norm, self.state.tasks))
+        for writer in self.layout.writers:
+            self._expand(f"{block}.{writer}", f"{adapted}.{writer}", segment, None)
+
+    def _expand(self, name: str, adapted: str, segment: Segment, gain: Tensor | None) -> None:
+        """Expand one matrix: a reader behind a norm of this `gain`, or a writer."""
+        module = self.model.get_submodule(name)
+        stored = _weight(self.model, name)
+        weight = stored.data.T if self.layout.conv1d else stored.data
+        base_bias = getattr(module, "bias", None)
+        build = _writer_weight if gain is None else _reader_weight
+        blocks = [(t.writers if gain is None else t.readers).get(adapted) for t in self.adapter.tasks]
+        _check_blocks(blocks, weight, segment, gain is not None, f"{self.origin}: {adapted}")
+        expanded = build(weight, segment.Q.to(weight.device), blocks, gain)
+        biases = [t.biases.get(adapted) for t in self.adapter.tasks]
+        table = _bias_table(base_bias, biases, weight, segment, len(expanded), writes=gain is None)
+        single = table is not None and len(biases) == 1 and self.state.tasks.count == 1
+        bias = None if table is None else table[1] if single else None
+        swapped = ExpandedLinear(expanded, bias, None if single else table, self.state.tasks)
+        self.state.transposed[name] = self.layout.conv1d
+        self._swap(name, swapped)
+        stored.data = stored.data.new_empty(0)
+
+    def _swap(self, name: str, module: nn.Module) -> None:
+        self.state.modules.setdefault(name, self.model.get_submodule(name))
+        _set_module(self.model, name, module.train(self.model.training))
+
+
+def _through_edge(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (layer.latte_edge(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": layer.latte_edge(kwargs["hidden_states"])}
+
+
+def _parameter(module: nn.Module) -> Tensor:
+    """A parameter of the module that tells its device and dtype; of a norm, its gain."""
+    weight = getattr(module, "weight", None)
+    return weight.detach() if isinstance(weight, Tensor) else next(p for p in module.parameters() if p.is_floating_point()).detach()
+
+
+def _check_blocks(blocks: list[Tensor | None], weight: Tensor, segment: Segment, reads: bool, where: str) -> None:
+    expected = (weight.shape[0], segment.rank) if reads else (segment.rank, weight.shape[1])
+    for block in blocks:
+        if block is not None and tuple(block.shape) != expected:
+            raise AdaptError(f"{where}: has a block of {list(block.shape)}, the model needs {list(expected)}: made for another base")
+    if segment.Q.shape[0] != weight.shape[1 if reads else 0]:
+        raise AdaptError(f"{where}: the adapter's residual stream is {segment.Q.shape[0]} wide, the model's {weight.shape[1 if reads else 0]}")
+
+
+def _reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor | None) -> Tensor:
+    """`[W | B_1 .. B_T | W g Q]`; for one task `[W | B | B + W g Q]`, as its norm yields `w` and not `s = w + t`."""
+    assert gain is not None
+    (rows, d), r, count = weight.shape, Q.shape[1], len(blocks)
+    expanded = weight.new_zeros(rows, d + (count + 1) * r)
+    expanded[:, :d] = weight
+    carried = weight.float() @ (gain[:, None] * Q)
+    for number, block in enumerate(blocks):
+        if block is not None:
+            expanded[:, d + number * r : d + (number + 1) * r] = block.to(weight.device)
+    if count == 1 and blocks[0] is not None:
+        carried += blocks[0].to(weight.device, torch.float32)
+    expanded[:, d + count * r :] = carried
+    return expanded
+
+
+def _writer_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: None) -> Tensor:
+    """`[W; Q^T W; S_1; ..; S_T]`: what it adds to h, to w and to every t."""
+    (d, columns), r = weight.shape, Q.shape[1]
+    expanded = weight.new_zeros(d + (len(blocks) + 1) * r, columns)
+    expanded[:d] = weight
+    expanded[d : d + r] = Q.T @ weight.float()
+    for number, block in enumerate(blocks, 1):
+        if block is not None:
+            expanded[d + number * r : d + (number + 1) * r] = block.to(weight.device)
+    return expanded
+
+
+def _bias_table(base: Tensor | None, biases: list[Tensor | None], weight: Tensor, segment: Segment, rows: int, writes: bool) -> Tensor | None:
+    """The expanded bias of the base and of every task, `(T + 1, rows)`; one row pair suffices where no task changes it."""
+    if base is None and all(bias is None for bias in biases):
+        return None
+    own = torch.zeros(weight.shape[0], device=weight.device) if base is None else base.detach().float()
+    stacked = torch.stack([own, *(own if bias is None else bias.to(weight.device, torch.float32) for bias in biases)])
+    if writes:
+        Q = segment.Q.to(weight.device)
+        stacked = torch.cat([stacked, stacked @ Q, stacked.new_zeros(len(stacked), rows - stacked.shape[1] - Q.shape[1])], dim=1)
+    return stacked.to(weight.dtype)
+
+
+def _give_back_weight(module: nn.Module, swapped: nn.Module, transposed: bool) -> None:
+    """The base's weight out of the expanded one, into the parameter that held it."""
+    assert isinstance(swapped, ExpandedLinear)
+    rows, columns = _base_shape(module, transposed)
+    weight = swapped.weight[:rows, :columns]
+    parameter = module.weight
+    assert isinstance(parameter, nn.Parameter)
+    parameter.data = (weight.T if transposed else weight).clone(memory_format=torch.contiguous_format)
+
+
+def _base_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
+    """`(out, in)` of a linear layer or of GPT-2's Conv1D, whose parameter lies empty meanwhile."""
+    if transposed:
+        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
