@@ -287,10 +287,9 @@ def _print_summary(conversion: Conversion, directory: Path) -> None:
     table = Table(show_header=False)
     table.add_row("captured energy", f"{report['captured_energy']:.4%} of the factored matrices")
     table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
-    table.add_row(
-        "size",
-        f"{_bytes(report['bytes'])}, {report['inputs']['source']['bytes'] / report['bytes']:.1f} x smaller than the source",
-    )
+    ratio = report["inputs"]["source"]["bytes"] / report["bytes"]
+    table.add_row("size", f"{_bytes(report['bytes'])}, of which stored exactly {_bytes(report['bytes_exact'])}")
+    table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
     table.add_row("tensors", ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())))
     table.add_row("time", f"{report['seconds']:.1f} s")
     table.add_row("peak memory", _bytes(report["peak_memory"]))

@@ -104,7 +104,8 @@ class Stage:
         self._checkpoint = contender
 
     def _put_on(self, contender: Contender) -> None:
-        snapshot = _Snapshot(self.root, contender.location)
+        # What adapt_convert.load overwrites, adapt_convert.unload puts back.
+        snapshot = _Snapshot(self.root, None if contender.kind in OURS else contender.location)
         try:
             if contender.kind in OURS:
                 self._put_on_ours(contender)
@@ -142,10 +143,10 @@ class _Snapshot:
     `modules_to_save`, `base_layer.weight` of an embedding), overwrites the base. Its `unload` does not undo the latter.
     """
 
-    def __init__(self, root: nn.Module, adapter: Location) -> None:
+    def __init__(self, root: nn.Module, adapter: Location | None) -> None:
         self._modules = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
         own = {**dict(root.named_parameters()), **dict(root.named_buffers())}
-        keys = TensorStore(weight_files(adapter)).infos
+        keys = TensorStore(weight_files(adapter)).infos if adapter else {}
         names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in keys}
         self.overwritten = {name for name in names if name in own}
         self._values = {name: (own[name], own[name].detach().clone()) for name in self.overwritten}

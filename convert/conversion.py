@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.latte import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
@@ -31,7 +32,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress], tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]]
 ]
-SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta}
+SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte}
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Conversion:
         path = Path(directory)
         with atomic_directory(path, overwrite) as staging:
             self.report["bytes"] = self.adapter.write(staging)
+            self.report["bytes_exact"] = sum(tensor.nbytes for tensor in self.adapter.exact.values())
             self.report["seconds"] = round(time.monotonic() - self.started, 3)
             self.report["peak_memory"] = peak_memory()
             (staging / "conversion.json").write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")

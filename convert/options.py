@@ -10,7 +10,9 @@ import torch
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import Orientation
 
-TARGETS = ("lora", "lorta")
+TARGETS = ("lora", "lorta", "latte")
+CONSTRUCTIONS = ("residual", "score")
+HEADS = ("wider", "more")
 DEFAULT_RANK = 16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -21,7 +23,8 @@ class Options:
     """Options of `adapt-convert delta`, by the same names.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
-    without any the rank is 16. `dtype` None keeps the source's own. Raises `AdaptError` on anything out of range.
+    without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number or `auto`), `construction` and `heads`
+    are LatTE's. Raises `AdaptError` on anything out of range.
     """
 
     to: str = "lora"
@@ -35,6 +38,9 @@ class Options:
     seed: int = 0
     orientation: Orientation = "paper"
     strict: bool = False
+    segments: int | str = 1
+    construction: str = "residual"
+    heads: str = "wider"
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -50,6 +56,7 @@ class Options:
             raise AdaptError(f"--energy {self.energy}: must be above 0 and at most 1")
         if self.budget is not None and self.budget < 1:
             raise AdaptError(f"--budget {self.budget}: must be at least one byte")
+        self._check_latte()
         if self.to == "lorta" and self.rank is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -57,6 +64,18 @@ class Options:
         if self.orientation not in ("paper", "reference"):
             raise AdaptError(f"--orientation {self.orientation}: choose paper or reference")
         self.torch_device()
+
+    def _check_latte(self) -> None:
+        for name, choices in (("construction", CONSTRUCTIONS), ("heads", HEADS)):
+            if getattr(self, name) not in choices:
+                raise AdaptError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        given = next((n for n, usual in (("segments", 1), ("construction", "residual"), ("heads", "wider")) if getattr(self, n) != usual), "")
+        if given and self.to != "latte":
+            raise AdaptError(f"--{given} is an option of --to latte")
+        if self.segments != "auto" and (type(self.segments) is not int or self.segments < 1):
+            raise AdaptError(f"--segments {self.segments}: must be auto or a whole number of at least 1")
+        if self.to == "latte" and self.budget is not None:
+            raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
 
     def torch_device(self) -> torch.device:
         """The device asked for, or CUDA if there is one, or the CPU."""

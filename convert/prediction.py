@@ -29,6 +29,10 @@ def _factor_numbers(plan: Plan, options: Options) -> int:
     shapes = [entry.matrix_shape for entry in plan.having("factor")]
     if options.to == "lora":  # a share of the energy needs full rank at most
         return sum(min(options.rank or max(shape), *shape) * sum(shape) for shape in shapes)
+    if options.to == "latte":  # each matrix keeps its far side, each segment a basis of the near one
+        wide = max(min(shape) for shape in shapes)
+        segments = options.segments if isinstance(options.segments, int) else len(shapes)
+        return (options.rank or wide) * (sum(max(shape) for shape in shapes) + segments * wide)
     heads = heads_of(plan.config)
     places = [entry.place for entry in plan.having("factor") if entry.place]
     layers = len({(place.block, place.layer) for place in places})

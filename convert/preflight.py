@@ -134,9 +134,9 @@ def _check_same_architecture(base: Checkpoint, source: Source) -> None:
 
 
 def _nothing_to_factor(entries: Iterable[Entry], family: Family | None, base: Checkpoint, options: Options) -> str:
-    if options.to == "lorta" and (family is None or not family.blocks):
+    if options.to != "lora" and (family is None or not family.blocks):
         model_type = base.config.get("model_type", "of no stated model_type")
-        return f"--to lorta needs to know the layers of {base.origin}, and {model_type} is not listed; use --to lora"
+        return f"--to {options.to} needs to know the layers of {base.origin}, and {model_type} is not listed; use --to lora"
     names = sorted({entry.module.rsplit(".", 1)[-1] for entry in entries if entry.kind == "matrix"})
     return f"no matrix is left to convert; --target-modules and --exclude choose among {', '.join(names[:12])}"
 
@@ -204,8 +204,8 @@ class _Planner:
         if key is None:
             return "store", "new in the fine-tune", True
         if self._is_targeted(module, kind, place):
-            if kind == "matrix" and self.options.to == "lorta" and place is None:
-                return "drop", "not one of the attention or MLP matrices that a LoRTA holds", True
+            if kind == "matrix" and self.options.to != "lora" and place is None:
+                return "drop", "not one of the attention or MLP matrices that a LoRTA or LatTE holds", True
             if kind == "matrix" or self.options.to == "lora":
                 return "factor", "", True
         if kind == "embedding" and part.kind == "low_rank" and self.options.to == "lora":
@@ -223,7 +223,7 @@ class _Planner:
 
     def _is_targeted(self, module: str, kind: str, place: Place | None) -> bool:
         to_lora = self.options.to == "lora"
-        names = self.options.target_modules or (("all-linear",) if to_lora else ("attention",))
+        names = self.options.target_modules or (("attention",) if self.options.to == "lorta" else ("all-linear",))
         attention = place is not None and place.role in (*ATTENTION_ROLES, "qkv")
         return kind in ("matrix", "embedding") and any(
             (name == "all-linear" and kind == "matrix" and (to_lora or place is not None))

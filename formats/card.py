@@ -12,6 +12,11 @@ from transformers import {auto}
 
 model = PeftModel.from_pretrained({auto}.from_pretrained({base}), "path/of/this/directory")
 """,
+    "latte": """import adapt_convert
+from transformers import {auto}
+
+model = adapt_convert.load({auto}.from_pretrained({base}), "path/of/this/directory")
+""",
     "lorta": """import adapt_convert
 from transformers import {auto}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapt_convert.convert.architectures import ATTENTION_ROLES, family_of, place_of
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.lorta import LortaBlock, Slot, read_lorta_blocks
 from adapt_convert.formats.peft import CONFIG, PREFIX
@@ -55,7 +56,7 @@ class _Attached:
 
 
 def load(model: nn.Module, adapter: str | Path, revision: str | None = None) -> nn.Module:
-    """Add a LoRTA directory to `model` in place and return it; `unload` takes it off.
+    """Add a LoRTA or LatTE directory to `model` in place and return it; `unload` takes it off.
 
     `model` is the base, loaded by `transformers`. Raises `AdaptError` when the adapter does not fit it; the model is then as
     it was. A LoRA is loaded by `peft`, its own library.
@@ -63,6 +64,10 @@ def load(model: nn.Module, adapter: str | Path, revision: str | None = None) -> 
     if hasattr(model, _STATE):
         raise AdaptError("the model carries an adapter already; call adapt_convert.unload(model) first")
     location = locate(adapter, revision)
+    if latte_config_path(location) is not None:
+        from adapt_convert.kernels.latte import load_latte
+
+        return load_latte(model, location)
     path = adapter_config_path(location)
     if path is None:
         raise AdaptError(f"{adapter}: has no {CONFIG}; it is not an adapter")
@@ -86,9 +91,11 @@ def load(model: nn.Module, adapter: str | Path, revision: str | None = None) -> 
 
 def unload(model: nn.Module) -> nn.Module:
     """Take the adapter off: every module and value is again what it was before `load`, bit for bit."""
-    state: _Attached | None = getattr(model, _STATE, None)
+    state = getattr(model, _STATE, None)
     if state is None:
         raise AdaptError("the model carries no adapter")
+    if not isinstance(state, _Attached):
+        return state.restore(model)  # type: ignore[no-any-return]
     for name, module in state.modules.items():
         _set_module(model, name, module)
     for name, parameter in state.untied.items():

@@ -133,8 +133,7 @@ def test_a_failed_run_leaves_what_was_there(
 def test_a_file_size_limit_in_a_real_process(pairs, work: Path) -> None:
     pair = pairs("llama")
     done = subprocess.run(
-        [sys.executable, "-c", "from adapt_convert.cli import main; main()"]
-        + ["delta", str(pair.base), str(pair.ft), "--rank", "16", "-o", str(work / "new" / "deep" / "out")],
+        [sys.executable, "-c", PROGRAM.format(patch=""), "delta", pair.base, pair.ft, "-o", work / "new" / "deep" / "out"],
         capture_output=True,
         text=True,
         check=False,
@@ -170,7 +169,7 @@ def test_destinations_that_cannot_be_written(pairs, work: Path, monkeypatch: pyt
         Path("/proc/out"): "/proc cannot be written to",
         Path("/proc/self/deep/out"): "cannot be written to",
         work / ("n" * 300): "too long",
-        work / "\x1b[31m\n" / ("n" * 300): "too long",
+        work / ("\x1b[31m\n" + "n" * 300): "too long",
     }
     for out, message in cases.items():
         result = delta(pair, out)
@@ -207,7 +206,7 @@ def test_an_input_is_never_overwritten(pairs, work: Path, role: str) -> None:
     assert snapshot(work) == before
 
 
-SLOW_SOLVING = "import adapt_convert.convert.lora as m; real = m.factorise; m.factorise = slow"
+SLOW_SOLVING = "from adapt_convert.convert import lora as m; real = m.factorise; m.factorise = slow"
 SLOW_WRITING = "import adapt_convert.formats.peft as m; real = m.write_safetensors; m.write_safetensors = slow"
 PROGRAM = """
 import sys, time
@@ -218,7 +217,7 @@ def slow(*args):
     return result
 {patch}
 from adapt_convert.cli import main
-main()
+main(sys.argv[1:8])
 """
 
 
@@ -232,8 +231,8 @@ def test_an_interrupt_leaves_nothing(pairs, work: Path, patch: str, number: int,
     assert delta(pair, work / "out").exit_code == 0
     before = snapshot(work)
     flag = work.parent / "flag"
-    arguments = ["delta", str(pair.base), str(pair.ft), "-o", str(work / "out"), "--overwrite", str(flag)]
-    program = PROGRAM.format(patch=patch).replace("main()", "main(sys.argv[1:-1])")
+    arguments = ["delta", str(pair.base), str(pair.ft), "-o", str(work / "out"), "--rank=4", "--overwrite", str(flag)]
+    program = PROGRAM.format(patch=patch)
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True)
     while not flag.exists():
         assert process.poll() is None

@@ -49,6 +49,12 @@ def test_every_command_speaks_json_and_stands_in_the_readme(command: str) -> Non
     assert f"adapt-convert {command}" in readme.read_text()
 
 
+def test_the_reference_is_current() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    made = subprocess.run([sys.executable, docs / "make_cli_reference.py"], capture_output=True, text=True, check=True).stdout
+    assert (docs / "cli.md").read_text() == made, "run: python docs/make_cli_reference.py > docs/cli.md"
+
+
 @pytest.mark.parametrize(("target", "name"), [("lorta", "ft-lorta-r16"), ("lora", "ft-lora-r16")])
 def test_as_typed_in_the_readme(here: Path, target: str, name: str) -> None:
     result = run("delta", "base", "ft", "--to", target, "--rank", 16)
