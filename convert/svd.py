@@ -8,6 +8,7 @@ longer small. `||D||_F^2` is known, so the error of either is exact, never an es
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -107,32 +108,32 @@ def _from_krylov(delta: DenseDelta, rank: int, block: int, generator: torch.Gene
     P^T P are the best approximations within V (Rayleigh-Ritz) and its leading eigenvalues the energy captured so far, which
     only grows. Its gain shrinks by a nearly constant factor, which bounds what further steps can add.
     """
-    device = delta.weight.device
-    start = torch.randn(delta.shape[0], block, generator=generator).to(device)
+    start = torch.randn(delta.shape[0], block, generator=generator).to(delta.weight.device)
     basis = _orthonormal(delta.rmatmul(start))
     image = delta.matmul(basis)
-    captured, gain = 0.0, float("inf")
+    gram = image.T @ image
+    captured, gain = 0.0, math.inf
     while True:
-        gram = image.double().T @ image.double()
-        eigenvalues, rotation = torch.linalg.eigh(gram)
-        previous, captured = captured, float(eigenvalues[-rank:].sum())
+        previous, captured = captured, float(torch.linalg.eigvalsh(gram.double())[-rank:].sum())
         last, gain = gain, captured - previous
-        ratio = min(gain / last, 0.9) if last < float("inf") and last > 0 else 1.0
-        if captured == 0 or (ratio < 1 and gain * ratio / (1 - ratio) <= _TOLERANCE * captured and gain < 0.01 * captured):
-            return _from_ritz(basis, image, rotation.flip(1)[:, :rank], delta.energy())
+        ratio = min(gain / last, 0.9) if 0 < last < math.inf else 1.0
+        if captured == 0 or (ratio < 1 and gain < 0.01 * captured and gain * ratio / (1 - ratio) <= _TOLERANCE * captured):
+            return _from_ritz(basis, image, rank, delta.energy())
         if basis.shape[1] + block > _DENSE_SHARE * min(delta.shape):
             return None
         fresh = delta.rmatmul(_orthonormal(image[:, -block:]))
         for _ in range(2):  # once is not enough in float32
-            fresh = fresh - basis @ (basis.T @ fresh)
-        fresh = _orthonormal(fresh)
-        fresh = _orthonormal(fresh - basis @ (basis.T @ fresh))
-        basis = torch.cat([basis, fresh], dim=1)
-        image = torch.cat([image, delta.matmul(fresh)], dim=1)
+            fresh = _orthonormal(fresh - basis @ (basis.T @ fresh))
+        fresh_image = delta.matmul(fresh)
+        cross = image.T @ fresh_image
+        gram = torch.cat([torch.cat([gram, cross], dim=1), torch.cat([cross.T, fresh_image.T @ fresh_image], dim=1)])
+        basis, image = torch.cat([basis, fresh], dim=1), torch.cat([image, fresh_image], dim=1)
 
 
-def _from_ritz(basis: Tensor, image: Tensor, rotation: Tensor, energy: float) -> Factorisation:
-    left, right = image.double() @ rotation, (basis.double() @ rotation).T
+def _from_ritz(basis: Tensor, image: Tensor, rank: int, energy: float) -> Factorisation:
+    image = image.double()
+    rotation = torch.linalg.eigh(image.T @ image).eigenvectors.flip(1)[:, :rank]
+    left, right = image @ rotation, (basis.double() @ rotation).T
     return _finish(left, right, torch.linalg.vector_norm(left, dim=0), energy)
 
 

@@ -1,0 +1,266 @@
+"""Adapters that `peft` itself made, read as factored deltas: converted, merged, and refused where they are no plain LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig
+from safetensors.torch import load_file, save_file
+
+import adapt_convert
+from adapt_convert.convert.conversion import open_pair
+from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.formats.errors import AdaptError
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]} | options)
+
+
+# name -> (model, the adapter's config, the largest rank in it)
+ADAPTERS: dict[str, tuple[str, LoraConfig, int]] = {
+    "plain": ("llama", lora(), 4),
+    "alpha is not r": ("llama", lora(lora_alpha=13), 4),
+    "rsLoRA": ("llama", lora(lora_alpha=7, use_rslora=True), 4),
+    "rank_pattern": ("llama", lora(rank_pattern={"v_proj": 2}, lora_alpha=6), 4),
+    "patterns as regular expressions": (
+        "llama",
+        lora(
+            target_modules=ATTENTION,
+            rank_pattern={r"layers\.1\..*\.q_proj": 7, "^model.layers.0.self_attn.k_proj": 2, r"[vo]_proj": 3},
+            alpha_pattern={r"layers\.\d+\.self_attn\.(k|q)_proj": 5, "proj": 99, "q_proj": 77},
+            lora_alpha=11,
+        ),
+        7,
+    ),
+    "patterns with rsLoRA": ("llama", lora(rank_pattern={"q_proj": 6}, alpha_pattern={"v_proj": 3}, use_rslora=True), 6),
+    "pattern of a name's end is no match": ("llama", lora(alpha_pattern={"_proj": 50, "proj": 60, "0.self_attn.q_proj": 5}), 4),
+    "all-linear": ("llama", lora(target_modules="all-linear", lora_alpha=3), 4),
+    "target_modules as a regular expression": ("llama", lora(target_modules=r".*layers\.1\..*(up|q)_proj"), 4),
+    "some layers": ("llama", lora(layers_to_transform=[1], layers_pattern="layers"), 4),
+    "GPT-2, fan_in_fan_out": ("gpt2", lora(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, lora_alpha=9), 4),
+    "embedding": ("llama", lora(target_modules=["q_proj", "embed_tokens"], lora_alpha=6), 4),
+    "embedding with rsLoRA": ("llama", lora(target_modules=["embed_tokens", "q_proj"], lora_alpha=6, use_rslora=True), 4),
+    "head": ("llama", lora(target_modules=["q_proj", "lm_head"]), 4),
+    "modules_to_save": ("llama", lora(modules_to_save=["lm_head", "norm"]), 4),
+    "modules_to_save, embedding": ("llama", lora(modules_to_save=["embed_tokens", "input_layernorm"]), 4),
+    "a classifier's head": ("roberta", lora(target_modules=["query", "value"], modules_to_save=["classifier"], lora_alpha=6), 4),
+    "bias all": ("qwen2", lora(bias="all", lora_alpha=6), 4),
+    "bias lora_only": ("qwen2", lora(bias="lora_only", target_modules=[*ATTENTION, "down_proj"]), 4),
+    "bias all, GPT-2": ("gpt2", lora(target_modules=["c_attn"], bias="all", fan_in_fan_out=True), 4),
+    "lora_bias": ("qwen2", lora(target_modules=["q_proj", "k_proj"], lora_bias=True, lora_alpha=10), 4),
+    "lora_bias with rsLoRA": ("qwen2", lora(target_modules=["q_proj"], lora_bias=True, use_rslora=True), 4),
+    "T5": ("t5", lora(target_modules=["q", "v", "wo"], lora_alpha=6), 4),
+    "ViT": ("vit", lora(target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]), 4),
+}
+
+
+def make_adapter(pair, config: Any, directory: Path, seed: int = 0) -> Any:
+    """A trained-looking adapter: whatever `peft` trains is random. Returns the live model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(pair.load(pair.base), config).eval()
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapters(pairs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path, torch.Tensor, int]]:
+    """By name: the pair, the adapter's directory, the logits of the live model, and the largest rank."""
+    made: dict[str, Any] = {}
+
+    def make(name: str) -> tuple[Any, Path, torch.Tensor, int]:
+        if name not in made:
+            model, config, rank = ADAPTERS[name]
+            directory = tmp_path_factory.mktemp("adapter")
+            made[name] = pairs(model), directory, pairs(model).logits(make_adapter(pairs(model), config, directory)), rank
+        return made[name]
+
+    return make
+
+
+def product_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: LowRankDelta) -> torch.Tensor:
+        raise AssertionError("the product of the factors was formed")
+
+    monkeypatch.setattr(LowRankDelta, "dense", refuse)
+
+
+def live_logits(pair, adapter: Path) -> torch.Tensor:
+    return pair.logits(pair.load_peft(adapter))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_lora_to_lora_keeps_the_model(adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pair, adapter, expected, rank = adapters(name)
+    assert (expected - pair.logits(pair.load(pair.base))).abs().max() > 1e-2
+    product_is_forbidden(monkeypatch)
+    conversion = adapt_convert.convert(pair.base, adapter, to="lora", rank=rank)
+    out = conversion.save(tmp_path / "out")
+    torch.testing.assert_close(live_logits(pair, out), expected, atol=1e-4, rtol=1e-4)
+    assert conversion.report["captured_energy_of_all_changes"] > 1 - 1e-6
+    assert conversion.report["inputs"]["source"]["kind"] == "lora"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_merge_equals_merge_and_unload(adapters, tmp_path: Path, name: str) -> None:
+    pair, adapter, expected, _ = adapters(name)
+    adapt_convert.merge(pair.base, adapter, tmp_path / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = pair.load_peft(adapter).merge_and_unload().state_dict()
+    ours = pair.load(tmp_path / "merged")
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs[key], atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    torch.testing.assert_close(pair.logits(ours), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "patterns as regular expressions", "GPT-2, fan_in_fan_out", "bias all", "modules_to_save"])
+def test_a_smaller_rank_is_the_truncated_svd(adapters, tmp_path: Path, name: str) -> None:
+    pair, adapter, _, _ = adapters(name)
+    report = adapt_convert.convert(pair.base, adapter, to="lora", rank=1).report
+    base, theirs = load_file(pair.base / "model.safetensors"), pair.load_peft(adapter).merge_and_unload().state_dict()
+    checked = 0
+    for parameter, row in report["tensors"].items():
+        if row["status"] == "factored" and parameter in base:
+            values = torch.linalg.svdvals((theirs[parameter] - base[parameter]).double())
+            assert row["captured_energy"] == pytest.approx(float(values[0] ** 2 / values.square().sum()), rel=1e-4)
+            checked += 1
+    assert checked >= 2
+
+
+@pytest.mark.parametrize("name", ["plain", "rsLoRA", "all-linear", "GPT-2, fan_in_fan_out", "bias all", "a classifier's head"])
+def test_lora_to_lorta(adapters, tmp_path: Path, name: str) -> None:
+    pair, adapter, expected, _ = adapters(name)
+    before = pair.logits(pair.load(pair.base))
+    captured = []
+    for rank in (1, 24):
+        conversion = adapt_convert.convert(pair.base, adapter, to="lorta", rank=rank)
+        captured.append(conversion.report["captured_energy"])
+        out = conversion.save(tmp_path / f"r{rank}")
+    assert 0.02 < captured[0] < captured[1] <= 1
+    loaded = pair.logits(adapt_convert.load(pair.load(pair.base), out))
+    assert (loaded - before).abs().max() > 1e-2
+    assert (loaded - expected).norm() < (before - expected).norm()
+
+
+def test_what_peft_wrote_as_bin(adapters, tmp_path: Path) -> None:
+    pair, adapter, expected, _ = adapters("plain")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    torch.save(load_file(adapter / "adapter_model.safetensors"), tmp_path / "adapter" / "adapter_model.bin")
+    out = adapt_convert.convert(pair.base, tmp_path / "adapter", rank=4).save(tmp_path / "out")
+    torch.testing.assert_close(live_logits(pair, out), expected, atol=1e-4, rtol=1e-4)
+    by_file = adapt_convert.convert(pair.base, tmp_path / "adapter" / "adapter_model.bin", rank=4).save(tmp_path / "out2")
+    assert (out / "adapter_model.safetensors").read_bytes() == (by_file / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_half_precision_adapter_is_scaled_in_float32(adapters, tmp_path: Path) -> None:
+    pair, adapter, _, _ = adapters("alpha is not r")
+    state = {name: value.bfloat16() for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    _, source = open_pair(pair.base, tmp_path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    a, b = (state[f"{key}.lora_{half}.weight"].float() for half in "AB")
+    loaded = source.parts["model.layers.0.self_attn.q_proj.weight"].load()
+    assert isinstance(loaded, LowRankDelta)
+    torch.testing.assert_close(loaded.B @ loaded.A, b @ a * 13 / 4, atol=1e-6, rtol=1e-6)
+
+
+# What is no plain LoRA, or a broken one: a change of the config and of the tensors, and what the one line has to say.
+
+L0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def without(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: state.pop(key)
+
+
+def with_tensor(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: state.update({key: torch.ones(shape, dtype=dtype)})
+
+
+BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] = {
+    "no peft_type": ({"peft_type": None}, dict, "peft_type"),
+    "unknown peft_type": ({"peft_type": "VERA"}, dict, "is a PEFT VERA adapter; LORA and LORTA are supported"),
+    "peft_type a list": ({"peft_type": ["LORA"]}, dict, "supported"),
+    "DoRA": ({"use_dora": True}, dict, "DoRA"),
+    "DoRA magnitude": ({}, with_tensor(f"{L0}.lora_magnitude_vector", 32), "DoRA magnitude"),
+    "DoRA magnitude, newer name": ({}, with_tensor(f"{L0}.lora_magnitude_vector.weight", 32), "DoRA magnitude"),
+    "replicated layers": ({"layer_replication": [[0, 2], [0, 2]]}, dict, "replicates layers"),
+    "bare parameters": ({"target_parameters": ["mlp.experts"]}, dict, "target_parameters"),
+    "only A": ({}, without(f"{L0}.lora_B.weight"), "only one half of its factor pair; lora_B.weight is missing"),
+    "only B": ({}, without(f"{L0}.lora_A.weight"), "only one half of its factor pair; lora_A.weight is missing"),
+    "ranks differ": ({}, with_tensor(f"{L0}.lora_A.weight", 3, 32), "do not multiply"),
+    "rank 0": ({}, lambda s: s.update({f"{L0}.lora_A.weight": torch.ones(0, 32), f"{L0}.lora_B.weight": torch.ones(32, 0)}), "multiply"),
+    "four dimensions": ({}, with_tensor(f"{L0}.lora_A.weight", 4, 32, 1, 1), "only matrices are supported"),
+    "one dimension": ({}, with_tensor(f"{L0}.lora_B.weight", 32), "only matrices are supported"),
+    "integers": ({}, with_tensor(f"{L0}.lora_A.weight", 4, 32, dtype=torch.int8), "lora_A.weight is stored as I8"),
+    "other width": ({}, with_tensor(f"{L0}.lora_A.weight", 4, 31), r"\[32, 31\] .* but \[32, 32\]"),
+    "bias of another width": ({}, with_tensor(f"{L0}.lora_B.bias", 7), "7"),
+    "bias alone": ({}, lambda s: (s.clear(), s.update({f"{L0}.lora_B.bias": torch.ones(32)})), "only one half|which .* does not have"),
+    "module of another base": ({}, with_tensor("base_model.model.model.layers.9.mlp.x.lora_A.weight", 4, 32), "only one half"),
+    "unknown slot": ({}, with_tensor(f"{L0}.lora_C.weight", 4, 32), "lora_C"),
+    "new tokens": ({}, with_tensor("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 32), "token"),
+    "alpha text": ({"lora_alpha": "13"}, dict, "lora_alpha = '13', expected a positive number"),
+    "alpha true": ({"lora_alpha": True}, dict, "lora_alpha"),
+    "alpha NaN": ({"lora_alpha": math.nan}, dict, "lora_alpha"),
+    "alpha null": ({"lora_alpha": None}, dict, "lora_alpha"),
+    "rank list": ({"r": [4]}, dict, "r = "),
+    "alpha_pattern a list": ({"alpha_pattern": ["q_proj"]}, dict, "alpha_pattern"),
+    "alpha_pattern text": ({"alpha_pattern": {"q_proj": "4"}}, dict, "alpha_pattern"),
+    "alpha_pattern no expression": ({"alpha_pattern": {"(": 4}}, dict, "alpha_pattern"),
+    "config a list": ({"": "list"}, dict, "holds a JSON list"),
+    "NaN": ({}, lambda s: s[f"{L0}.lora_A.weight"].fill_(math.nan), "not finite"),
+    "all zero": ({}, lambda s: [t.zero_() for t in s.values()], "no tensor changed"),
+    "empty": ({}, lambda s: s.clear(), "no tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_adapters(adapters, tmp_path: Path, case: str) -> None:
+    changes, change, message = BROKEN[case]
+    pair, adapter, _, _ = adapters("plain")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps([] if "" in changes else config))
+    state = load_file(adapter / "adapter_model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdaptError, match=message):
+        adapt_convert.convert(pair.base, tmp_path, rank=2)
+    with pytest.raises(AdaptError, match=message if case != "all zero" else "cannot happen"):
+        adapt_convert.merge(pair.base, tmp_path, tmp_path / "merged") if case != "all zero" else _fail()
+    assert not (tmp_path / "merged").exists()
+
+
+def _fail() -> None:
+    raise AdaptError("cannot happen")
+
+
+def test_real_adapters_of_other_kinds(pairs, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    make_adapter(pair, lora(use_dora=True), tmp_path / "dora")
+    make_adapter(pair, LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path / "loha")
+    make_adapter(pairs("gpt2"), ADAPTERS["GPT-2, fan_in_fan_out"][1], tmp_path / "other")
+    for name, message in {
+        "dora": "is a DoRA adapter",
+        "loha": "is a PEFT LOHA adapter",
+        "other": "in common|is this the right base",
+    }.items():
+        with pytest.raises(AdaptError, match=message):
+            adapt_convert.convert(pair.base, tmp_path / name)
