@@ -1,4 +1,4 @@
-"""Turn a base model and a full fine-tune, or an adapter, into a LoRA or a LoRTA, after the fact and without training data."""
+"""Turn a base model and a full fine-tune, or an adapter, into a LoRA, a LoRTA or a LatTE, after the fact and without training data."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ globals().pop("convert", None)
 if TYPE_CHECKING:
     from adapt_convert.convert.conversion import Conversion, convert
     from adapt_convert.convert.inspection import inspect
+    from adapt_convert.convert.latte_bundle import bundle
     from adapt_convert.convert.merge import merge
     from adapt_convert.formats.errors import AdaptError
+    from adapt_convert.convert.validation import validate
+    from adapt_convert.convert.validation_result import Validation
     from adapt_convert.kernels.attach import load, unload
+    from adapt_convert.kernels.latte import task_ids
 
-__all__ = ["AdaptError", "Conversion", "convert", "inspect", "load", "merge", "unload"]
+__all__ = ["AdaptError", "Conversion", "Validation", "bundle", "convert", "inspect", "load", "merge", "task_ids", "unload", "validate"]
 
 _HOMES = {
     "AdaptError": "adapt_convert.formats.errors",
     "Conversion": "adapt_convert.convert.conversion",
+    "Validation": "adapt_convert.convert.validation_result",
+    "bundle": "adapt_convert.convert.latte_bundle",
     "convert": "adapt_convert.convert.conversion",
     "inspect": "adapt_convert.convert.inspection",
     "load": "adapt_convert.kernels.attach",
     "merge": "adapt_convert.convert.merge",
+    "task_ids": "adapt_convert.kernels.latte",
     "unload": "adapt_convert.kernels.attach",
+    "validate": "adapt_convert.convert.validation",
 }
 
 

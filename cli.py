@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapt_convert.cli_validate import report, validate
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -319,3 +321,6 @@ def _bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+main.add_command(validate)

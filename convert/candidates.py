@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from adapt_convert.convert.live_model import load_model, quiet, release
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
+from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import PREFIX
 from adapt_convert.formats.source import adapter_config_path
@@ -42,11 +44,17 @@ def open_contender(origin: str | Path, kind: str | None = None, task: str | None
     """Find out what a path or Hub id holds; `kind` is given for the base and the fine-tune. Raises `AdaptError`."""
     location = locate(origin)
     config_path = adapter_config_path(location)
-    if kind and config_path and kind == "base":
+    if kind == "base" and (config_path or latte_config_path(location)):
         raise AdaptError(f"{origin}: is an adapter; BASE has to be the full model that it was trained on")
     if config_path:
         kind = str(read_json(config_path).get("peft_type", "adapter")).lower()
-    size = sum(path.stat().st_size for path in weight_files(location))
+    latte = latte_config_path(location) is not None
+    kind = "latte" if latte else kind
+    files = [location.directory / LATTE_WEIGHTS] if latte else weight_files(location)
+    try:
+        size = sum(path.stat().st_size for path in files)
+    except OSError as error:
+        raise AdaptError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return Contender(str(origin), kind or "merged", location, size, task)
 
 
@@ -68,7 +76,7 @@ class Stage:
         self._class = model_class
         self._checkpoint: Contender | None = None
         self._current: Contender | None = None
-        self._detach: Callable[[], None] | None = None
+        self._detach: Callable[[], object] | None = None
         self.ignored: dict[Contender, tuple[str, ...]] = {}  # tensors of an adapter that its library did not load
 
     def show(self, contender: Contender) -> float:
@@ -104,36 +112,60 @@ class Stage:
         self._checkpoint = contender
 
     def _put_on(self, contender: Contender) -> None:
-        # What adapt_convert.load overwrites, adapt_convert.unload puts back.
-        snapshot = _Snapshot(self.root, None if contender.kind in OURS else contender.location)
+        if contender.kind in OURS:
+            from adapt_convert.kernels.attach import load, unload
+
+            model = load(self.root, contender.location.directory)
+            self.model = TaskModel(model, task_number(contender)) if contender.task else model
+            self._detach = lambda: unload(self.root)
+            return
+        snapshot = _Snapshot(self.root, contender.location)
         try:
-            if contender.kind in OURS:
-                self._put_on_ours(contender)
-            else:
-                self.model = _load_peft(self.root, contender)
-                self.ignored[contender] = _unloaded_keys(self.model, contender, snapshot)
+            self.model = _load_peft(self.root, contender)
+            self.ignored[contender] = _unloaded_keys(self.model, contender, snapshot)
         except BaseException:
             snapshot.restore(self.root)
             raise
         self._detach = lambda: snapshot.restore(self.root)
 
-    def _put_on_ours(self, contender: Contender) -> None:
-        from adapt_convert.kernels.attach import load
-
-        options = {"task": contender.task} if contender.task else {}
-        self.model = load(self.root, contender.location.directory, **options)
-
     def _take_off(self) -> None:
         if self._detach is not None:
-            from adapt_convert.kernels.attach import unload
-
-            if self._current is not None and self._current.kind in OURS:
-                unload(self.root)
             self._detach()
             self._detach = None
             self.model = self.root
             release(self.device)
         self._current = None
+
+
+class TaskModel:
+    """A model that wears a bundle, called as one of its tasks for every row."""
+
+    def __init__(self, model: Any, number: int) -> None:
+        self._model, self._number = model, number
+
+    def __call__(self, **inputs: Any) -> Any:
+        from adapt_convert.kernels.latte import task_ids
+
+        with task_ids(self._model, [self._number] * len(inputs["input_ids"])):
+            return self._model(**inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def tasks_of(contender: Contender) -> list[str]:
+    """The names of the tasks in a LatTE directory."""
+    path = latte_config_path(contender.location)
+    tasks = read_json(path).get("tasks") if path else None
+    return [str(task) for task in tasks] if isinstance(tasks, list) else []
+
+
+def task_number(contender: Contender) -> int:
+    """The number by which a model knows the contender's task, from 1. Raises `AdaptError` for a name that is not there."""
+    names = tasks_of(contender)
+    if contender.task not in names:
+        raise AdaptError(f"--tasks {contender.task}: {contender.path} holds {', '.join(names) or 'none'}")
+    return names.index(contender.task) + 1
 
 
 class _Snapshot:
@@ -143,10 +175,10 @@ class _Snapshot:
     `modules_to_save`, `base_layer.weight` of an embedding), overwrites the base. Its `unload` does not undo the latter.
     """
 
-    def __init__(self, root: nn.Module, adapter: Location | None) -> None:
+    def __init__(self, root: nn.Module, adapter: Location) -> None:
         self._modules = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
         own = {**dict(root.named_parameters()), **dict(root.named_buffers())}
-        keys = TensorStore(weight_files(adapter)).infos if adapter else {}
+        keys = TensorStore(weight_files(adapter)).infos
         names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in keys}
         self.overwritten = {name for name in names if name in own}
         self._values = {name: (own[name], own[name].detach().clone()) for name in self.overwritten}

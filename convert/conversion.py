@@ -23,14 +23,17 @@ from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import LatteAdapter, latte_config_path
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+Adapter = LoraAdapter | LortaAdapter | LatteAdapter
 Solver = Callable[
-    [Pairs, Plan, Options, dict[Entry, float], Progress], tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]]
+    [Pairs, Plan, Options, dict[Entry, float], Progress],
+    tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
 ]
 SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte}
 
@@ -39,7 +42,7 @@ SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte":
 class Conversion:
     """A finished conversion: the adapter, its plan, and the report that `save` completes and writes beside it."""
 
-    adapter: LoraAdapter | LortaAdapter
+    adapter: Adapter
     plan: Plan
     records: list[Record]
     report: dict[str, Any]
@@ -82,7 +85,7 @@ def convert(
     if chosen.strict:
         _refuse_losses(_losses_by_header(plan, chosen))
     pairs = Pairs(opened_base, opened_source, chosen.torch_device())
-    stored, lost, records = _survey(pairs, plan, chosen, progress)
+    stored, lost, records = survey(pairs, plan, chosen, progress)
     adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     records += [_with_lost_rows(record, lost) for record in solved]
     if not any(record.energy for record in records):
@@ -96,6 +99,8 @@ def convert(
     adapter.base_model = opened_base.origin
     adapter.task_type = task_type(plan)
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
+    if isinstance(adapter, LatteAdapter):
+        report["latte"] = adapter.details
     return Conversion(adapter, plan, records, report, started)
 
 
@@ -109,6 +114,8 @@ def open_pair(
     opened_base = Checkpoint(base_location)
     location = locate(source, revision)
     config_path = adapter_config_path(location)
+    if latte_config_path(location) is not None:
+        raise AdaptError(f"{source}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
     if config_path is None:
         checkpoint = Checkpoint(location)
         return opened_base, checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
@@ -133,7 +140,7 @@ def _refuse_losses(losses: list[str]) -> None:
         raise AdaptError(f"--strict: {losses[0]}{more} would be lost; leave out with --exclude what may be lost")
 
 
-def _survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
+def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
     """Read everything that is not factored: what has to be stored (with its energy), rows lost, and the records of the rest.
 
     It comes before the solving, so that a loss that `--strict` forbids is found before the long work starts.

@@ -6,13 +6,15 @@ basis of the residual side (CANDELINC: Carroll, Pruzansky and Kruskal 1980; rand
 contracts every delta with it, the fit happens on that core, and polishing passes move the basis to where the exact
 least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned.
 
-Memory beside one loaded delta: the core, `k * sum of heads * d_h` floats over all deltas with `k = max(4 r, r + 16)` (a Llama-8B attention
-block at rank 16: 84 MB, where the deltas are 5.4 GB), twice that while starts are searched, and `d * d` floats where `d <= 8 k`. A `d_h`
-above `max(4 k, 256)` (the MLP width) is compressed to `2 k` too.
+Memory beside one loaded delta: the core, `k` floats per column of every delta, where `k = max(4 r, 64)` or, as long as the core stays below
+16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); the same again while starts are searched, three times
+in all where the fit is near exact and goes on in float64; and `d * d` floats where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
+width) is compressed to `2 k`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -121,6 +123,11 @@ class _Stream:
         self.passes = 0
         self.energy = 0.0
 
+    @property
+    def scale(self) -> float:
+        """Cores are fitted at unit energy: the solver's thresholds do not know how small deltas are."""
+        return math.sqrt(self.energy) or 1.0
+
     def read(self, purpose: str) -> Iterator[tuple[Slab, Delta]]:
         self.passes += 1
         if self.progress is not None:
@@ -137,7 +144,7 @@ class _Stream:
             yield slab, delta
 
     def core(self, bases: _Bases) -> Core:
-        """`T_g[:, m, l, h, :] = Q^T X_h P`, float32; zeros where there is no slab."""
+        """`T_g[:, m, l, h, :] = Q^T X_h P / sqrt(energy)`, float32; zeros where there is no slab."""
         shape = self.shape
         k = shape.d if bases.residual is None else bases.residual.shape[1]
         p = shape.d_h if bases.channel is None else bases.channel.shape[1]
@@ -150,6 +157,8 @@ class _Stream:
             x = x.reshape(k, shape.heads[group], shape.d_h)
             x = x if bases.channel is None else x @ bases.channel
             tensors[group][:, shape.members(group).index(slab.matrix), slab.layer] = x
+        for tensor in tensors:
+            tensor /= self.scale
         return Core.of(tensors)
 
     def measure(self, factors: CPFactors, channel: bool) -> tuple[float, Tensor, Tensor | None]:
@@ -243,31 +252,32 @@ def _power_pass(stream: _Stream, bases: _Bases, generator: torch.Generator) -> _
     return _Bases(None if residual is None else _orthonormal(residual), None if channel is None else _orthonormal(channel))
 
 
-def _expand(model: Model, bases: _Bases, shape: CPShape) -> CPFactors:
-    """A model of the core as factors of the deltas, in canonical form."""
-    a = model[0] if bases.residual is None else bases.residual.double() @ model[0]
-    b = model[1] if bases.channel is None else bases.channel.double() @ model[1]
+def _expand(model: Model, bases: _Bases, shape: CPShape, scale: float) -> CPFactors:
+    """A balanced model of the core as factors of the deltas, in canonical form; `scale` undoes that of the core."""
     groups = len(shape.heads)
-    c_m = torch.zeros(len(shape.group), a.shape[1], dtype=torch.float64, device=a.device)
-    factors = [a, b, *model[2 : 3 + groups]]
-    for index, factor in enumerate(factors):
-        sign = torch.where(factor.gather(0, factor.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0)
-        factors[index] = factor * sign
-        touched = range(groups) if index < 3 else [index - 3]
-        model = [f * sign if n - 3 - groups in touched else f for n, f in enumerate(model)]
-    for g in range(groups):
-        c_m[shape.members(g)] = model[3 + groups + g]
+    model = [factor * scale**0.2 for factor in model]
+    model[0] = model[0] if bases.residual is None else bases.residual.double() @ model[0]
+    model[1] = model[1] if bases.channel is None else bases.channel.double() @ model[1]
+    for n in range(3 + groups):
+        largest = model[n].gather(0, model[n].abs().argmax(dim=0, keepdim=True))
+        sign = torch.where(largest < 0, -1.0, 1.0).double()
+        model[n] = model[n] * sign
+        for group in range(groups) if n < 3 else [n - 3]:
+            model[3 + groups + group] = model[3 + groups + group] * sign
+    c_m = model[0].new_zeros(len(shape.group), model[0].shape[1])
+    for group in range(groups):
+        c_m[shape.members(group)] = model[3 + groups + group]
     order = c_m.norm(dim=0).argsort(descending=True, stable=True)
-    a, b, c_l, *c_h = (factor[:, order].float().contiguous() for factor in factors)
-    return CPFactors(a, b, tuple(c_h), c_l, c_m[:, order].float().contiguous())
+    a, b, c_l, *c_h, c_m = (factor[:, order].float().contiguous() for factor in [*model[: 3 + groups], c_m])
+    return CPFactors(a, b, tuple(c_h), c_l, c_m)
 
 
-def _reduce(factors: CPFactors, bases: _Bases, shape: CPShape) -> Model:
+def _reduce(factors: CPFactors, bases: _Bases, shape: CPShape, scale: float) -> Model:
     """The inverse of `_expand` for factors within the bases."""
     a = factors.A if bases.residual is None else bases.residual.T @ factors.A
     b = factors.B if bases.channel is None else bases.channel.T @ factors.B
     c_m = [factors.C_m[shape.members(g)] for g in range(len(shape.heads))]
-    return [factor.double() for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
+    return [factor.double() / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
 
 
 def _span(old: Tensor, new: Tensor) -> Tensor | None:
@@ -293,14 +303,14 @@ def _polish(stream: _Stream, core: Core, model: Model, bases: _Bases, rounds: in
     shape = stream.shape
     best: tuple[CPFactors, float] | None = None
     while True:
-        factors = _expand(model, bases, shape)
+        factors = _expand(model, bases, shape, stream.scale)
         residual, product_a, product_b = stream.measure(factors, bases.channel is not None)
         if best is None or residual < best[1]:
             best = factors, residual
         if rounds == 0 or best[0] is not factors:
             return best
         rounds -= 1
-        normal = normals(core, _reduce(factors, _Bases(None, None), shape))
+        normal = normals(core, _reduce(factors, _Bases(None, None), shape, 1.0))
         a, gain = _improve(product_a, normal[0], factors.A)
         channel = None
         if product_b is not None:
@@ -310,7 +320,7 @@ def _polish(stream: _Stream, core: Core, model: Model, bases: _Bases, rounds: in
             return best
         bases = _Bases(_span(factors.A, a), channel)
         core = stream.core(bases)
-        model = refine(core, balance(core, _reduce(factors, bases, shape))).model
+        model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
 
 
 def _check(slabs: Sequence[Slab], shape: CPShape, rank: int) -> None:
@@ -337,7 +347,7 @@ def fit_cp(
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     progress: Callable[[str], None] | None = None,
 ) -> CPFit:
-    """Fit a CP tensor of `rank` columns to all slabs, in 3 to 8 passes over them.
+    """Fit a CP tensor of `rank` columns to all slabs, in 2 to 8 passes over them.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
     `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.

@@ -33,10 +33,12 @@ _REFIT_SWEEPS = 3
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
 _NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 1e-6  # tolerance relative to the loss
+_NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
+_PROBE_STEPS = 40  # Newton steps of that look
 _CLOSE = 0.1  # share of the energy left below which the fit goes on in float64
 _AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
 _NOISE = 0.5  # share of the energy left above which one start is enough
-_EXACT = 1e-14  # share of the energy below which nothing is left to fit
+_EXACT = 1e-13  # share of the energy below which nothing is left to fit
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,10 @@ class Core:
 
 @dataclass(frozen=True)
 class CoreFit:
-    """A model, its squared error on the core (float64; from sums, so no finer than ~1e-7 of the energy in a float32 core) and effort."""
+    """A model, its squared error on the core (float64; from sums, so no finer than ~1e-7 of the energy in a float32 core)."""
 
     model: Model
     loss: float
-    iterations: int
 
 
 def khatri_rao(b: Tensor, c_l: Tensor, c_h: Tensor, c_m: Tensor) -> Tensor:
@@ -219,13 +220,13 @@ def als_sweep(core: Core, model: Model, separate: bool = False) -> tuple[Model, 
 
 def fit_als(core: Core, model: Model, sweeps: int, tolerance: float) -> CoreFit:
     """ALS until a sweep gains less than `tolerance` of the energy, or `sweeps` are done."""
-    loss, done = core.energy, 0
-    for done in range(1, sweeps + 1):
+    loss = core.energy
+    for sweep in range(sweeps):
         model, new = als_sweep(core, model)
         gain, loss = loss - new, new
-        if gain <= tolerance * core.energy and done > 1:
+        if gain <= tolerance * core.energy and sweep:
             break
-    return CoreFit(model, loss, done)
+    return CoreFit(model, loss)
 
 
 def residual_core(core: Core, model: Model) -> Core:
@@ -275,7 +276,9 @@ def greedy_model(core: Core, rank: int, generator: torch.Generator) -> Model:
             return [torch.nn.functional.pad(factor, (0, rank - have)) for factor in model]
         terms = _rank_one_terms(rest, min(block, rank - have), generator)
         model = [torch.cat([old, new], dim=1) for old, new in zip(model, terms, strict=True)]
-        model = fit_als(core, model, _REFIT_SWEEPS, 0.0).model
+        fit = fit_als(core, model, _REFIT_SWEEPS, 0.0)
+        # Columns beyond an exact fit would only cancel each other, so find out whether this is one.
+        model = refine(core, fit.model, _PROBE_STEPS).model if fit.loss < _NEARLY * core.energy else fit.model
     return model
 
 
@@ -352,8 +355,8 @@ def fit_newton(core: Core, model: Model, iterations: int, tolerance: float) -> C
     model, loss, rhs = _solve_a(core, balance(core, model))
     system = _GaussNewton(core, model)
     gradient = _gradient(core, model, rhs, system.normal)
-    mu, growth, done = 1e-3 * max(float(n.diagonal().max()) for n in system.normal) + _TINY, 2.0, 0
-    for done in range(1, iterations + 1):
+    mu, growth = 1e-3 * max(float(n.diagonal().max()) for n in system.normal) + _TINY, 2.0
+    for _ in range(iterations):
         step = system.direction(gradient, mu)
         predicted = -_dot(gradient, step) - 0.5 * _dot(step, system.apply(step, 0.0))
         trial, new, trial_rhs = _solve_a(core, [f + s for f, s in zip(model, step, strict=True)])
@@ -369,16 +372,16 @@ def fit_newton(core: Core, model: Model, iterations: int, tolerance: float) -> C
             mu, growth = mu * growth, growth * 2
             if growth > 2**12:
                 break
-    return CoreFit(balance(core, model), loss, done)
+    return CoreFit(balance(core, model), loss)
 
 
-def refine(core: Core, model: Model) -> CoreFit:
+def refine(core: Core, model: Model, steps: int = _NEWTON_STEPS) -> CoreFit:
     """ALS, then Gauss-Newton; in float64 when the fit is close, as a float32 core resolves its loss to ~1e-7 of the energy only."""
     fit = fit_als(core, model, _ALS_SWEEPS, _ALS_TOLERANCE)
     if fit.loss >= _CLOSE * core.energy:
-        fit = fit_newton(core, fit.model, _NEWTON_STEPS, _NEWTON_TOLERANCE)
+        fit = fit_newton(core, fit.model, steps, _NEWTON_TOLERANCE)
     if fit.loss < _CLOSE * core.energy:
-        fit = fit_newton(core.double(), fit.model, _NEWTON_STEPS, _NEWTON_TOLERANCE)
+        fit = fit_newton(core.double(), fit.model, steps, _NEWTON_TOLERANCE)
     return fit
 
 

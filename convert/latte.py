@@ -8,21 +8,21 @@ Paper: LatTE, "Efficient fine-tuning via auxiliary representation"; the residual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
-from adapt_convert.convert.latte_basis import cut, find_basis
+from adapt_convert.convert.delta import LowRankDelta, residual_energy
 from adapt_convert.convert.latte_deltas import Effective, Matrix
+from adapt_convert.convert.latte_segments import find_segments
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.report import Record, exact, unchanged
+from adapt_convert.convert.svd import factorise
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
 
@@ -36,7 +36,7 @@ def solve_latte(
     """Find the bases, project every matrix, and keep the other changed tensors of `stored` (entry -> energy) by value."""
     effective = Effective(pairs, plan)
     check_rank(options.rank, effective.width, pairs.base.origin)
-    segments = _bases(effective, options, progress)
+    segments, searched = find_segments([effective], options, progress)
     dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), segments, [task])
@@ -45,35 +45,38 @@ def solve_latte(
         raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
     records += store_exact(effective, task, stored)
     adapter.fingerprints = fingerprints(effective)
+    adapter.details = describe(adapter, searched) | {"lora_of_equal_energy": lora_of_equal_energy(effective, records, options, progress)}
     return adapter, records
+
+
+def describe(adapter: LatteAdapter, searched: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of a LatTE beside its tensors: how many numbers it adds, its segments, and what was searched."""
+    segments = [{"layers": [s.start, s.stop], "rank": s.rank} for s in adapter.segments]
+    described: dict[str, Any] = {"parameters": adapter.parameters(), "segments": segments}
+    return described | ({"searched": searched} if searched else {})
+
+
+def lora_of_equal_energy(effective: Effective, records: list[Record], options: Options, progress: Progress) -> dict[str, Any]:
+    """Size of the LoRA that captures of every effective delta what this LatTE does: the least ranks, by truncated SVD.
+
+    They never exceed the LatTE's rank, which projects every delta on that many dims.
+    """
+    captured = {record.entry.module: record for record in records if record.status == "factored" and record.energy > 0}
+    ranks, numbers = [], 0
+    for matrix in progress([m for m in effective.matrices if m.module in captured], "comparing with LoRA"):
+        record, delta = captured[matrix.module], effective.delta(matrix)
+        assert delta is not None
+        assert record.rank is not None
+        factorisation = factorise(delta, record.rank, torch.Generator().manual_seed(options.seed))
+        rank = factorisation.rank_for_energy((record.captured or 0.0) * (1 - 1e-6)) or record.rank
+        ranks.append(rank)
+        numbers += rank * sum(delta.shape)
+    return {"parameters": numbers, "mean_rank": sum(ranks) / max(1, len(ranks)), "largest_rank": max(ranks, default=0)}
 
 
 def check_rank(rank: int | None, width: int, origin: str) -> None:
     if rank is not None and rank > width:
         raise AdaptError(f"--rank {rank}: the residual stream of {origin} is {width} wide; a basis of it has at most {width} dims")
-
-
-def _bases(effective: Effective, options: Options, progress: Progress) -> list[Segment]:
-    count = options.segments
-    if count > effective.layers:
-        raise AdaptError(f"--segments {count}: {effective.pairs.base.origin} has {effective.layers} layers; give at most that many")
-    segments = []
-    for run in progress(cut(effective.layers, count), "finding bases"):
-
-        def stream(run: range = run) -> Iterator[tuple[bool, Delta]]:
-            return changed(effective, run)
-
-        Q, _ = find_basis(stream, effective.width, options.rank, options.energy, options.seed, effective.pairs.device)
-        segments.append(Segment(run.start, run.stop, Q.cpu()))
-    return segments
-
-
-def changed(effective: Effective, layers: range) -> Iterator[tuple[bool, Delta]]:
-    """(reads the residual, effective delta) of every changed matrix of some layers."""
-    for matrix in effective.matrices:
-        delta = effective.delta(matrix) if matrix.layer in layers else None
-        if delta is not None:
-            yield matrix.reads, delta
 
 
 def project(effective: Effective, segments: list[Segment], task: LatteTask, dtype: torch.dtype, progress: Progress) -> list[Record]:
@@ -141,8 +144,3 @@ def fingerprints(effective: Effective) -> dict[str, dict[str, str]]:
         weight = base.read(keys[f"{matrix.module}.weight"])
         found[matrix.module] = fingerprint(weight, weight.dtype)
     return found
-
-
-def latte_plan_options(options: Options) -> Options:
-    """The options by which a plan is made: all matrices of the blocks unless the user chose."""
-    return replace(options, target_modules=options.target_modules or ("all-linear",))

@@ -7,7 +7,8 @@ Above `GRAM_LIMIT` the matrix itself would be too large and G is only ever multi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,10 +52,11 @@ def gram(deltas: Iterable[tuple[bool, Delta]], d: int, device: torch.device) -> 
 
 
 def _own_gram(delta: Delta) -> Tensor:
-    """`D^T D`, `(in, in)` float32."""
+    """`D^T D`, `(in, in)`; of a factored delta in float64, so that its rank is told from rounding."""
     if isinstance(delta, DenseDelta):
         return delta.weight.T @ delta.weight
-    return delta.A.T @ ((delta.B.T @ delta.B) @ delta.A)
+    B, A = delta.B.double(), delta.A.double()
+    return A.T @ ((B.T @ B) @ A)
 
 
 def _from_gram(total: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,11 +87,4 @@ def apply_gram(reads: bool, delta: Delta, block: Tensor) -> Tensor:
 def cut(layers: int, segments: int) -> list[range]:
     """The layers in `segments` runs of nearly equal length, in order."""
     bounds = [round(i * layers / segments) for i in range(segments + 1)]
-    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
-
-
-def segments_of(runs: Iterable[range]) -> Iterator[tuple[int, int]]:
-    """`(layer, segment)` for every layer."""
-    for number, run in enumerate(runs):
-        for layer in run:
-            yield layer, number
+    return [range(start, stop) for start, stop in pairwise(bounds)]

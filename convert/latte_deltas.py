@@ -162,3 +162,10 @@ class Effective:
             if matrix.norm is not None:
                 names |= {f"{matrix.norm}.weight", f"{matrix.norm}.bias"}
         return frozenset(names)
+
+
+def scaled(delta: Delta, factor: float) -> Delta:
+    """A delta times a number."""
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(delta.B * factor, delta.A)
+    return DenseDelta(delta.weight * factor)

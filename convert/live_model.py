@@ -90,9 +90,7 @@ def load_model(location: Location, model_class: Any, device: torch.device, dtype
             torch.manual_seed(0)
             # A head of another shape in the base is replaced like one that it lacks.
             options = {"ignore_mismatched_sizes": True} if like is not None else {}
-            loaded = model_class.from_pretrained(
-                location.directory, config=config, dtype=dtype or "auto", local_files_only=True, **options
-            )
+            loaded = model_class.from_pretrained(location.directory, config=config, dtype=dtype or "auto", local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise AdaptError(f"{location.origin}: transformers cannot load it: {str(error).strip().splitlines()[0][:300]}") from None
     model: nn.Module = loaded.eval().requires_grad_(False)
@@ -102,7 +100,9 @@ def load_model(location: Location, model_class: Any, device: torch.device, dtype
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences the progress bars, log lines and warnings of `transformers` and `peft` while they load."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

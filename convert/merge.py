@@ -95,7 +95,10 @@ def _merged(pairs: Pairs, entry: Entry | None, key: str | None) -> LazyTensor:
     dtype = DTYPES[info.dtype if info else entry.part.dtype]
 
     def load() -> Tensor:
-        return pairs.value(entry).to(dtype)
+        value = pairs.value(entry).to(dtype)
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise AdaptError(f"{entry.name}: the merged value is not finite (NaN or Inf) in {dtype}; is {pairs.source.origin} damaged?")
+        return value
 
     return LazyTensor(shape, dtype, load)
 

@@ -69,11 +69,14 @@ class Options:
         for name, choices in (("construction", CONSTRUCTIONS), ("heads", HEADS)):
             if getattr(self, name) not in choices:
                 raise AdaptError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
-        given = next((n for n, usual in (("segments", 1), ("construction", "residual"), ("heads", "wider")) if getattr(self, n) != usual), "")
+        usual = {"segments": 1, "construction": "residual", "heads": "wider"}
+        given = next((name for name, value in usual.items() if getattr(self, name) != value), "")
         if given and self.to != "latte":
             raise AdaptError(f"--{given} is an option of --to latte")
         if self.segments != "auto" and (type(self.segments) is not int or self.segments < 1):
             raise AdaptError(f"--segments {self.segments}: must be auto or a whole number of at least 1")
+        if self.segments == "auto" and self.energy is None:
+            raise AdaptError("--segments auto looks for the cheapest segments of a given captured energy: give --energy")
         if self.to == "latte" and self.budget is not None:
             raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
 

@@ -78,7 +78,7 @@ def predict(model: Any, batch: Batch, device: torch.device, **options: Any) -> t
     output = run(model, batch, device, **options)
     logits = getattr(output, "logits", None)
     is_logits = logits is not None and logits.shape[-1] > 1  # a regression head has one number, and no distribution
-    values = logits if logits is not None else output.last_hidden_state
+    values = logits if logits is not None else _features(output)
     values = values[:, None] if values.ndim == 2 else values
     values = values.flatten(1, -2)  # (rows, positions, classes)
     row = torch.arange(len(values), device=device)[:, None].expand(values.shape[:2])
@@ -87,6 +87,14 @@ def predict(model: Any, batch: Batch, device: torch.device, **options: Any) -> t
     if batch.scored is None:  # no copy of what may be gigabytes
         return Predictions(values.reshape(-1, values.shape[-1]), targets, row.reshape(-1), is_logits), output
     return Predictions(values[scored], targets, row[scored], is_logits), output
+
+
+def _features(output: Any) -> Tensor:
+    for name in ("last_hidden_state", "start_logits", "image_embeds", "pooler_output"):
+        value = getattr(output, name, None)
+        if value is not None:
+            return value[..., None] if name == "start_logits" else value  # type: ignore[no-any-return]
+    raise AdaptError(f"{type(output).__name__} holds neither logits nor hidden states; this kind of model cannot be validated")
 
 
 @torch.inference_mode()

@@ -63,7 +63,7 @@ class Entry:
     def matrix_shape(self) -> tuple[int, int]:
         """`(out, in)` of a matrix or embedding."""
         rows, columns = self.part.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return (columns, rows) if self.transposed and self.part.kind != "low_rank" else (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,9 @@ class _Planner:
             return "drop", "shared with an output head whose name is not known for this architecture", True
         if key is None:
             return "store", "new in the fine-tune", True
+        saved_whole = self.source.kind != "checkpoint" and part.kind == "replace" and part.rank is None
+        if saved_whole and self.options.to == "lora" and not self.options.target_modules:
+            return "store", "stored whole in the source", True  # `modules_to_save`: its author found a LoRA too little for it
         if self._is_targeted(module, kind, place):
             if kind == "matrix" and self.options.to != "lora" and place is None:
                 return "drop", "not one of the attention or MLP matrices that a LoRTA or LatTE holds", True

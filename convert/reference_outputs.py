@@ -96,7 +96,7 @@ class ReferenceOutputs:
             elif full is not None:
                 row = _compare_full(full[piece].double(), mine)
             else:
-                row = _compare_top(*(part[piece] for part in kept if part is not None), mine)
+                row = _compare_top([part[piece] for part in kept if part is not None], mine)
             targets = predictions.targets[piece] if predictions.targets is not None else None
             parts.append((*row, _likelihood(mine, targets)))
         divergence, upper, agree, difference, nll = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
@@ -128,12 +128,13 @@ def _summary(values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return top, index.int(), torch.stack([values.double().logsumexp(-1), entropy], dim=-1)
 
 
-def _compare_top(top: Tensor, index: Tensor, sums: Tensor, mine: Tensor) -> _Row:
+def _compare_top(kept: list[Tensor], mine: Tensor) -> _Row:
     """Bounds of the KL from the k largest classes K of the fine-tune p, with q the model's probabilities.
 
     Below, by the log-sum inequality: `sum_K p log(p/q) + P log(P/Q)`, P and Q the mass outside K. Above: as q is known
     everywhere and `sum p log p` outside K was kept, only the cross term is not, and it is at most `-P min log q`.
     """
+    top, index, sums = kept
     index = index.long()
     p, q_all = top.double() - sums[:, :1], mine.log_softmax(-1)
     q = q_all.gather(-1, index)

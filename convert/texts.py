@@ -110,7 +110,7 @@ def make_corpus(
         raise AdaptError("--text and --token-ids contradict each other; give one")
     if token_ids is not None:
         path = token_ids if isinstance(token_ids, str | Path) else None
-        rows = read_token_ids(Path(path)) if path is not None else [list(row) for row in token_ids]  # type: ignore[arg-type]
+        rows = read_token_ids(Path(token_ids)) if isinstance(token_ids, str | Path) else [list(row) for row in token_ids]
         name, documents, tokenizer = str(path or "token ids"), True, None
     else:
         name, texts = (str(text), read_documents(Path(text))) if text is not None else _as_documents(built_in_text())
@@ -152,7 +152,9 @@ def load_tokenizer(locations: Sequence[Location]) -> Any:
                     return AutoTokenizer.from_pretrained(location.directory, local_files_only=True)
             except Exception as error:  # whatever a tokenizer's own reader raises
                 reason = str(error).strip().splitlines() or [type(error).__name__]
-                raise AdaptError(f"{location.origin}: its tokenizer cannot be loaded ({reason[0][:200]}); use --token-ids F.jsonl") from None
+                raise AdaptError(
+                    f"{location.origin}: its tokenizer cannot be loaded ({reason[0][:200]}); use --token-ids F.jsonl"
+                ) from None
     where = " or ".join(location.origin for location in locations)
     raise AdaptError(f'{where}: no tokenizer in it; put one there, or give --token-ids F.jsonl with {{"input_ids": [...]}} lines')
 
@@ -183,7 +185,8 @@ def _cut(rows: Iterable[list[int]], context: int, keep_short: bool) -> list[list
 
 
 def _first_tokens(blocks: list[list[int]], max_tokens: int) -> list[list[int]]:
-    kept, total = [], 0
+    kept: list[list[int]] = []
+    total = 0
     for block in blocks:
         if kept and total + len(block) > max_tokens:
             break

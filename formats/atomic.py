@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import require_utf8
 
 _PREFIX = ".adapt-convert-"  # of temporary directories; short, so that any legal name can be written
 
 
 def check_destination(path: Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse a destination before any work: it exists, its parent cannot be written to, or it is one of the `inputs`."""
+    require_utf8(str(path))
     try:
         _check_existing(path, overwrite)
     except OSError as error:  # a name that is too long, a directory that may not be searched

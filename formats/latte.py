@@ -74,11 +74,17 @@ class LatteAdapter:
     construction: str = "residual"
     base_model: str = ""
     task_type: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)  # what the report says of it; not written here
 
     @property
     def width(self) -> int:
         """Width of the residual stream."""
         return self.segments[0].Q.shape[0]
+
+    @property
+    def exact(self) -> dict[str, Tensor | LazyTensor]:
+        """The parameters that are held by value, of all tasks."""
+        return {f"{n}.{name}": value for n, task in enumerate(self.tasks, 1) for name, value in task.exact.items()}
 
     def tensors(self) -> dict[str, Tensor | LazyTensor]:
         tensors: dict[str, Tensor | LazyTensor] = {f"segment.{i}.Q": s.Q for i, s in enumerate(self.segments)}

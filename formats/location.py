@@ -49,6 +49,7 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
     text = str(origin)
     if not text:
         raise AdaptError("an empty path: no such file or directory")  # Path("") would be the working directory
+    require_utf8(text)
     path = Path(origin).expanduser()
     if path.is_dir():
         return Location(text, path)
@@ -58,6 +59,14 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
         raise AdaptError(f"{text}: no such file or directory (a Hub id has the form org/name)")
     repo, _, at = text.partition("@")
     return _from_hub(text, repo, at or revision)
+
+
+def require_utf8(path: str) -> None:
+    """Refuse a path that no text file could name: reports and cards are written in UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise AdaptError(f"{path}: the path is not valid UTF-8; rename it") from None
 
 
 def _from_hub(origin: str, repo: str, revision: str | None) -> Location:

@@ -23,7 +23,7 @@ from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
-from adapt_convert.formats.peft import CONFIG, PREFIX, WEIGHTS
+from adapt_convert.formats.peft import CONFIG, PREFIX, WEIGHTS, is_positive
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 from adapt_convert.formats.source import Part, Source, whole_part
 
@@ -54,6 +54,12 @@ class LortaBlock:
     factors: CPFactors
     group: tuple[int, ...]
     slots: tuple[Slot, ...]
+
+    def shape(self, slot: Slot) -> tuple[int, int]:
+        """`(out, in)` of a slot's part of the weight."""
+        f = self.factors
+        residual, heads = f.A.shape[0], f.C_h[self.group[slot.matrix]].shape[0] * f.B.shape[0]
+        return (heads, residual) if slot.transposed else (residual, heads)
 
     def delta(self, slot: Slot) -> LowRankDelta:
         """`A diag(C_H[h] * C_L[l] * C_M[m]) B^T` for all heads side by side, `(d, H d_h)`, turned to the layout of the weight.
@@ -127,6 +133,9 @@ def read_lorta_blocks(
     does not name them. Raises `AdaptError` on missing tensors, contradicting shapes or slots outside the tensor.
     """
     described = config.get("blocks") or {"attention": {"group": [0, 0, 0, 0], "slots": None}}
+    alpha = config.get("lora_alpha", 1)
+    if not isinstance(described, dict) or not is_positive(alpha):
+        raise AdaptError(f"{location.origin}: {CONFIG} has blocks that are no JSON object, or a lora_alpha of {alpha!r} that is no number")
     blocks = []
     for name, row in described.items():
         try:
@@ -141,9 +150,11 @@ def read_lorta_blocks(
 
 def _slot(row: Any) -> Slot:
     module, layer, matrix, transposed, start, stop = row
-    if not isinstance(module, str) or not all(isinstance(n, int) and n >= 0 for n in (layer, matrix)):
+    rows = () if start is None and stop is None else (start, stop)
+    counted = all(type(n) is int and n >= 0 for n in (layer, matrix, *rows))
+    if not isinstance(module, str) or type(transposed) is not bool or not counted or (rows and start >= stop):
         raise ValueError(f"malformed slot {row!r}")
-    return Slot(module, layer, matrix, bool(transposed), start, stop)
+    return Slot(module, layer, matrix, transposed, start, stop)
 
 
 def _read_factors(store: TensorStore, config: Mapping[str, Any], name: str) -> CPFactors:
@@ -153,12 +164,16 @@ def _read_factors(store: TensorStore, config: Mapping[str, Any], name: str) -> C
     def read(short: str) -> Tensor:
         if start + short not in keys:
             raise ValueError(f"{start}{short} is missing")
+        if not store.infos[keys[start + short]].is_float:
+            raise ValueError(f"{start}{short} is stored as {store.infos[keys[start + short]].dtype}, expected floating-point numbers")
         tensor = store.read(keys[start + short]).float()
         if tensor.ndim != 2:
             raise ValueError(f"{start}{short} has shape {list(tensor.shape)}, expected a matrix")
         return tensor
 
     rank = read("A").shape[1]
+    if rank == 0:
+        raise ValueError(f"{start}A has rank 0")
     alpha = float(config.get("lora_alpha", rank))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     heads = [read("C_h")] + ([read("C_hkv")] if f"{start}C_hkv" in keys else [])
@@ -176,6 +191,9 @@ def _check_block(block: LortaBlock) -> None:
     for slot in block.slots:
         if slot.layer >= f.C_l.shape[0] or slot.matrix >= f.C_m.shape[0]:
             raise ValueError(f"{slot.module} is layer {slot.layer}, matrix {slot.matrix}, outside the tensor")
+        rows, _ = block.shape(slot)
+        if slot.start is not None and slot.stop is not None and slot.stop - slot.start != rows:
+            raise ValueError(f"{slot.module} has rows {slot.start} to {slot.stop}, but its slice of the tensor has {rows} rows")
 
 
 def read_lorta(location: Location, reference_slots: tuple[Slot, ...]) -> Source:
@@ -199,7 +217,7 @@ def read_lorta(location: Location, reference_slots: tuple[Slot, ...]) -> Source:
 def _module_part(module: str, pairs: list[tuple[LortaBlock, Slot]], keys: tuple[str, ...]) -> Part:
     pairs = sorted(pairs, key=lambda pair: pair[1].start or 0)
     first, slot = pairs[0]
-    shape = first.delta(slot).shape
+    shape = first.shape(slot)
     if len(pairs) > 1:
         shape = (pairs[-1][1].stop or 0, shape[1])
 

@@ -32,6 +32,7 @@ _SUFFIXES = re.compile(
     r"^(?P<module>.*)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|base_layer\.weight|base_layer\.bias|lora_magnitude_vector(\.weight)?)$"
 )
+_FOREIGN = re.compile(r"(^|\.)(lora_[^.]*|token_adapter|trainable_tokens[^.]*)(\.|$)")
 
 
 def read_lora(location: Location) -> Source:
@@ -42,6 +43,8 @@ def read_lora(location: Location) -> Source:
     config = read_json(location.directory / CONFIG)
     _check_supported(location, config)
     store = TensorStore(weight_files(location))
+    if not store.infos:
+        raise AdaptError(f"{location.origin}: holds no tensors")
     slots: dict[str, dict[str, str]] = {}
     parts: dict[str, Part] = {}
     ignored: dict[str, str] = {}
@@ -52,6 +55,8 @@ def read_lora(location: Location) -> Source:
             ignored[key] = "a bias of zeros"  # `lora_bias` puts one on every module, also where the base has no bias
         elif match:
             slots.setdefault(match["module"], {})[match["slot"]] = key
+        elif _FOREIGN.search(name):
+            raise AdaptError(f"{location.origin}: holds {name}, which no plain LoRA has; merge the adapter with PEFT first")
         else:
             parts[name] = whole_part(store, name, key)
     for module, slot in slots.items():
@@ -61,7 +66,9 @@ def read_lora(location: Location) -> Source:
 
 
 def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
+    if not isinstance(config.get("peft_type"), str):
+        raise AdaptError(f"{location.origin}: {CONFIG} has peft_type = {config.get('peft_type')!r}; LORA and LORTA are supported")
+    if config["peft_type"] != "LORA":
         raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter; LORA and LORTA are supported")
     if config.get("use_dora"):
         raise AdaptError(f"{location.origin}: is a DoRA adapter, which is no sum of base and delta; merge it with PEFT first")
@@ -70,9 +77,24 @@ def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
     if config.get("layer_replication"):
         raise AdaptError(f"{location.origin}: replicates layers, so its deltas belong to no base tensor")
     for key in ("r", "lora_alpha"):
-        value = config.get(key, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {value!r}, expected a positive number")
+        if not is_positive(config.get(key, 8)):
+            raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {config.get(key)!r}, expected a positive number")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(_is_expression(p) and is_positive(v) for p, v in patterns.items()):
+        raise AdaptError(f"{location.origin}: {CONFIG} has alpha_pattern = {patterns!r}, expected regular expressions and numbers")
+
+
+def is_positive(value: object) -> bool:
+    """Whether a value from a JSON file is a finite number above zero."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _module_parts(
@@ -109,6 +131,9 @@ def _low_rank(
     info_a, info_b = store.infos[key_a], store.infos[key_b]
     if len(info_a.shape) != 2 or len(info_b.shape) != 2:
         raise AdaptError(f"{location.origin}: {module} has factors of shape {list(info_a.shape)}; only matrices are supported")
+    for key in (key_a, key_b):
+        if not store.infos[key].is_float:
+            raise AdaptError(f"{location.origin}: {key} is stored as {store.infos[key].dtype}, expected floating-point numbers")
     rank = info_a.shape[0]
     if info_b.shape[1] != rank or rank == 0:
         raise AdaptError(
@@ -129,7 +154,7 @@ def _low_rank(
     shape: tuple[int, ...] = (info_a.shape[1], info_b.shape[0]) if embedding else (info_b.shape[0], info_a.shape[1])
     if base_layer:  # PEFT saves the whole table beside its LoRA when the vocabulary may have changed
         shape = store.infos[base_layer].shape
-        return Part(f"{module}.weight", (key_a, key_b, base_layer), shape, "F32", "replace", load_with_base)
+        return Part(f"{module}.weight", (key_a, key_b, base_layer), shape, "F32", "replace", load_with_base, rank)
     return Part(f"{module}.weight", (key_a, key_b), shape, info_a.dtype, "low_rank", load, rank)
 
 

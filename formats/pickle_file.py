@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.safetensors_file import DTYPE_NAMES, TensorInfo
-
 
 _FORBIDDEN = re.compile(r"nsupported (?:global: )?GLOBAL (\S+)")  # how torch words its refusal of what a pickle would call
 
@@ -36,7 +36,9 @@ class PickleFile:
 
     def _load(self) -> object:
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what torch thinks of an odd file is said by the error below
+                return torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
         except OSError as error:
             raise AdaptError(f"{self.path}: cannot be opened: {error.strerror or error}") from None
         except pickle.UnpicklingError as error:
@@ -47,13 +49,18 @@ class PickleFile:
                     "in an environment where you trust it"
                 ) from None
             raise AdaptError(f"{self.path}: is damaged or not a PyTorch file; fetch it again") from None
-        except Exception:  # a damaged archive can raise almost anything
+        except Exception as error:  # a damaged archive can raise almost anything
+            if "TorchScript" in str(error):
+                raise AdaptError(f"{self.path}: is a TorchScript program; save its state_dict() instead") from None
             raise AdaptError(f"{self.path}: is damaged or not a PyTorch file; fetch it again") from None
 
     def _info(self, name: str, tensor: Tensor) -> TensorInfo:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
             raise AdaptError(f"{self.path}: {name!r} is a {tensor.dtype} {tensor.layout} tensor, which is not supported")
-        return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], tensor.numel() * tensor.element_size())
+        nbytes = tensor.numel() * tensor.element_size()
+        if nbytes > self.path.stat().st_size:  # strides of zero make any shape out of one number
+            raise AdaptError(f"{self.path}: {name!r} claims {nbytes} bytes, more than its file has")
+        return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], nbytes)
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, copied out of the mapping."""

@@ -16,7 +16,7 @@ from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.lorta import LortaBlock, Slot, read_lorta_blocks
 from adapt_convert.formats.peft import CONFIG, PREFIX
 from adapt_convert.formats.source import adapter_config_path
-from adapt_convert.kernels.lorta import lorta_apply
+from adapt_convert.kernels.lorta import lorta_add, lorta_apply
 
 _STATE = "_adapt_convert"
 
@@ -32,10 +32,10 @@ class LortaModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         for slot, a, b, heads in self.slices:
-            added = lorta_apply(x, a, b, heads, reads=slot.transposed)
             if slot.start is None:
-                y = y + added
+                y = lorta_add(y, x, a, b, heads, reads=slot.transposed)
             else:
+                added = lorta_apply(x, a, b, heads, reads=slot.transposed)
                 y = torch.cat([y[..., : slot.start], y[..., slot.start : slot.stop] + added, y[..., slot.stop :]], dim=-1)
         return y
 
@@ -126,6 +126,7 @@ def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: _Attached)
         shared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         for slot in block.slots:
             weight = _weight(model, slot.module)
+            _check_fits(model, block, slot, weight)
             where = (weight.device, weight.dtype)
             a, b = shared.setdefault(where, (f.A.to(*where), f.B.to(*where)))
             heads = (f.C_h[block.group[slot.matrix]] * f.C_l[slot.layer] * f.C_m[slot.matrix]).to(*where)
@@ -134,6 +135,14 @@ def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: _Attached)
         base = model.get_submodule(name)
         state.modules[name] = base
         _set_module(model, name, LortaModule(base, parts))
+
+
+def _check_fits(model: nn.Module, block: LortaBlock, slot: Slot, weight: Tensor) -> None:
+    conv1d = type(model.get_submodule(slot.module)).__name__ == "Conv1D"  # GPT-2 stores (in, out)
+    rows, columns = weight.shape[::-1] if conv1d else weight.shape
+    found = block.shape(slot)
+    if found[1] != columns or (found[0] != rows if slot.stop is None else slot.stop > rows):
+        raise AdaptError(f"the adapter's delta of {slot.module} is {list(found)}, the model's weight {[rows, columns]}")
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

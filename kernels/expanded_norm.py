@@ -8,6 +8,8 @@ values only, as Q is orthonormal.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -40,7 +42,7 @@ def expanded_norm(x: Tensor, gain: Tensor, bias: Tensor | None, mask: Tensor | N
     else 0, so that a row of no task is the base's.
     `gain (width of the output,)` is the base's gain followed by ones, `bias` its bias followed by zeros. Float32 inside.
     """
-    if x.is_cuda and _triton_available():
+    if x.is_cuda and triton_available():
         from adapt_convert.kernels.expanded_norm_triton import expanded_norm_triton
 
         return expanded_norm_triton(x, gain, bias, mask, shape)
@@ -59,7 +61,7 @@ def expanded_norm_reference(x: Tensor, gain: Tensor, bias: Tensor | None, mask: 
         w, t = wide[..., d : d + r], wide[..., d + r :]
     elif mask is not None:
         m = mask.float().view(mask.shape[0], *(1,) * (x.ndim - 2), shape.tasks, 1)
-        t = (t.unflatten(-1, (shape.tasks, r)) * m).sum(-2)
+        t = (t.reshape(*t.shape[:-1], shape.tasks, r) * m).sum(-2)
         tail = torch.cat([((w + t).unsqueeze(-2) * m).flatten(-2), t], dim=-1)
         wide = torch.cat([h, tail], dim=-1)
     elif shape.kind == "layer":
@@ -73,7 +75,7 @@ def expanded_norm_reference(x: Tensor, gain: Tensor, bias: Tensor | None, mask: 
     return (normed if bias is None else normed + bias.float()).to(x.dtype)
 
 
-def _triton_available() -> bool:
-    from importlib.util import find_spec
-
+@cache
+def triton_available() -> bool:
+    """Whether there is a Triton to import; asked of the import system without importing it."""
     return find_spec("triton") is not None

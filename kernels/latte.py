@@ -24,13 +24,18 @@ from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, Expand
 
 @dataclass
 class LatteState:
-    """What taking a LatTE off needs: `shrunk` leads from a module's name to its layout, `edges` to the hooks at segments."""
+    """What choosing tasks and taking the LatTE off need.
+
+    `modules` are those swapped out; `transposed` says of expanded matrices whether the base stores them `(in, out)`; `edges`
+    are the hooks at the starts of segments; `for_all_rows` names values that no row can have for itself.
+    """
 
     tasks: Tasks
     modules: dict[str, nn.Module] = field(default_factory=dict)
     transposed: dict[str, bool] = field(default_factory=dict)
     edges: dict[str, Any] = field(default_factory=dict)
     exact: _Attached = field(default_factory=_Attached)
+    for_all_rows: list[str] = field(default_factory=list)
 
     def restore(self, model: nn.Module) -> nn.Module:
         """Every module and value as before loading, bit for bit."""
@@ -87,6 +92,8 @@ def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
     if wrong or not chosen:
         what = f"{wrong[0]} is out of range" if wrong else "no row is given"
         raise AdaptError(f"task_ids: {what}; there are {count} tasks, 1 to {count}, and 0 is the base")
+    if 0 in chosen and state.for_all_rows:
+        raise AdaptError(f"task_ids: no row can be the base's while {state.for_all_rows[0]} is replaced for all rows")
     before = state.tasks.ids
     device = next(model.parameters()).device
     state.tasks.set(torch.tensor(chosen, dtype=torch.long, device=device))
@@ -163,29 +170,38 @@ class _Loader:
         self._swap(name, ExitNorm(norm, self._edge(previous, None, _parameter(norm))))
 
     def _set_exact(self) -> None:
+        """Parameters held by value: those of norms by task and row, others for every row, which one adapter alone can ask for."""
         tasks = self.adapter.tasks
-        if len(tasks) == 1:
-            for name, value in tasks[0].exact.items():
-                assert isinstance(value, Tensor)
-                _set_parameter(self.model, self.names.of(name), value, self.state.exact)
-            return
         for module in sorted({name.rpartition(".")[0] for task in tasks for name in task.exact}):
-            self._set_task_norm(module)
+            norm = self.model.get_submodule(self.names.of(module))
+            weight = getattr(norm, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 1:
+                tables = [self._task_table(norm, module, attribute) for attribute in ("weight", "bias")]
+                self._set_values(module)
+                assert tables[0] is not None
+                self._swap(self.names.of(module), TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.state.tasks))
+            elif len(tasks) > 1:
+                raise AdaptError(f"{self.origin}: a bundle cannot hold {module}, which is no norm, task by task")
+            else:
+                self.state.for_all_rows += self._set_values(module)
 
-    def _set_task_norm(self, module: str) -> None:
-        """A norm that tasks change differently: one gain per task, picked by row."""
-        name = self.names.of(module)
-        norm = self.model.get_submodule(name)
-        weight = getattr(norm, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 1:
-            raise AdaptError(f"{self.origin}: a bundle cannot hold {module}, which is no norm, task by task")
-        tables = []
-        for attribute in ("weight", "bias"):
-            value = getattr(norm, attribute, None)
-            rows = None if value is None else [value, *(t.exact.get(f"{module}.{attribute}", value) for t in self.adapter.tasks)]
-            tables.append(None if rows is None else torch.stack([row.to(weight.device, weight.dtype) for row in rows]))
-        assert tables[0] is not None
-        self._swap(name, TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.state.tasks))
+    def _set_values(self, module: str) -> list[str]:
+        """Without task ids a single adapter's values hold for all rows; a bundle is the base then, and nothing is set."""
+        held = self.adapter.tasks[0].exact if len(self.adapter.tasks) == 1 else {}
+        names = [name for name in held if name.rpartition(".")[0] == module]
+        for name in names:
+            value = held[name]
+            assert isinstance(value, Tensor)
+            _set_parameter(self.model, self.names.of(name), value, self.state.exact)
+        return names
+
+    def _task_table(self, norm: nn.Module, module: str, attribute: str) -> Tensor | None:
+        """A norm's gain or bias of the base and of every task, `(T + 1, d)`."""
+        value = getattr(norm, attribute, None)
+        if value is None:
+            return None
+        rows = [value, *(task.exact.get(f"{module}.{attribute}", value) for task in self.adapter.tasks)]
+        return torch.stack([row.to(value.device, value.dtype) for row in rows]).detach()
 
     def _enter(self, segment: Segment, previous: Segment | None) -> None:
         name = self.names.of(self.layout.block.format(segment.start))
@@ -233,9 +249,10 @@ class _Loader:
 
 
 def _through_edge(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    edge: Any = layer.latte_edge
     if args:
-        return (layer.latte_edge(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": layer.latte_edge(kwargs["hidden_states"])}
+        return (edge(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": edge(kwargs["hidden_states"])}
 
 
 def _parameter(module: nn.Module) -> Tensor:
@@ -250,7 +267,9 @@ def _check_blocks(blocks: list[Tensor | None], weight: Tensor, segment: Segment,
         if block is not None and tuple(block.shape) != expected:
             raise AdaptError(f"{where}: has a block of {list(block.shape)}, the model needs {list(expected)}: made for another base")
     if segment.Q.shape[0] != weight.shape[1 if reads else 0]:
-        raise AdaptError(f"{where}: the adapter's residual stream is {segment.Q.shape[0]} wide, the model's {weight.shape[1 if reads else 0]}")
+        raise AdaptError(
+            f"{where}: the adapter's residual stream is {segment.Q.shape[0]} wide, the model's {weight.shape[1 if reads else 0]}"
+        )
 
 
 def _reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor | None) -> Tensor:
@@ -269,7 +288,7 @@ def _reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain:
     return expanded
 
 
-def _writer_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: None) -> Tensor:
+def _writer_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor | None) -> Tensor:
     """`[W; Q^T W; S_1; ..; S_T]`: what it adds to h, to w and to every t."""
     (d, columns), r = weight.shape, Q.shape[1]
     expanded = weight.new_zeros(d + (len(blocks) + 1) * r, columns)
@@ -281,7 +300,9 @@ def _writer_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain:
     return expanded
 
 
-def _bias_table(base: Tensor | None, biases: list[Tensor | None], weight: Tensor, segment: Segment, rows: int, writes: bool) -> Tensor | None:
+def _bias_table(
+    base: Tensor | None, biases: list[Tensor | None], weight: Tensor, segment: Segment, rows: int, writes: bool
+) -> Tensor | None:
     """The expanded bias of the base and of every task, `(T + 1, rows)`; one row pair suffices where no task changes it."""
     if base is None and all(bias is None for bias in biases):
         return None

@@ -82,7 +82,7 @@ class SegmentEdge(nn.Module):
         mask = self.tasks.mask_for(x)
         if mask is not None:
             m = mask.to(x.dtype).view(mask.shape[0], *(1,) * (x.ndim - 2), self.tasks.count, 1)
-            t = (t.unflatten(-1, (self.tasks.count, r)) * m).sum(-2)
+            t = (t.reshape(*t.shape[:-1], self.tasks.count, r) * m).sum(-2)
         return x[..., :d] + functional.linear(t, Q)
 
 
@@ -95,8 +95,9 @@ class ExpandedNorm(nn.Module):
     def __init__(self, base: nn.Module, rank: int, kind: NormKind, tasks: Tasks) -> None:
         super().__init__()
         self.base, self.tasks = base, tasks
-        weight = base.weight.detach()
+        weight = base.weight
         assert isinstance(weight, Tensor)
+        weight = weight.detach()
         extra = (1 + tasks.count) * rank
         gain = weight.float() + 1.0 if kind == "gemma" else weight
         self.register_buffer("gain", torch.cat([gain, gain.new_ones(extra)]), persistent=False)
@@ -125,11 +126,12 @@ class TaskNorm(nn.Module):
 
     gains: Tensor
     biases: Tensor | None
+    ones: Tensor
 
     def __init__(self, base: nn.Module, gains: Tensor, biases: Tensor | None, kind: NormKind, tasks: Tasks) -> None:
         super().__init__()
         self.base, self.tasks = base, tasks
-        self.shape = NormShape(gains.shape[1], 0, tasks.count, kind, norm_eps(base))
+        self.shape = NormShape(gains.shape[1], 0, 1, kind, norm_eps(base))
         self.register_buffer("gains", gains + 1.0 if kind == "gemma" else gains, persistent=False)
         self.register_buffer("biases", biases, persistent=False)
         self.register_buffer("ones", torch.ones_like(gains[0]), persistent=False)

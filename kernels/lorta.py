@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from adapt_convert.kernels.expanded_norm import triton_available
+
+
+def lorta_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, heads: Tensor, reads: bool) -> Tensor:
+    """`y + x @ D^T`, `y` being what the base's matrix makes of `x`; the other arguments are `lorta_apply`'s.
+
+    Returns `y`, which may have been overwritten.
+    """
+    if y.is_cuda and triton_available():
+        from adapt_convert.kernels.lorta_triton import lorta_add_triton
+
+        return lorta_add_triton(y, x, A, B, heads, reads)
+    return y + lorta_apply(x, A, B, heads, reads)
+
 
 def lorta_apply(x: Tensor, A: Tensor, B: Tensor, heads: Tensor, reads: bool) -> Tensor:
     """`x @ D^T` for the slice `D` of a LoRTA, by way of its rank.

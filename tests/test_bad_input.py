@@ -5,11 +5,13 @@ The lines of the preflight may stand before the one that begins with "Error:", b
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,8 +136,16 @@ def in_pieces(directory: Path, *names: str) -> None:
         (directory / name).write_bytes(b"x")
 
 
+def torchscript() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but the files are still about
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
 def huge_view() -> dict[str, torch.Tensor]:
-    return {Q: torch.zeros(1).expand(10**7, 10**7)}
+    return {"extra.weight": torch.zeros(1).expand(10**7, 10**7)}
 
 
 # What is done to a checkpoint directory, and what the one line has to say. Each is done to the base and to the fine-tune.
@@ -166,10 +176,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle of a list": (lambda d: replace_by_pickle(d, [torch.ones(2)]), "holds a list, not a state dict"),
     "pickle of numbered tensors": (lambda d: replace_by_pickle(d, {1: torch.ones(2)}), "not a state dict"),
     "pickle without tensors": (lambda d: replace_by_pickle(d, {"epoch": 3}), "holds no tensors"),
-    "pickle of a huge view": (lambda d: replace_by_pickle(d, huge_view()), "10000000, 10000000"),
+    "pickle of a huge view": (lambda d: replace_by_pickle(d, huge_view()), "400000000000000 bytes, more than its file has"),
     "pickle of a sparse tensor": (lambda d: replace_by_pickle(d, {Q: torch.eye(3).to_sparse()}), "not supported|not a PyTorch"),
     "pickle cut": (lambda d: (replace_by_pickle(d, {Q: torch.ones(99)}), os.truncate(d / "pytorch_model.bin", 700)), "damaged"),
     "pickle of noise": (lambda d: replace_by_bytes(d, bytes(range(256)) * 9), "damaged or not a PyTorch file"),
+    "TorchScript": (lambda d: replace_by_bytes(d, torchscript()), "TorchScript program; save its state_dict"),
     "pickle empty": (lambda d: replace_by_bytes(d, b""), "damaged or not a PyTorch file"),
     "FSDP": (lambda d: in_pieces(d, "pytorch_model_fsdp_0/.metadata"), "FSDP .*`accelerate merge-weights`"),
     "FSDP in pieces": (lambda d: in_pieces(d, "__0_0.distcp"), "FSDP .*`accelerate merge-weights`"),
@@ -180,10 +191,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: holds a JSON list"),
     "config not UTF-8": (lambda d: (d / "config.json").write_bytes(b'{"model_type":"\xff"}'), "config.json: is not valid JSON"),
     "config nested": (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: is not valid JSON"),
-    "quantised by config": (lambda d: configure(d, quantization_config={"quant_method": "gptq"}), r"quantised \(gptq;.*use the unquantised"),
-    "quantised GPTQ names": (lambda d: edit(d, lambda s: s.update({"x.qweight": torch.ones(2, 2).int()})), "quantised .GPTQ or AWQ; x.qweight"),
+    "quantised by config": (lambda d: configure(d, quantization_config={"quant_method": "gptq"}), r"quantised \(gptq;.*the unquantised"),
+    "quantised GPTQ names": (lambda d: edit(d, lambda s: s.update({"x.qweight": torch.ones(2, 2).int()})), "GPTQ or AWQ; x.qweight"),
     "quantised fp8": (lambda d: edit(d, lambda s: s.update({Q: s[Q].to(torch.float8_e4m3fn)})), "quantised .F8_E4M3"),
-    "quantised MXFP4": (lambda d: edit(d, lambda s: s.update(x_blocks=torch.ones(2), x_scales=torch.ones(2))), "quantised .MXFP4; x_blocks"),
+    "quantised MXFP4": (lambda d: edit(d, lambda s: s.update(x_blocks=torch.ones(2), x_scales=torch.ones(2))), "MXFP4; x_blocks"),
 }  # fmt: skip
 
 
@@ -216,9 +227,9 @@ def test_not_finite(place: Path, name: str, value: str, to: str) -> None:
 # Pairs that do not belong together.
 MISFITS: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "shapes": (lambda d: edit(d, lambda s: s.update({Q: torch.ones(32, 33)})), r"q_proj.weight is \[32, 33\] .* but \[32, 32\]", False),
-    "norm of another width": (lambda d: edit(d, lambda s: s.update({"model.layers.0.input_layernorm.weight": torch.ones(31)})), "31", False),
+    "norm's width": (lambda d: edit(d, lambda s: s.update({"model.layers.0.input_layernorm.weight": torch.ones(31)})), "31", False),
     "another architecture": (lambda d: configure(d, model_type="gpt2"), "is a gpt2 and .* a llama", False),
-    "nothing in common": (lambda d: edit(d, lambda s: [s.update({f"x{n}": s.pop(n)}) for n in list(s)]), "no weight matrix in common", False),
+    "nothing in common": (lambda d: edit(d, lambda s: [s.update({f"x{n}": s.pop(n)}) for n in list(s)]), "no weight matrix in", False),
     "nothing changed": (lambda d: shutil.copy(weights(d.parent / "base"), weights(d)), "no tensor changed", True),
     "no matrix changed": (
         lambda d: edit(d, lambda s: s.update(load_file(weights(d.parent / "base")) | {"model.norm.weight": torch.ones(32)})),
@@ -301,6 +312,10 @@ def test_options(place: Path, case: str) -> None:
 def test_paths(place: Path) -> None:
     refuse(place, "nowhere: no such file or directory", base="nowhere")
     refuse(place, "nowhere: no such file or directory", ft="nowhere")
+    not_utf8 = os.fsdecode(b"\xff")
+    (place / "base").rename(place / not_utf8)
+    refuse(place, r"\\udcff: the path is not valid UTF-8; rename it", base=not_utf8)
+    (place / not_utf8).rename(place / "base")
     refuse(place, "config.json: is not a .safetensors or .bin file", ft="ft/config.json")
     (place / "q4.gguf").write_bytes(b"GGUF" + bytes(20))
     refuse(place, "q4.gguf: .* GGUF is quantised, use the original checkpoint", base="q4.gguf")

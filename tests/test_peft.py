@@ -108,7 +108,8 @@ def live_logits(pair, adapter: Path) -> torch.Tensor:
 def test_lora_to_lora_keeps_the_model(adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     pair, adapter, expected, rank = adapters(name)
     assert (expected - pair.logits(pair.load(pair.base))).abs().max() > 1e-2
-    product_is_forbidden(monkeypatch)
+    if name not in ("embedding", "embedding with rsLoRA", "head"):
+        product_is_forbidden(monkeypatch)  # peft saves the whole table beside a LoRA of an embedding or a head
     conversion = adapt_convert.convert(pair.base, adapter, to="lora", rank=rank)
     out = conversion.save(tmp_path / "out")
     torch.testing.assert_close(live_logits(pair, out), expected, atol=1e-4, rtol=1e-4)
@@ -148,7 +149,7 @@ def test_lora_to_lorta(adapters, tmp_path: Path, name: str) -> None:
     pair, adapter, expected, _ = adapters(name)
     before = pair.logits(pair.load(pair.base))
     captured = []
-    for rank in (1, 24):
+    for rank in (1, 6):
         conversion = adapt_convert.convert(pair.base, adapter, to="lorta", rank=rank)
         captured.append(conversion.report["captured_energy"])
         out = conversion.save(tmp_path / f"r{rank}")
@@ -196,7 +197,7 @@ def with_tensor(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Ca
 
 
 BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] = {
-    "no peft_type": ({"peft_type": None}, dict, "peft_type"),
+    "no peft_type": ({"peft_type": None}, dict, "peft_type = None"),
     "unknown peft_type": ({"peft_type": "VERA"}, dict, "is a PEFT VERA adapter; LORA and LORTA are supported"),
     "peft_type a list": ({"peft_type": ["LORA"]}, dict, "supported"),
     "DoRA": ({"use_dora": True}, dict, "DoRA"),
@@ -212,7 +213,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] =
     "one dimension": ({}, with_tensor(f"{L0}.lora_B.weight", 32), "only matrices are supported"),
     "integers": ({}, with_tensor(f"{L0}.lora_A.weight", 4, 32, dtype=torch.int8), "lora_A.weight is stored as I8"),
     "other width": ({}, with_tensor(f"{L0}.lora_A.weight", 4, 31), r"\[32, 31\] .* but \[32, 32\]"),
-    "bias of another width": ({}, with_tensor(f"{L0}.lora_B.bias", 7), "7"),
+    "bias of another width": ({}, with_tensor(f"{L0}.lora_B.bias", 7), "which .* does not have"),
     "bias alone": ({}, lambda s: (s.clear(), s.update({f"{L0}.lora_B.bias": torch.ones(32)})), "only one half|which .* does not have"),
     "module of another base": ({}, with_tensor("base_model.model.model.layers.9.mlp.x.lora_A.weight", 4, 32), "only one half"),
     "unknown slot": ({}, with_tensor(f"{L0}.lora_C.weight", 4, 32), "lora_C"),
@@ -243,13 +244,11 @@ def test_broken_adapters(adapters, tmp_path: Path, case: str) -> None:
     save_file(state, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdaptError, match=message):
         adapt_convert.convert(pair.base, tmp_path, rank=2)
-    with pytest.raises(AdaptError, match=message if case != "all zero" else "cannot happen"):
-        adapt_convert.merge(pair.base, tmp_path, tmp_path / "merged") if case != "all zero" else _fail()
+    if case == "all zero":  # merged, it gives the base
+        return
+    with pytest.raises(AdaptError, match=message):
+        adapt_convert.merge(pair.base, tmp_path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-
-
-def _fail() -> None:
-    raise AdaptError("cannot happen")
 
 
 def test_real_adapters_of_other_kinds(pairs, tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""What an adapter's weights hold of the fine-tune's change, matrix by matrix, measured on the files as they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.architectures import place_of
+from adapt_convert.convert.candidates import Contender
+from adapt_convert.convert.conversion import open_pair
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.options import Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, Plan, make_plan
+from adapt_convert.convert.svd import factorise
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import read_json
+
+RECORD = "conversion.json"
+SPECTRUM_VALUES = 64
+_SPECTRA = 7  # matrices whose singular values are computed: those of one layer in the middle
+_RECORD_TOLERANCE = 0.02  # of captured energy; what was measured when the adapter was written repeats to rounding
+_WHOLE = 0.999  # captured energy above which a matrix counts as stored, not approximated
+_CHUNK = 2**22  # elements at a time
+
+
+@dataclass(frozen=True)
+class MatrixShare:
+    """One tensor of the fine-tune: `energy` of its change, `captured` share of it that the candidate holds (negative when it
+    moves away), `rank` of the candidate's factors; `inner` = `<change, candidate's change>`, `norm` = the latter's energy."""
+
+    name: str
+    role: str
+    layer: int | None
+    energy: float
+    inner: float
+    norm: float
+    rank: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def captured(self) -> float:
+        return (2 * self.inner - self.norm) / self.energy
+
+    def to_json(self) -> dict[str, Any]:
+        return {"role": self.role, "layer": self.layer, "energy": self.energy, "captured_energy": self.captured, "rank": self.rank}
+
+
+@dataclass
+class Holdings:
+    """Everything that one candidate holds; `note` says why it could not be measured, and `recorded` is then the captured energy
+    by tensor that the `conversion.json` beside it states."""
+
+    shares: list[MatrixShare] = field(default_factory=list)
+    recorded: dict[str, float] = field(default_factory=dict)
+    note: str | None = None
+    record_errors: list[str] = field(default_factory=list)
+
+    @property
+    def captured(self) -> float | None:
+        """Share of the energy of all changed matrices."""
+        total = sum(share.energy for share in self.matrices)
+        return sum(share.captured * share.energy for share in self.matrices) / total if total else None
+
+    @property
+    def matrices(self) -> list[MatrixShare]:
+        return [share for share in self.shares if len(share.shape) == 2]
+
+    @property
+    def _adapted(self) -> list[MatrixShare]:
+        """Matrices that the candidate approximates; one held whole (an embedding stored exactly) says nothing of its factors."""
+        return [share for share in self.matrices if share.norm > 0 and share.captured < _WHOLE]
+
+    @property
+    def strength(self) -> float | None:
+        """The factor by which the candidate's matrices would have to grow to fit the fine-tune's best: 1 for a projection
+        (a truncated SVD, a least-squares fit), 2 for an adapter whose scale was halved."""
+        norm = sum(share.norm for share in self._adapted)
+        return sum(share.inner for share in self._adapted) / norm if norm > 0 else None
+
+    @property
+    def captured_of_adapted(self) -> float | None:
+        """Share of the energy of the matrices that the candidate approximates."""
+        energy = sum(share.energy for share in self._adapted)
+        return sum(share.captured * share.energy for share in self._adapted) / energy if energy else None
+
+
+def measure_weights(
+    base: Contender,
+    fine_tune: Contender,
+    candidates: Iterable[Contender],
+    progress: Callable[[Iterable[Any], str], Iterable[Any]],
+    seed: int,
+) -> tuple[dict[Contender, Holdings], dict[str, list[float]]]:
+    """Captured energy of every candidate, and singular values of the change of one middle layer's matrices.
+
+    Reads one tensor of each at a time. A candidate that the project cannot read as a change of weights gets a note instead.
+    """
+    holdings = {candidate: Holdings() for candidate in candidates}
+    try:
+        pairs, plan = _open(base, fine_tune)
+    except AdaptError as error:
+        return {candidate: Holdings(note=str(error)) for candidate in holdings}, {}
+    opened: dict[Contender, tuple[Pairs, dict[str, Entry]]] = {}
+    for candidate in holdings:
+        try:
+            its_pairs, its_plan = _open(base, candidate)
+            opened[candidate] = its_pairs, {entry.name: entry for entry in its_plan.entries}
+        except AdaptError as error:
+            holdings[candidate].note = str(error)
+            holdings[candidate].recorded = _recorded(candidate)
+    spectra: dict[str, list[float]] = {}
+    wanted = _spectrum_entries(plan)
+    for entry in progress([e for e in plan.entries if e.base_key and not e.tied_to and not e.rows_lost], "weights"):
+        change = _change(pairs, entry)
+        if change is None or not (energy := change.energy()):
+            continue
+        for candidate, (its_pairs, entries) in opened.items():
+            holdings[candidate].shares.append(_share(entry, plan, change, energy, its_pairs, entries.get(entry.name)))
+        if entry in wanted:
+            rank = min(SPECTRUM_VALUES, *change.shape)
+            spectra[entry.name] = factorise(change, rank, torch.Generator().manual_seed(seed)).values[:rank].tolist()
+    for candidate, (its_pairs, _) in opened.items():
+        holdings[candidate].record_errors = _against_record(candidate, holdings[candidate], pairs, its_pairs)
+    return holdings, spectra
+
+
+def _open(base: Contender, other: Contender) -> tuple[Pairs, Plan]:
+    opened_base, source = open_pair(base.path, other.path)
+    return Pairs(opened_base, source, torch.device("cpu")), make_plan(opened_base, source, Options())
+
+
+def _change(pairs: Pairs, entry: Entry) -> Delta | None:
+    """The change of one tensor, float32; a vector is a matrix of one column. None for integers and other shapes."""
+    if entry.kind == "matrix":
+        return pairs.delta(entry)
+    if not entry.part.dtype.startswith(("F", "BF")) or entry.base_key is None:
+        return None
+    if entry.part.kind == "low_rank":
+        loaded = entry.part.load()
+        return loaded if isinstance(loaded, LowRankDelta) else None
+    value = entry.part.load()
+    assert isinstance(value, Tensor)
+    if entry.part.kind == "replace":
+        before = pairs.base.read(entry.base_key)
+        if before.shape != value.shape:
+            return None
+        value = value.to(torch.float32, copy=True).sub_(before)
+    return DenseDelta(value.float().reshape(len(value) if value.ndim else 1, -1))
+
+
+def _share(entry: Entry, plan: Plan, change: Delta, energy: float, pairs: Pairs, theirs: Entry | None) -> MatrixShare:
+    place = place_of(entry.module, plan.family) if plan.family else None
+    role = place.role if place else entry.name.rpartition(".")[0].rsplit(".", 1)[-1]
+    mine = _change(pairs, theirs) if theirs else None
+    inner, norm = (_inner(change, mine), mine.energy()) if mine is not None and mine.shape == change.shape else (0.0, 0.0)
+    rank = theirs.part.rank if theirs else None
+    return MatrixShare(entry.name, role, place.layer if place else None, energy, inner, norm, rank, entry.part.shape)
+
+
+def _inner(a: Delta, b: Delta) -> float:
+    """`<a, b>`, through the factors of whichever has some."""
+    if isinstance(a, LowRankDelta):
+        a, b = b, a
+    if isinstance(b, LowRankDelta):
+        return float((a.rmatmul(b.B).double() * b.A.T.double()).sum())
+    assert isinstance(a, DenseDelta)
+    x, y = a.weight.reshape(-1), b.weight.reshape(-1)
+    return sum(
+        float(torch.dot(x[i : i + _CHUNK].double(), y[i : i + _CHUNK].double()))  # float32 loses what bf16 rounding leaves
+        for i in range(0, len(x), _CHUNK)
+    )
+
+
+def _spectrum_entries(plan: Plan) -> set[Entry]:
+    placed = [(e, place_of(e.module, plan.family)) for e in plan.entries if plan.family and e.kind == "matrix" and e.base_key]
+    layers = sorted({place.layer for _, place in placed if place})
+    middle = layers[len(layers) // 2] if layers else None
+    return set([e for e, place in placed if place and place.layer == middle][:_SPECTRA])
+
+
+def _recorded(candidate: Contender) -> dict[str, float]:
+    path = Path(candidate.location.directory) / RECORD
+    tensors = read_json(path).get("tensors") if path.is_file() else None
+    rows = tensors.items() if isinstance(tensors, dict) else ()
+    return {name: row["captured_energy"] for name, row in rows if isinstance(row.get("captured_energy"), float)}
+
+
+def _against_record(candidate: Contender, holdings: Holdings, pairs: Pairs, its_pairs: Pairs) -> list[str]:
+    """Tensors that hold something else than the `conversion.json` beside them says; only for the pair that it was made from."""
+    path = Path(candidate.location.directory) / RECORD
+    if not candidate.is_adapter or not path.is_file():
+        return []
+    record = read_json(path)
+    inputs, tensors = record.get("inputs"), record.get("tensors")
+    if not isinstance(inputs, dict) or not isinstance(tensors, dict):
+        return []
+    for role, store in (("base", pairs.base.store), ("source", pairs.source.store)):
+        if not isinstance(inputs.get(role), dict) or inputs[role].get("sha256") != store.content_hash():
+            return []
+    errors = []
+    for share in holdings.shares:
+        row = tensors.get(share.name, {})
+        said = 1.0 if row.get("status") == "exact" else row.get("captured_energy")
+        tolerance = 0.5 if row.get("status") == "exact" else _RECORD_TOLERANCE  # a small change may round when stored in bf16
+        if isinstance(said, int | float) and share.captured < said - tolerance:
+            errors.append(f"{share.name} holds {share.captured:.1%} of its change, {RECORD} says {said:.1%}")
+    return errors

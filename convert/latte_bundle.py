@@ -1,0 +1,119 @@
+"""Several adapters of one base in one LatTE, over common bases, so that rows of one batch can be of different tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapt_convert.convert.conversion import Conversion, open_pair, survey, task_type
+from adapt_convert.convert.latte import check_rank, describe, fingerprints, project, store_exact
+from adapt_convert.convert.latte_deltas import Effective
+from adapt_convert.convert.latte_segments import find_segments
+from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype
+from adapt_convert.convert.report import Record, build_report, captured_energy
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import LatteAdapter, LatteTask
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass
+class _Task:
+    """One adapter of the bundle: `stored` are its changed tensors that are no matrices, `records` those already decided."""
+
+    plan: Plan
+    effective: Effective
+    stored: dict[Entry, float]
+    records: list[Record]
+    held: LatteTask
+
+
+def bundle(
+    base: str | Path,
+    sources: Sequence[str | Path],
+    *,
+    progress: Progress = lambda items, what: items,
+    **options: Any,
+) -> Conversion:
+    """Convert several fine-tunes or adapters of `base` into one LatTE; task k is the k-th source, from 1.
+
+    `options` are the fields of `Options`; `rank` is the width of the common basis, so that adapters trained apart are exact only
+    if it reaches the sum of their ranks. Raises `AdaptError`, also for changes that no row of a batch can have for itself: an
+    embedding or a head.
+    """
+    started = time.monotonic()
+    chosen = Options(**{"to": "latte", **options})
+    if chosen.to != "latte":
+        raise AdaptError(f"--to {chosen.to}: a bundle is a LatTE; only --to latte can mix tasks in one batch")
+    if not sources:
+        raise AdaptError("a bundle needs at least one adapter")
+    tasks = [_open(base, source, chosen, progress) for source in sources]
+    _name_apart(tasks)
+    first = tasks[0]
+    segments, searched = find_segments([task.effective for task in tasks], chosen, progress)
+    dtype = DTYPES[chosen.dtype or output_dtype(first.effective.pairs.source)]
+    adapter = LatteAdapter(str(first.effective.pairs.base.config.get("model_type")), segments, [task.held for task in tasks])
+    for task in tasks:
+        task.records += project(task.effective, segments, task.held, dtype, progress)
+        task.records += store_exact(task.effective, task.held, task.stored)
+    adapter.fingerprints = fingerprints(first.effective)
+    adapter.base_model, adapter.task_type = first.effective.pairs.base.origin, task_type(first.plan)
+    records = [record for task in tasks for record in task.records]
+    adapter.details = describe(adapter, searched)
+    report = _report(tasks, chosen) | {"latte": adapter.details}
+    return Conversion(adapter, first.plan, records, report, started)
+
+
+def _open(base: str | Path, source: str | Path, options: Options, progress: Progress) -> _Task:
+    opened_base, opened_source = open_pair(base, source)
+    plan = make_plan(opened_base, opened_source, options)
+    pairs = Pairs(opened_base, opened_source, options.torch_device())
+    effective = Effective(pairs, plan)
+    check_rank(options.rank, effective.width, opened_base.origin)
+    stored, _, records = survey(pairs, plan, options, progress)
+    _refuse_unshared(stored, effective)
+    return _Task(plan, effective, stored, records, LatteTask(opened_source.location.name))
+
+
+def _refuse_unshared(stored: dict[Entry, float], effective: Effective) -> None:
+    per_row = {effective.module_name(effective.layout.final_norm), "q_norm", "k_norm"}
+    folded = effective.folded()
+    for entry in stored:
+        if entry.name not in folded and not {entry.module, entry.module.rpartition(".")[2]} & per_row:
+            raise AdaptError(
+                f"{effective.pairs.source.origin}: changes {entry.name}, which all rows of a batch share; "
+                f"leave it out with --exclude {entry.module}, or convert this fine-tune on its own"
+            )
+
+
+def _name_apart(tasks: list[_Task]) -> None:
+    """Names by directory, numbered where they repeat."""
+    taken: set[str] = set()
+    for number, task in enumerate(tasks, 1):
+        if task.held.name in taken:
+            task.held.name = f"{task.held.name}-{number}"
+        taken.add(task.held.name)
+
+
+def _report(tasks: list[_Task], options: Options) -> dict[str, Any]:
+    """The report of the first task's form, its tensors those of all tasks, and each task's own captured energy."""
+    base = tasks[0].effective.pairs.base
+    reports = [build_report(base, t.effective.pairs.source, options, t.records, t.plan.missing) for t in tasks]
+    records = [record for task in tasks for record in task.records]
+    sources = [report["inputs"]["source"] for report in reports]
+    return reports[0] | {
+        "captured_energy": captured_energy(r for r in records if r.status == "factored"),
+        "captured_energy_of_all_changes": captured_energy(records),
+        "inputs": {
+            "base": reports[0]["inputs"]["base"],
+            "source": sources[0] | {"origin": ", ".join(s["origin"] for s in sources), "bytes": sum(s["bytes"] for s in sources)},
+            "sources": sources,
+        },
+        "tasks": {task.held.name: report["captured_energy"] for task, report in zip(tasks, reports, strict=True)},
+        "tensors": {f"{t.held.name}: {name}": row for t, r in zip(tasks, reports, strict=True) for name, row in r["tensors"].items()},
+    }

@@ -1,0 +1,84 @@
+"""Segments: where the layers are cut into runs with a basis of their own, and the search for the cheapest cut.
+
+One segment is the paper's single pass through the network; more of them need a smaller basis each for the same captured energy,
+and two thin products at every cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from adapt_convert.convert.delta import Delta
+from adapt_convert.convert.latte_basis import cut, find_basis
+from adapt_convert.convert.latte_deltas import Effective, scaled
+from adapt_convert.convert.options import Options
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import Segment
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+# What a cut costs besides its products, in weights read: the launches of some three small operations, about 10 us, in which a
+# memory of 20 GB/s delivers 200 kB. Only the order of magnitude matters.
+_CUT_OVERHEAD = 50_000
+
+
+def find_segments(tasks: Sequence[Effective], options: Options, progress: Progress) -> tuple[list[Segment], list[dict[str, Any]]]:
+    """The runs of layers with their bases, common to all tasks, and what a search for them tried.
+
+    Each task weighs alike, however large its changes. With `--segments auto` the numbers of segments 1, 2, 4 .. and one per
+    layer are tried at the asked energy, one after the other, so that memory holds one Gram matrix at a time.
+    """
+    first = tasks[0]
+    scales = [1.0] if len(tasks) == 1 else [_norm(task, progress) for task in tasks]
+    if isinstance(options.segments, int):
+        if options.segments > first.layers:
+            raise AdaptError(f"--segments {options.segments}: {first.pairs.base.origin} has {first.layers} layers; give at most that many")
+        return _bases(tasks, scales, options.segments, options, progress), []
+    powers = [2**i for i in range(first.layers.bit_length()) if 2**i < first.layers]
+    tried = [_bases(tasks, scales, count, options, progress) for count in (*powers, first.layers)]
+    costs = [predicted_cost(first, segments, len(tasks)) for segments in tried]
+    rows = [
+        {"segments": len(segments), "ranks": [s.rank for s in segments], "predicted_cost": cost}
+        for segments, cost in zip(tried, costs, strict=True)
+    ]
+    return tried[costs.index(min(costs))], rows
+
+
+def _bases(tasks: Sequence[Effective], scales: list[float], count: int, options: Options, progress: Progress) -> list[Segment]:
+    first, segments = tasks[0], []
+    for run in progress(cut(first.layers, count), f"finding bases of {count} segments"):
+
+        def stream(run: range = run) -> Iterator[tuple[bool, Delta]]:
+            for task, scale in zip(tasks, scales, strict=True):
+                for reads, delta in changed(task, run):
+                    yield reads, delta if scale == 1.0 else scaled(delta, 1.0 / scale)
+
+        Q, _ = find_basis(stream, first.width, options.rank, options.energy, options.seed, first.pairs.device)
+        segments.append(Segment(run.start, run.stop, Q.cpu()))
+    return segments
+
+
+def changed(effective: Effective, layers: range) -> Iterator[tuple[bool, Delta]]:
+    """(reads the residual, effective delta) of every changed matrix of some layers."""
+    for matrix in effective.matrices:
+        delta = effective.delta(matrix) if matrix.layer in layers else None
+        if delta is not None:
+            yield matrix.reads, delta
+
+
+def _norm(effective: Effective, progress: Progress) -> float:
+    layers = progress(range(effective.layers), "weighing tasks")
+    total = sum(delta.energy() for layer in layers for _, delta in changed(effective, range(layer, layer + 1)))
+    return math.sqrt(max(total, 1e-300))
+
+
+def predicted_cost(effective: Effective, segments: Iterable[Segment], tasks: int = 1) -> int:
+    """Weights that decoding one token reads besides the base's: `(T + 1) R` for every channel of a matrix's far side, and the edges."""
+    total = 0
+    for segment in segments:
+        far = sum(
+            effective.shape(m)[0 if m.reads else 1] for m in effective.matrices if segment.start <= m.layer < segment.stop
+        )  # fmt: skip
+        total += (tasks + 1) * segment.rank * far + (tasks + 2) * segment.rank * effective.width + _CUT_OVERHEAD
+    return total

@@ -1,0 +1,297 @@
+"""`validate`: rerun the fine-tune, the base and every candidate, and judge whether a candidate is the fine-tune."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapt_convert.convert.adapter_weights import Holdings, measure_weights
+from adapt_convert.convert.candidates import Contender, Stage, open_contender, staged, task_number, tasks_of
+from adapt_convert.convert.fidelity import Fidelity, RowSums, Tally, summarise
+from adapt_convert.convert.live_model import Task, model_class_of, read_config, require_run_extra, task_of, vocabulary_of
+from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.outputs import Batch, continue_greedily, make_batches, predict
+from adapt_convert.convert.probe import ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
+from adapt_convert.convert.reference_outputs import ReferenceOutputs
+from adapt_convert.convert.speed import Speed, measure_speed
+from adapt_convert.convert.texts import DEFAULT_MAX_TOKENS, Corpus, make_corpus, noise_images
+from adapt_convert.convert.validation_result import Judged, Validation
+from adapt_convert.convert.verdict import Thresholds, fidelity_failures, weight_failures
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+_PROMPTS = 8
+_PROMPT_TOKENS = 32
+_CONTINUATION = 32  # tokens
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """How to run. `context`, `batch`, `max_tokens` count tokens, rows and tokens; `dtype` None is the fine-tune's own."""
+
+    context: int | None = None
+    batch: int = 1
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    dtype: str | None = None
+    device: str | None = None
+    seed: int = 0
+    speed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise AdaptError(f"--batch {self.batch}: must be at least 1")
+        if self.max_tokens < 2:
+            raise AdaptError(f"--max-tokens {self.max_tokens}: must be at least 2")
+        Options(dtype=self.dtype, device=self.device)  # refuses an unknown dtype or device
+
+    @property
+    def torch_device(self) -> torch.device:
+        return Options(device=self.device).torch_device()
+
+
+def validate(
+    base: str | Path,
+    reference: str | Path,
+    *candidates: str | Path,
+    text: str | Path | None = None,
+    token_ids: str | Path | Sequence[Sequence[int]] | None = None,
+    tasks: Sequence[str] = (),
+    thresholds: Thresholds | None = None,
+    progress: Progress = lambda items, what: items,
+    **options: Any,
+) -> Validation:
+    """Compare `candidates` - adapters of `base`, or whole checkpoints - with `reference`, the fine-tune.
+
+    Every path is a directory or a Hub id. The models run on `text` (a plain or .jsonl file), on `token_ids` (a .jsonl file, or
+    the rows themselves) or on a built-in corpus. `tasks` picks tasks of a bundle. `options` are the fields of
+    `ValidationOptions`. One model is in memory at a time; the fine-tune's outputs wait in a temporary file.
+    Raises `AdaptError` for whatever the user can mend, running out of memory among it.
+    """
+    chosen = ValidationOptions(**options)
+    require_run_extra()
+    if not candidates:
+        raise AdaptError("no candidate was given; name at least one adapter or merged checkpoint")
+    with _memory_errors(chosen):
+        return _Run(base, reference, candidates, text, token_ids, tasks, thresholds or Thresholds(), chosen, progress).validate()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What running one model gave: its comparison, a look inside, greedy agreement, and the seconds that loading it took."""
+
+    sums: RowSums
+    probe: ProbeErrors
+    greedy: float | None
+    load: float
+
+
+class _Run:
+    """The state of one validation."""
+
+    def __init__(
+        self,
+        base: str | Path,
+        reference: str | Path,
+        candidates: Sequence[str | Path],
+        text: str | Path | None,
+        token_ids: str | Path | Sequence[Sequence[int]] | None,
+        tasks: Sequence[str],
+        thresholds: Thresholds,
+        options: ValidationOptions,
+        progress: Progress,
+    ) -> None:
+        self.base = open_contender(base, "base")
+        self.fine_tune = open_contender(reference, "fine-tune")
+        self.candidates = [c for path in candidates for c in _with_tasks(path, tasks)]
+        self.options, self.thresholds, self.progress = options, thresholds, progress
+        class_location = self.base.location if self.fine_tune.is_adapter else self.fine_tune.location
+        self.config = read_config(class_location)
+        _check_vocabularies([c for c in (self.base, self.fine_tune, *self.candidates) if not c.is_adapter])
+        model_class = model_class_of(class_location)
+        self.task: Task = task_of(model_class, self.config)
+        dtype = DTYPES[options.dtype] if options.dtype else None
+        self.stage = Stage(self.base, self.fine_tune, model_class, options.torch_device, dtype)
+        self.corpus = self._corpus(model_class, text, token_ids)
+        self.batches = make_batches(self.corpus, self.task, self.config, options.batch, options.seed)
+        self.probe = probe_batch(self.batches)
+        self.modules: list[str] = []
+        self.continuation: list[torch.Tensor] = []
+
+    def _corpus(self, model_class: Any, text: str | Path | None, token_ids: Any) -> Corpus:
+        if model_class.main_input_name == "pixel_values":
+            if text is not None or token_ids is not None:
+                raise AdaptError(f"{model_class.__name__} reads images; leave out --text and --token-ids")
+            return noise_images(self.config, self.options.seed)
+        where: list[Location] = [self.fine_tune.location, self.base.location]
+        return make_corpus(self.task, self.config, where, text, token_ids, self.options.context, self.options.max_tokens)
+
+    def validate(self) -> Validation:
+        holdings, spectra = measure_weights(self.base, self.fine_tune, self.candidates, self.progress, self.options.seed)
+        with staged(self.stage):
+            self.stage.show(self.fine_tune)
+            with ReferenceOutputs(self._expected_bytes()) as outputs:
+                perplexity = self._reference(outputs)
+                seen = {contender: self._compare(contender, outputs) for contender in (self.base, *self._in_turn())}
+            base = seen[self.base]
+            if not base.sums.divergence.sum() > 0:
+                raise AdaptError(f"{self.base.path} and {self.fine_tune.path} give the same outputs: there is nothing to validate")
+            figures = {contender: summarise(row.sums, base.sums, self.options.seed) for contender, row in seen.items()}
+            reasons = {c: self._reasons(figures[c], figures[self.base], c, holdings[c]) for c in self.candidates}
+            loads = {contender: row.load for contender, row in seen.items()}
+            speeds = self._speed([candidate for candidate in self.candidates if not reasons[candidate]], loads)
+        rows = [
+            self._row(c, figures[c], seen[c], base.probe, speeds.get(c), holdings.get(c), reasons.get(c))
+            for c in (self.base, *self.candidates)
+        ]
+        return Validation(
+            base=rows[0],
+            candidates=tuple(rows[1:]),
+            fine_tune=self.fine_tune,
+            fine_tune_perplexity=perplexity,
+            corpus=self.corpus,
+            task=self.task,
+            device=str(self.stage.device),
+            dtype=str(self.stage.dtype).removeprefix("torch."),
+            batch=self.options.batch,
+            seed=self.options.seed,
+            thresholds=self.thresholds,
+            spectra=spectra,
+            top_k=outputs.top_k,
+        )
+
+    def _expected_bytes(self) -> int:
+        """Size of the fine-tune's logits; those of classes and features are small."""
+        classes = vocabulary_of(self.config) if self.task in ("causal", "masked", "seq2seq") else None
+        return self.corpus.tokens * (classes or 0) * (self.stage.dtype or torch.float32).itemsize
+
+    def _in_turn(self) -> list[Contender]:
+        """Adapters first: the base is there already, and every checkpoint takes its place."""
+        return sorted(self.candidates, key=lambda candidate: not candidate.is_adapter)
+
+    def _reference(self, outputs: ReferenceOutputs) -> float | None:
+        """Run the fine-tune, keep what the others are compared with, and free it; returns its perplexity."""
+        tally = Tally()
+        for number, batch in enumerate(self.progress(self.batches, "fine-tune")):
+            predictions, _ = predict(self.stage.model, batch, self.stage.device)
+            tally.add(predictions, outputs.keep_predictions(number, predictions))
+        self.modules = probe_modules(self.stage.root, vocabulary_of(self.config))
+        keep_probe(self.stage, self.probe, self.modules, outputs)
+        self.continuation = list(self._continuations())
+        self.stage.clear()
+        sums = tally.sums()
+        return summarise(sums, sums, self.options.seed).perplexity
+
+    def _compare(self, contender: Contender, outputs: ReferenceOutputs) -> _Seen:
+        seconds = self.stage.show(contender)
+        tally = Tally()
+        for number, batch in enumerate(self.progress(self.batches, Path(contender.path).name)):
+            predictions, _ = predict(self.stage.model, batch, self.stage.device)
+            tally.add(predictions, outputs.compare(number, predictions))
+        probe = compare_probe(self.stage, self.probe, self.modules, outputs)
+        return _Seen(tally.sums(), probe, self._greedy_agreement(), seconds)
+
+    def _continuations(self) -> Iterator[torch.Tensor]:
+        """Greedy continuations `(tokens,)` of the starts of the first rows; none for a model that does not write."""
+        if self.task != "causal":
+            return
+        limit = self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2**31
+        for row in self.corpus.rows[:_PROMPTS]:
+            prompt = row[: max(1, min(_PROMPT_TOKENS, len(row) // 2))]
+            count = min(_CONTINUATION, limit - len(prompt))
+            try:
+                yield torch.cat(list(continue_greedily(self.stage.model, prompt[None].to(self.stage.device), count))).cpu()
+            except AdaptError:
+                return
+
+    def _greedy_agreement(self) -> float | None:
+        """Mean share of the fine-tune's continuation that is written before the first other token."""
+        shares = [
+            float((mine == theirs).int().cumprod(0).float().mean())
+            for mine, theirs in zip(self._continuations(), self.continuation, strict=False)
+        ]
+        return statistics.fmean(shares) if shares else None
+
+    def _reasons(self, found: Fidelity, base: Fidelity, candidate: Contender, holdings: Holdings) -> list[str]:
+        reasons = fidelity_failures(self.thresholds, found, base)
+        return reasons + weight_failures(holdings, self.stage.ignored.get(candidate, ()), found.recovered)
+
+    def _speed(self, passed: list[Contender], loads: dict[Contender, float]) -> dict[Contender, Speed]:
+        """Speed of the base and of the candidates that are the fine-tune; how fast another model is says nothing."""
+        if not self.options.speed:
+            return {}
+        order = [self.base, *sorted(passed, key=lambda candidate: not candidate.is_adapter)]
+        first = self.batches[0]
+        batch = Batch(first.inputs, None, None)
+        return measure_speed(self.stage, order, batch, self.task, self.thresholds.max_slowdown, loads, self.progress)
+
+    def _row(
+        self,
+        contender: Contender,
+        figures: Fidelity,
+        seen: _Seen,
+        base: ProbeErrors,
+        speed: Speed | None,
+        holdings: Holdings | None,
+        reasons: list[str] | None,
+    ) -> Judged:
+        reasons = list(reasons or [])
+        if speed and speed.verdict is False:
+            reasons.append(f"{speed.slowdown:.3g} x the base's time > {self.thresholds.max_slowdown:g} (--max-slowdown)")
+        return Judged(
+            contender=contender,
+            fidelity=figures,
+            greedy_agreement=seen.greedy,
+            embedding_cosine=seen.probe.cosine if self.task != "causal" else None,
+            hidden_error=seen.probe.hidden_error(),
+            hidden_recovered=seen.probe.recovered(base, "hidden"),
+            output_recovered=seen.probe.recovered(base, "modules"),
+            holdings=holdings,
+            speed=speed,
+            reasons=tuple(reasons),
+            passed=None if contender == self.base else not reasons,
+        )
+
+
+def _with_tasks(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
+    """A bundle holds the adapters of several fine-tunes: which of them are candidates has to be said."""
+    contender = open_contender(path)
+    held = tasks_of(contender)
+    if len(held) < 2:
+        return [contender]
+    if not tasks:
+        raise AdaptError(f"{path}: is a bundle of {', '.join(held)}; say with --tasks which of them is the fine-tune's")
+    chosen = [replace(contender, task=task) for task in tasks]
+    for each in chosen:
+        task_number(each)
+    return chosen
+
+
+def _check_vocabularies(checkpoints: Sequence[Contender]) -> None:
+    sizes = {contender.path: vocabulary_of(read_config(contender.location)) for contender in checkpoints}
+    first, *others = sizes.items()
+    for path, size in others:
+        if size != first[1]:
+            raise AdaptError(f"{path} has a vocabulary of {size}, {first[0]} one of {first[1]}: their outputs cannot be compared")
+
+
+@contextlib.contextmanager
+def _memory_errors(options: ValidationOptions) -> Iterator[None]:
+    """Running out of memory, as PyTorch reports it on either device, in one line that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text:
+            context = options.context or "256"
+            raise AdaptError(
+                f"out of memory at --context {context} --batch {options.batch}: lower --batch or --context, "
+                "or give --dtype bfloat16, or --device cpu if this was a GPU"
+            ) from None
+        raise

@@ -1,0 +1,222 @@
+"""The outcome of a validation, as a value: written as JSON, as a page, and into the model cards of the candidates."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapt_convert.convert.adapter_weights import RECORD, Holdings
+from adapt_convert.convert.candidates import Contender
+from adapt_convert.convert.fidelity import Fidelity
+from adapt_convert.convert.speed import Speed
+from adapt_convert.convert.texts import Corpus
+from adapt_convert.convert.verdict import Thresholds
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.validation_card import with_validation
+from adapt_convert.formats.validation_html import validation_page
+
+FILE = "validation.json"
+_DISAGREEMENT = 0.25  # between captured energy and recovered output of one matrix
+_PACKAGES = ("adapt-convert", "torch", "transformers", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model of a validation: its figures, and the verdict (None for the base, which is not judged)."""
+
+    contender: Contender
+    fidelity: Fidelity
+    greedy_agreement: float | None
+    embedding_cosine: float | None
+    hidden_error: dict[str, float]
+    hidden_recovered: dict[str, float]
+    output_recovered: dict[str, float]
+    holdings: Holdings | None
+    speed: Speed | None
+    reasons: tuple[str, ...]
+    passed: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        figures = asdict(self.fidelity)
+        return {
+            "path": self.contender.path,
+            "kind": self.contender.kind,
+            **{name: figures.pop(name) for name in ("kl", "kl_ci95", "recovered", "top1", "perplexity")},
+            "bytes": self.contender.bytes,
+            "speed": self.speed.to_json() if self.speed else None,
+            "passed": self.passed,
+            "reasons": list(self.reasons),
+            "details": {
+                **figures,
+                "task": self.contender.task,
+                "greedy_agreement": self.greedy_agreement,
+                "embedding_cosine": self.embedding_cosine,
+                "hidden_error": self.hidden_error,
+                "hidden_recovered": self.hidden_recovered,
+                **self._weights(),
+            },
+        }
+
+    def _weights(self) -> dict[str, Any]:
+        if self.holdings is None:
+            return {"captured_energy": None, "strength": None, "weights_note": None, "matrices": {}, "disagreements": []}
+        matrices: dict[str, dict[str, Any]] = {share.name: share.to_json() for share in self.holdings.matrices}
+        matrices |= {name: {"captured_energy": share} for name, share in self.holdings.recorded.items()}
+        for name, row in matrices.items():
+            row["recovered_output"] = self.output_recovered.get(name.removesuffix(".weight"))
+        apart = [
+            (name, row["captured_energy"], row["recovered_output"])
+            for name, row in matrices.items()
+            if row["recovered_output"] is not None and abs(row["captured_energy"] - row["recovered_output"]) > _DISAGREEMENT
+        ]
+        apart.sort(key=lambda row: -abs(row[1] - row[2]))
+        return {
+            "captured_energy": self.holdings.captured,
+            "strength": self.holdings.strength,
+            "weights_note": self.holdings.note,
+            "matrices": matrices,
+            "disagreements": [{"matrix": name, "captured_energy": a, "recovered_output": b} for name, a, b in apart],
+        }
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What `validate` returns. `passed` is the verdict of the worst candidate."""
+
+    base: Judged
+    candidates: tuple[Judged, ...]
+    fine_tune: Contender
+    fine_tune_perplexity: float | None
+    corpus: Corpus
+    task: str
+    device: str
+    dtype: str
+    batch: int
+    seed: int
+    thresholds: Thresholds
+    spectra: dict[str, list[float]]
+    top_k: int | None
+
+    @property
+    def passed(self) -> bool:
+        return all(candidate.passed for candidate in self.candidates)
+
+    @property
+    def failures(self) -> list[str]:
+        """One line for every reason of every candidate that fails."""
+        return [f"{row.contender.path}: {reason}" for row in self.candidates for reason in row.reasons]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data as in `validation.json` (docs/validation.md); a number that is not finite is None."""
+        data = {
+            "base": self.base.to_json(),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "fine_tune": {
+                "path": self.fine_tune.path,
+                "kind": self.fine_tune.kind,
+                "perplexity": self.fine_tune_perplexity,
+                "bytes": self.fine_tune.bytes,
+            },
+            "device": self.device,
+            "dtype": self.dtype,
+            "text": self.corpus.name,
+            "tokens": self.corpus.tokens,
+            "versions": _versions(),
+            "passed": self.passed,
+            "settings": {
+                **{"task": self.task, "context": self.corpus.context, "rows": len(self.corpus.rows), "batch": self.batch},
+                **{"seed": self.seed, "threads": torch.get_num_threads(), "device_name": _device_name(self.device)},
+                **{"top_k": self.top_k, "thresholds": asdict(self.thresholds)},
+            },
+            "spectra": self.spectra,
+            "command": self.command,
+        }
+        finite: dict[str, Any] = _finite(data)
+        return finite
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats this validation."""
+        words = ["adapt-convert", "validate", self.base.contender.path, self.fine_tune.path]
+        words += list(dict.fromkeys(row.contender.path for row in self.candidates))
+        if not self.corpus.name.startswith(("built-in", "token ids")):
+            words += ["--text" if self.corpus.tokenizer is not None else "--token-ids", self.corpus.name]
+        words += ["--context", str(self.corpus.context), "--batch", str(self.batch), "--dtype", self.dtype, "--device", self.device]
+        return shlex.join(words)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `validation.json` into a directory, which is made if need be. Returns the file."""
+        path = Path(directory) / FILE
+        _write(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        return path
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write the report as one self-contained page."""
+        _write(Path(path), validation_page(self.to_json()))
+        return Path(path)
+
+    def update_cards(self) -> list[Path]:
+        """Put the figures into the `README.md` of every candidate that this project wrote and that is not a Hub download."""
+        written = []
+        data = self.to_json()
+        for row, figures in zip(self.candidates, data["candidates"], strict=True):
+            directory = row.contender.location.directory
+            card = directory / "README.md"
+            if row.contender.location.is_hub or not (directory / RECORD).is_file() or not card.is_file():
+                continue
+            _write(card, with_validation(card.read_text(encoding="utf-8"), figures, data, row.contender.location.name))
+            written.append(card)
+        return written
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: written beside its place and renamed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise AdaptError(f"{path}: cannot be written: {error.strerror or error}") from None

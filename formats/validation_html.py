@@ -1,0 +1,210 @@
+"""A validation as one self-contained page: no network, no script, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from adapt_convert.formats.svg import bars, heat_map, lines, scatter
+from adapt_convert.formats.validation_table import label, size
+
+_CSS = """
+:root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--good:#1a7f4b;--bad:#c4381c;
+--heat:#0b6bcb;--s0:#0b6bcb;--s1:#c2570c;--s2:#1a7f4b;--s3:#8b3fc7;--s4:#b3246b;--s5:#6b6f00}
+@media (prefers-color-scheme:dark){:root{--bg:#12151a;--card:#1b2027;--ink:#e7eaee;--soft:#a0a9b5;--line:#323a45;--good:#4cc38a;
+--bad:#ff7a5c;--heat:#4ea1f5;--s0:#4ea1f5;--s1:#f0924a;--s2:#4cc38a;--s3:#bf8cf0;--s4:#f075ae;--s5:#c9c44a}}
+*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:20px 16px 48px}h1{font-size:1.6rem;margin:.2em 0}h2{font-size:1.15rem;margin:2em 0 .4em}
+h3{font-size:1rem;margin:1.1em 0 .3em}p{margin:.4em 0}.soft{color:var(--soft)}
+.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
+.verdict{border-left:6px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}.verdict b{color:var(--good)}.verdict.bad b{color:var(--bad)}
+.verdict ul{margin:.3em 0 0;padding-left:1.2em}.wrap{overflow-wrap:anywhere}.scroll{overflow-x:auto}svg{width:100%;height:auto;display:block}
+table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.88rem}
+.tick{font-size:12px;fill:var(--soft)}.axis{font-size:13px;fill:var(--soft)}.name{font-size:13px;fill:var(--ink)}
+.grid{stroke:var(--line)}.mark{stroke:var(--soft);stroke-dasharray:4 3}.whisker{stroke:var(--ink);stroke-width:2}.cell{stroke:var(--line);stroke-width:.6}
+@media (max-width:520px){.tick{font-size:16px}.axis,.name{font-size:17px}.scroll .tick{font-size:12px}}
+"""
+_SPEEDS = (
+    ("prefill, tokens per second (more is better)", "prefill_tokens_per_second", 1.0, "/s"),
+    ("time per output token (less is better)", "seconds_per_output_token", 1000.0, "ms"),
+)
+
+
+def validation_page(data: Mapping[str, Any]) -> str:
+    """The page for the content of `validation.json`. Everything that came from outside is escaped."""
+    rows = [data["base"], *data["candidates"]]
+    sections = [_verdict(data), _figures(data, rows), _size_and_speed(rows), _inside(data), _spectra(data), _repeat(data)]
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{"Pass" if data["passed"] else "Fail"}: {escape(_name(data["fine_tune"]["path"]))}</title>
+<style>{_CSS}</style></head><body><main>
+{"".join(section for section in sections if section)}
+</main></body></html>
+"""
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _verdict(data: Mapping[str, Any]) -> str:
+    failed = [row for row in data["candidates"] if not row["passed"]]
+    count = len(data["candidates"])
+    title = (
+        f"{'All' if count > 1 else 'The'} {count if count > 1 else ''} candidate{'s' if count > 1 else ''} pass{'' if count > 1 else 'es'}"
+    )
+    if failed:
+        title = f"{len(failed)} of {count} candidates fail{'s' if len(failed) == 1 else ''}"
+    cards = []
+    for row in data["candidates"]:
+        said = f"removes {_percent(row['recovered'])} of the base's distance to the fine-tune" if row["recovered"] is not None else ""
+        reasons = "".join(f"<li>{escape(reason)}</li>" for reason in row["reasons"])
+        cards.append(
+            f'<div class="card verdict{"" if row["passed"] else " bad"} wrap"><b>{"PASS" if row["passed"] else "FAIL"}</b> '
+            f"{escape(label(row))} <span class=soft>({escape(row['kind'])}, {size(row['bytes'])})</span><br>{said}"
+            f"{f'<ul>{reasons}</ul>' if reasons else ''}</div>"
+        )
+    fine_tune = data["fine_tune"]["path"]
+    return (
+        f"<h1>{' '.join(title.split())}</h1><p class='soft wrap'>Is it still <b>{escape(_name(fine_tune))}</b>? Rerun on {data['tokens']} "
+        f"tokens of {escape(data['text'])}; {escape(data['dtype'])} on {escape(data['device'])}.</p>"
+        f"<div class=grid2>{''.join(cards)}</div>"
+    )
+
+
+def _figures(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    is_kl = rows[0]["kl"] is not None
+    heads = ["", "KL to the fine-tune" if is_kl else "output error", "95 % interval", "recovered", "top-1", "perplexity"]
+    heads += ["largest logit difference", "greedy agreement", "captured energy", "size"]
+    lines_of_table = []
+    for row in rows:
+        details, interval = row["details"], row["kl_ci95"]
+        cells = [
+            escape(label(row)) + (" (base)" if row["kind"] == "base" else ""),
+            _number(row["kl"] if is_kl else details["error"]),
+            f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else "-",
+            _percent(row["recovered"]),
+            _percent(row["top1"]),
+            _number(row["perplexity"], ".3f"),
+            _number(details["max_logit_difference"], ".3g"),
+            _percent(details["greedy_agreement"]),
+            _percent(details["captured_energy"]),
+            size(row["bytes"]),
+        ]
+        lines_of_table.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{title}</th>" for title in heads)
+    note = (
+        f"The fine-tune's own perplexity is {_number(data['fine_tune']['perplexity'], '.3f')}." if data["fine_tune"]["perplexity"] else ""
+    )
+    return (
+        f"<h2>Fidelity</h2><div class='card scroll'><table><tr>{head}</tr>{''.join(lines_of_table)}</table></div><p class=soft>{note}</p>"
+    )
+
+
+def _size_and_speed(rows: Sequence[Mapping[str, Any]]) -> str:
+    points = [
+        (label(row), float(row["bytes"]), row["recovered"], row["details"]["recovered_ci95"])
+        for row in rows
+        if row["recovered"] is not None
+    ]
+    cards = []
+    if points:
+        cards.append(f"<div class=card><h3>Size against fidelity</h3>{scatter(points, 'bytes on disk', 'recovered share')}</div>")
+    for title, key, factor, unit in _SPEEDS:
+        timed = [(label(row), row["speed"][key]) for row in rows if row["speed"] and row["speed"][key]]
+        if timed:
+            shown = [(name, *(factor * spread[part] for part in ("median", "low", "high"))) for name, spread in timed]
+            cards.append(f"<div class=card><h3>Speed: {title}</h3>{bars(shown, unit, title)}</div>")
+    silent = [label(row) for row in rows if row["passed"] is False and not row["speed"]]
+    note = f"<p class='soft wrap'>Not timed, as another model's speed says nothing: {escape(', '.join(silent))}.</p>" if silent else ""
+    return f"<h2>Size and speed</h2><div class=grid2>{''.join(cards)}</div>{note}"
+
+
+def _inside(data: Mapping[str, Any]) -> str:
+    """Heat maps by layer and matrix, hidden states by layer, and where energy and function disagree."""
+    parts = []
+    for row in data["candidates"]:
+        matrices = row["details"]["matrices"]
+        maps = [
+            ("captured energy of the weights", _cells(matrices, "captured_energy")),
+            ("recovered output of the matrix, run in place", _cells(matrices, "recovered_output")),
+        ]
+        drawn = [f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div>" for title, cells in maps if cells]
+        if drawn:
+            apart = _apart(row["details"]["disagreements"])
+            parts.append(f"<div class=card><p class=wrap><b>{escape(label(row))}</b></p>{''.join(drawn)}{apart}</div>")
+    hidden = [(label(row), _by_layer(row["details"]["hidden_recovered"])) for row in data["candidates"]]
+    hidden = [(name, points) for name, points in hidden if len(points) > 1]
+    if hidden:
+        curves = lines(hidden, ("layer", "recovered hidden state"), log_y=False, marks={}, share=True)
+        parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}</div>")
+    return f"<h2>By layer and matrix</h2><div class=grid2>{''.join(parts)}</div>" if parts else ""
+
+
+def _cells(matrices: Mapping[str, Mapping[str, Any]], key: str) -> dict[tuple[str, int], float]:
+    return {
+        (str(row["role"]), int(row["layer"])): float(row[key])
+        for row in matrices.values()
+        if row.get("layer") is not None and row.get(key) is not None
+    }
+
+
+def _map(cells: dict[tuple[str, int], float], title: str) -> str:
+    order = {role: number for number, role in enumerate(("q", "k", "v", "qkv", "o", "gate", "up", "down"))}
+    roles = sorted({role for role, _ in cells}, key=lambda role: order.get(role, len(order)))
+    return heat_map(cells, roles, sorted({layer for _, layer in cells}), title)
+
+
+def _by_layer(recovered: Mapping[str, float | None]) -> list[tuple[float, float]]:
+    return [(float(name), max(value, -1.0)) for name, value in recovered.items() if name.isdigit() and value is not None]
+
+
+def _apart(disagreements: Sequence[Mapping[str, Any]]) -> str:
+    if not disagreements:
+        return ""
+    worst = disagreements[0]
+    return (
+        f"<p class='soft wrap'>Weights and function are more than 25 points apart in {len(disagreements)} matrices, most in "
+        f"{escape(worst['matrix'])}: {_percent(worst['captured_energy'])} of the energy, {_percent(worst['recovered_output'])} of the output.</p>"
+    )
+
+
+def _spectra(data: Mapping[str, Any]) -> str:
+    spectra = data["spectra"]
+    if not spectra:
+        return ""
+    series = [
+        (name.removesuffix(".weight").rsplit(".", 1)[-1], [(n + 1.0, value) for n, value in enumerate(values)])
+        for name, values in spectra.items()
+    ]
+    marks = {}
+    for row in data["candidates"]:
+        ranks = {matrix["rank"] for name, matrix in row["details"]["matrices"].items() if name in spectra and matrix.get("rank")}
+        marks |= {f"rank {rank}": float(rank) for rank in sorted(ranks)}
+    layer = next(iter(spectra)).rsplit(".", 3)[0]
+    chart = lines(series, ("singular value", "size"), log_y=True, marks=marks, share=False)
+    return (
+        f"<h2>Singular values of the change, and the chosen ranks</h2><div class=grid2><div class=card>"
+        f"<p class='soft wrap'>One layer in the middle: {escape(layer)}</p>{chart}</div></div>"
+    )
+
+
+def _repeat(data: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{escape(name)} {escape(number)}" for name, number in data["versions"].items())
+    settings = data["settings"]
+    return (
+        f"<h2>Repeat it</h2><pre>{escape(data['command'])}</pre><p class='soft wrap'>{escape(settings['device_name'])}, "
+        f"{settings['threads']} threads, seed {settings['seed']}; {versions}.</p>"
+    )

@@ -1,0 +1,71 @@
+"""A validation as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def validation_table(data: Mapping[str, Any]) -> Table:
+    """One line for the base and each candidate of `validation.json`'s content; a column that nothing fills is left out."""
+    from rich.table import Table
+
+    rows = [data["base"], *data["candidates"]]
+    columns = [(title, [show(row) for row in rows]) for title, show in _COLUMNS]
+    columns = [(title, cells) for title, cells in columns if any(cell != "-" for cell in cells)]
+    table = Table()
+    for title, _ in columns:
+        table.add_column(title, justify="left" if title in ("model", "kind", "verdict") else "right", overflow="fold")
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, three digits."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    return {None: "-", True: "pass", False: "FAIL"}[row["passed"]]
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """The end of a path that tells candidates apart, with the task of a bundle."""
+    task = row["details"].get("task")
+    return str(row["path"]).rstrip("/").rsplit("/", 1)[-1] + (f" [{task}]" if task else "")
+
+
+def _number(form: str, *keys: str) -> Any:
+    def show(row: Mapping[str, Any]) -> str:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if value is not None else None
+        return "-" if value is None else format(value, form)
+
+    return show
+
+
+_SPEED = ("speed", "prefill_tokens_per_second", "median")
+_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("model", label),
+    ("kind", lambda row: row["kind"]),
+    ("KL", _number(".4g", "kl")),
+    ("error", _number(".4g", "details", "error")),
+    ("recovered", _number(".1%", "recovered")),
+    ("top-1", _number(".1%", "top1")),
+    ("perplexity", _number(".3f", "perplexity")),
+    ("captured", _number(".1%", "details", "captured_energy")),
+    ("size", lambda row: size(row["bytes"])),
+    ("prefill/s", _number(".0f", *_SPEED)),
+    ("s/token", _number(".4f", "speed", "seconds_per_output_token", "median")),
+    ("verdict", verdict),
+)

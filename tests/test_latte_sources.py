@@ -1,0 +1,180 @@
+"""What a LatTE can be made from, with what fidelity, and at which cost: LoRA, LoRTA, any cut into segments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import adapt_convert
+from adapt_convert.convert import latte_basis
+from adapt_convert.convert.conversion import convert, open_pair
+from adapt_convert.convert.cp import CPShape, Slab, fit_cp
+from adapt_convert.convert.delta import DenseDelta, LowRankDelta
+from adapt_convert.convert.latte_basis import find_basis
+from adapt_convert.convert.latte_deltas import Effective
+from adapt_convert.convert.options import Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import make_plan
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.peft import LoraAdapter
+
+from .test_latte import Planted, batch, logits, save_planted
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return save_planted(tmp_path_factory.mktemp("llama"), "llama", attention_bias=False)
+
+
+def effective_of(case: Planted, source: Path) -> Effective:
+    base, opened = open_pair(case.directory / "base", source)
+    options = Options(to="latte", rank=4)
+    return Effective(Pairs(base, opened, torch.device("cpu")), make_plan(base, opened, options))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of peft's own making
+def test_a_lora_converts_exactly_at_the_rank_that_it_spans(case: Planted, tmp_path: Path) -> None:
+    """Rank-1 LoRAs on two matrices of every layer: readers and writers together span at most six dims."""
+    model = peft.get_peft_model(case.model(), peft.LoraConfig(r=1, lora_alpha=3, target_modules=["v_proj", "down_proj"]))
+    for seed, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(seed))
+    model.save_pretrained(tmp_path / "lora")
+    conversion = convert(case.directory / "base", tmp_path / "lora", to="latte", rank=16, dtype="float32")
+    conversion.save(tmp_path / "latte")
+    assert conversion.report["latte"]["segments"] == [{"layers": [0, 3], "rank": 6}]  # no dim more than there is
+    assert conversion.report["captured_energy"] > 1 - 1e-9
+    adapted = adapt_convert.load(case.model(), tmp_path / "latte")
+    torch.testing.assert_close(logits(adapted, batch()), logits(model.eval(), batch()), atol=1e-4, rtol=0)
+
+
+def fit_on_effective(case: Planted, rank: int) -> tuple[dict[str, LowRankDelta], int]:
+    """The paper's CP tensor of q, k, v and o, fitted to the effective deltas; and the rank of its `A`."""
+    effective = effective_of(case, case.directory / "ft1")
+    matrices = [m for m in effective.matrices if "self_attn" in m.module]
+    shape = CPShape(d=32, d_h=8, layers=3, heads=(4, 2), group=(0, 1, 1, 0))
+
+    def load(matrix: Any) -> Any:
+        delta = effective.delta(matrix)
+        return delta.T if matrix.reads else delta
+
+    order = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    slabs = [Slab(m.layer, order.index(m.module.rsplit(".", 1)[1]), lambda m=m: load(m)) for m in matrices]
+    factors = fit_cp(slabs, shape, rank).factors
+    fitted = {}
+    for matrix, slab in zip(matrices, slabs, strict=True):
+        part = factors.slab(shape, slab.layer, slab.matrix)
+        fitted[matrix.module] = part.T if matrix.reads else part
+    return fitted, int(torch.linalg.matrix_rank(factors.A))
+
+
+def test_a_lorta_fitted_on_gain_folded_deltas_converts_exactly_at_the_rank_of_its_a(case: Planted, tmp_path: Path) -> None:
+    """One `A` on the residual side of all matrices is one basis. The LoRTA's matrices, unfolded, are handed over as a LoRA."""
+    fitted, rank = fit_on_effective(case, rank=5)
+    gains = {name: value for name, value in case.model().state_dict().items() if name.endswith("input_layernorm.weight")}
+    factors = {}
+    merged = case.model()
+    for module, delta in fitted.items():
+        gain = gains[module.split("self_attn")[0] + "input_layernorm.weight"]
+        raw = delta if module.endswith("o_proj") else LowRankDelta(delta.B, delta.A / gain)
+        factors[module] = raw
+        merged.get_submodule(module).weight.data += raw.dense()
+    adapter = LoraAdapter(conv1d=False, all_modules=list(factors), factors=factors)
+    (tmp_path / "lorta-as-lora").mkdir()
+    adapter.write(tmp_path / "lorta-as-lora")
+    exact = convert(case.directory / "base", tmp_path / "lorta-as-lora", to="latte", rank=rank, dtype="float32")
+    assert exact.report["captured_energy"] > 1 - 1e-9
+    exact.save(tmp_path / "latte")
+    adapted = adapt_convert.load(case.model(), tmp_path / "latte")
+    torch.testing.assert_close(logits(adapted, batch()), logits(merged, batch()), atol=1e-4, rtol=0)
+    assert convert(case.directory / "base", tmp_path / "lorta-as-lora", to="latte", rank=rank - 1).report["captured_energy"] < 0.9999
+
+
+def test_a_lorta_fitted_on_raw_deltas_needs_more_dims_and_gets_exact_with_them(case: Planted, tmp_path: Path) -> None:
+    """Three layers with three gains turn one `A` into up to four bases: unfolded for o, and folded for each layer."""
+    convert(case.directory / "base", case.directory / "ft1", to="lorta", rank=3, dtype="float32", exclude=NORMS).save(tmp_path / "lorta")
+    narrow = convert(case.directory / "base", tmp_path / "lorta", to="latte", rank=3)
+    wide = convert(case.directory / "base", tmp_path / "lorta", to="latte", rank=32, dtype="float32")
+    assert narrow.report["captured_energy"] < 0.99999
+    assert wide.report["captured_energy"] > 1 - 1e-9
+    assert wide.report["latte"]["segments"][0]["rank"] <= 12
+
+
+def test_auto_takes_the_cheapest_cut_that_it_tried(tmp_path: Path) -> None:
+    """Every layer has a subspace of its own: one basis for all would need three times the dims."""
+    case = save_planted(tmp_path, "llama", attention_bias=False)
+    tuned = case.model()
+    for number, layer in enumerate(tuned.model.layers):
+        Q = torch.linalg.qr(torch.randn(32, 2, generator=torch.Generator().manual_seed(number))).Q
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight.data += Q @ torch.randn(2, writer.weight.shape[1])
+    tuned.save_pretrained(tmp_path / "layered")
+    report = convert(tmp_path / "base", tmp_path / "layered", to="latte", energy=0.9999, segments="auto").report
+    rows = {row["segments"]: row for row in report["latte"]["searched"]}
+    assert sorted(rows) == [1, 2, 3]
+    assert rows[1]["ranks"] == [6]
+    assert rows[3]["ranks"] == [2, 2, 2]
+    chosen = len(report["latte"]["segments"])
+    assert rows[chosen]["predicted_cost"] == min(row["predicted_cost"] for row in rows.values())
+    assert report["captured_energy"] > 0.9999 - 1e-6
+    with pytest.raises(AdaptError, match=r"--segments auto looks for .*: give --energy"):
+        convert(tmp_path / "base", tmp_path / "layered", to="latte", rank=4, segments="auto")
+
+
+def test_more_segments_of_one_rank_never_capture_less(case: Planted) -> None:
+    energies = [
+        convert(case.directory / "base", case.directory / "ft1", to="latte", rank=2, segments=count).report["captured_energy"]
+        for count in (1, 3)
+    ]
+    assert energies[1] > energies[0] - 1e-6
+
+
+def test_the_report_sizes_a_lora_of_equal_energy(case: Planted, tmp_path: Path) -> None:
+    conversion = convert(case.directory / "base", case.directory / "ft1", to="latte", rank=3, dtype="float32")
+    conversion.save(tmp_path / "latte")
+    latte = json.loads((tmp_path / "latte" / "conversion.json").read_text())["latte"]
+    lora = latte["lora_of_equal_energy"]
+    assert 1 <= lora["mean_rank"] <= lora["largest_rank"] <= 3
+    from safetensors.torch import load_file
+
+    assert latte["parameters"] == sum(t.numel() for t in load_file(tmp_path / "latte" / "latte.safetensors").values())
+
+
+def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    values = torch.logspace(0, -3, 160)
+    left = [torch.linalg.qr(torch.randn(200, 160)).Q for _ in range(3)]
+    shared = torch.linalg.qr(torch.randn(160, 160)).Q
+    deltas = [(True, DenseDelta(q @ torch.diag(values) @ shared.T)) for q in left]
+    deltas.append((False, DenseDelta(shared @ torch.diag(values) @ left[0].T)))
+
+    def stream() -> list[tuple[bool, Any]]:
+        return deltas
+
+    exact, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
+    monkeypatch.setattr(latte_basis, "GRAM_LIMIT", 0)
+    iterated, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
+    energy = [sum(float((d.weight @ Q if reads else d.weight.T @ Q).square().sum()) for reads, d in deltas) for Q in (exact, iterated)]
+    assert energy[1] > 0.9999 * energy[0]
+    assert (iterated.T @ iterated - torch.eye(8)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments": 0}, r"--segments 0: must be auto or a whole number"),
+        ({"construction": "spectral"}, r"--construction spectral: choose one of residual, score"),
+        ({"budget": 1000}, r"a LatTE takes --rank or --energy"),
+        ({"to": "lora", "segments": 2}, r"--segments is an option of --to latte"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdaptError, match=message):
+        Options(**{"to": "latte", **options})

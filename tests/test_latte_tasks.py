@@ -1,0 +1,153 @@
+"""Bundles: rows of several tasks in one batch, each row what its own task gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adapt_convert
+from adapt_convert.convert.latte_bundle import bundle
+from adapt_convert.formats.errors import AdaptError
+
+from .test_latte import CASES, Planted, batch, logits, plant, save_planted
+
+TASKS = 8
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Planted]:
+    made: dict[str, Planted] = {}
+
+    def make(name: str) -> Planted:
+        if name not in made:
+            case = save_planted(tmp_path_factory.mktemp(name), name, tasks=TASKS)
+            sources = [case.directory / f"ft{task}" for task in range(1, TASKS + 1)]
+            bundle(case.directory / "base", sources, rank=case.Q.shape[1]).save(case.directory / "bundle")
+            made[name] = case
+        return made[name]
+
+    return make
+
+
+def alone(case: Planted, task: int) -> Any:
+    return case.model(f"ft{task}" if task else "base")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "opt"])
+def test_every_row_of_a_mixed_batch_equals_its_own_model(name: str, bundled: Callable[[str], Planted]) -> None:
+    case = bundled(name)
+    ids = [3, 0, 8, 1, 5, 0, 2, 7, 4, 6]
+    inputs = batch(rows=len(ids))
+    model = adapt_convert.load(case.model(), case.directory / "bundle")
+    generation = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with adapt_convert.task_ids(model, ids), torch.no_grad():
+        mixed = model(**inputs).logits
+        written = model.generate(**inputs, **generation)
+    for row, task in enumerate(ids):
+        own, one = alone(case, task), {key: value[row : row + 1] for key, value in inputs.items()}
+        real = one["attention_mask"][0].bool()
+        torch.testing.assert_close(mixed[row][real], logits(own, one), atol=1e-4, rtol=0)
+        assert torch.equal(written[row], own.generate(**one, **generation)[0])
+
+
+def test_rows_of_task_0_are_the_base_and_so_is_a_bundle_without_task_ids(bundled: Callable[[str], Planted]) -> None:
+    case, inputs = bundled("llama"), batch()
+    expected = logits(case.model(), inputs)
+    model = adapt_convert.load(case.model(), case.directory / "bundle")
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=0)
+    with adapt_convert.task_ids(model, [0, 0, 0]):
+        torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=0)
+    with adapt_convert.task_ids(model, [1, 1, 1]):
+        assert (logits(model, inputs) - expected).abs().max() > 0.1
+
+
+def test_a_single_adapter_takes_task_ids_too(bundled: Callable[[str], Planted], tmp_path: Path) -> None:
+    case, inputs = bundled("qwen3"), batch()
+    adapt_convert.convert(case.directory / "base", case.directory / "ft1", to="latte", rank=6).save(tmp_path / "latte")
+    model = adapt_convert.load(case.model(), tmp_path / "latte")
+    base, tuned = case.model(), case.model("ft1")
+    first = inputs["attention_mask"].sum(1)[0]
+    with adapt_convert.task_ids(model, [0, 1, 1]):
+        mixed = logits(model, inputs)
+    torch.testing.assert_close(mixed[:first], logits(base, inputs)[:first], atol=1e-4, rtol=0)
+    torch.testing.assert_close(mixed[first:], logits(tuned, inputs)[first:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(model, inputs), logits(tuned, inputs), atol=1e-4, rtol=0)
+
+
+def test_bundles_in_segments_and_unloading(bundled: Callable[[str], Planted], tmp_path: Path) -> None:
+    case, inputs = bundled("llama"), batch()
+    bundle(case.directory / "base", [case.directory / "ft1", case.directory / "ft2"], rank=6, segments=3).save(tmp_path / "b")
+    model = case.model()
+    expected = logits(model, inputs)
+    adapt_convert.load(model, tmp_path / "b")
+    with adapt_convert.task_ids(model, [2, 2, 2]):
+        torch.testing.assert_close(logits(model, inputs), logits(case.model("ft2"), inputs), atol=1e-4, rtol=0)
+    adapt_convert.unload(model)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_a_small_task_is_not_drowned_by_a_large_one(tmp_path: Path) -> None:
+    """Task 2 changes a thousandth as much in a subspace of its own; a basis of both ranks holds both."""
+    case = save_planted(tmp_path, "llama", rank=2)
+    small = case.model()
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    other = torch.linalg.qr(torch.randn(32, 2, generator=torch.Generator().manual_seed(9))).Q
+    for key, value in before.items():
+        if key.endswith(("o_proj.weight", "down_proj.weight")):
+            small.state_dict()[key].copy_(value + 1e-3 * other @ torch.randn(2, value.shape[1]))
+    small.save_pretrained(tmp_path / "small")
+    conversion = bundle(tmp_path / "base", [tmp_path / "ft1", tmp_path / "small"], rank=4)
+    assert conversion.report["tasks"]["ft1"] > 0.9999
+    assert conversion.report["tasks"]["small"] > 0.9999
+    narrow = bundle(tmp_path / "base", [tmp_path / "ft1", tmp_path / "small"], rank=2)
+    assert min(narrow.report["tasks"].values()) > 0.2  # two dims, shared: neither task gets both
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0, 9, 1], r"task_ids: 9 is out of range; there are 8 tasks, 1 to 8, and 0 is the base"),
+        ([-1], r"task_ids: -1 is out of range"),
+        ([], r"task_ids: no row is given"),
+        ([1, 2], r"task_ids names 2 rows, the batch has 3"),
+    ],
+)
+def test_task_ids_out_of_range_are_refused(ids: list[int], message: str, bundled: Callable[[str], Planted]) -> None:
+    case = bundled("llama")
+    model = adapt_convert.load(case.model(), case.directory / "bundle")
+    with pytest.raises(AdaptError, match=message), adapt_convert.task_ids(model, ids):
+        model(**batch())
+
+
+def test_task_ids_need_a_latte(bundled: Callable[[str], Planted]) -> None:
+    with pytest.raises(AdaptError, match="carries no LatTE"), adapt_convert.task_ids(bundled("llama").model(), [0]):
+        pass
+
+
+def test_what_rows_cannot_have_for_themselves_is_refused_or_left_out(tmp_path: Path) -> None:
+    case = save_planted(tmp_path, "llama")
+    tuned = case.model("ft1")
+    tuned.lm_head.weight.data += 0.1
+    tuned.save_pretrained(tmp_path / "ft2")
+    sources = [tmp_path / "ft1", tmp_path / "ft2"]
+    with pytest.raises(
+        AdaptError, match=r"ft2: changes lm_head\.weight, which all rows of a batch share; leave it out with --exclude lm_head"
+    ):
+        bundle(tmp_path / "base", sources, rank=6)
+    report = bundle(tmp_path / "base", sources, rank=6, exclude=("lm_head",)).report
+    assert report["tensors"]["ft2: lm_head.weight"]["status"] == "dropped"
+
+
+def test_planting_changes_with_the_seed() -> None:
+    """The tasks of the fixture differ, or the tests above would prove nothing."""
+    model_class, config = CASES["llama"]
+    models = [model_class(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for seed, model in enumerate(models):
+        plant(model, torch.linalg.qr(torch.randn(32, 6)).Q if seed else torch.eye(32)[:, :6], seed)
+    first, second = (m.model.layers[0].mlp.down_proj.weight for m in models)
+    assert (first - second).abs().max() > 0.01
