@@ -13,6 +13,8 @@ WHEEL = $(wildcard dist/adapt_convert-*.whl)
 demo: $(VENV)/.run
 	$(BIN)/adapt-convert demo ./demo
 
+# The models of the tests are tiny: more threads gain nothing, and on a busy machine they wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev .dev/adapt_convert
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from adapt_convert.convert.inspection import inspect
     from adapt_convert.convert.latte_bundle import bundle
     from adapt_convert.convert.merge import merge
-    from adapt_convert.formats.errors import AdaptError
     from adapt_convert.convert.validation import validate
     from adapt_convert.convert.validation_result import Validation
+    from adapt_convert.formats.errors import AdaptError
     from adapt_convert.kernels.attach import load, unload
     from adapt_convert.kernels.latte import task_ids
 

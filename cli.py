@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapt_convert.cli_validate import report, validate
+from adapt_convert.cli_validate import report_validation, validate, validate_conversion
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,10 +58,10 @@ def main() -> None:
     """Turn fine-tunes into adapters after the fact: no training data, every tensor accounted for."""
 
 
-def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that decide what a conversion does, shared by `delta` and `inspect`."""
+def _conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:
+    """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
     options = [
-        click.option("--to", metavar="TARGET", default="lora", show_default=True, help="lora or lorta."),
+        click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta or latte."),
         click.option("--rank", type=int, metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
         click.option("--energy", type=float, metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option("--budget", metavar="SIZE", help="One budget for all factors, like 20MB, spent where it captures most."),
@@ -80,6 +80,19 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="WHICH",
             help="LoRTA only: paper, or reference for the layout of github.com/ihounie/lorta.",
         ),
+        click.option(
+            "--segments", metavar="N", default="1", show_default=True, help="LatTE only: runs of layers with a basis each, or auto."
+        ),
+        click.option(
+            "--construction",
+            metavar="WHICH",
+            default="residual",
+            show_default=True,
+            help="LatTE only: residual, or score (the paper's Theorem 2; no rotary embeddings).",
+        ),
+        click.option(
+            "--heads", metavar="HOW", default="wider", show_default=True, help="LatTE's score construction: wider heads, or more of them."
+        ),
         click.option("--strict", is_flag=True, help="Refuse when anything but --exclude'd modules would be lost."),
         click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default."),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomised solvers."),
@@ -96,6 +109,7 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @REVISION
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit when BASE is a Hub id.")
 @click.option("--dry-run", is_flag=True, help="Stop after the preflight, which reads headers only.")
+@click.option("--validate", "rerun", is_flag=True, help="Then rerun base, source and adapter, and exit with 3 unless it is the same model.")
 @JSON
 def delta(
     base: str,
@@ -105,6 +119,7 @@ def delta(
     revision: str | None,
     base_revision: str | None,
     dry_run: bool,
+    rerun: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -140,10 +155,13 @@ def delta(
     with _progress(quiet=as_json) as progress:
         conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=progress, on_plan=announce, **chosen)
         conversion.save(directory, overwrite)
-    if as_json:
-        _emit({"output": str(directory), **conversion.report}, True)
-    else:
+    if not as_json:
         _print_summary(conversion, directory)
+    result = validate_conversion(base, source, directory, as_json, (base_revision, revision)) if rerun else None
+    if as_json:
+        _emit({"output": str(directory), **conversion.report} | ({"validation": result.to_json()} if result else {}), True)
+    if result:
+        report_validation(result, as_table=not as_json)
 
 
 @main.command()
@@ -194,6 +212,37 @@ def merge(base: str, adapter: str, output: Path | None, overwrite: bool, revisio
 
 
 @main.command()
+@click.argument("base")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@functools.partial(_conversion_options, to="latte")
+@OUT
+@OVERWRITE
+@JSON
+def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Put several fine-tunes or adapters of BASE into one LatTE whose tasks can be mixed in one batch, row by row.
+
+    Task k is the k-th SOURCE, 0 the base itself: adapt_convert.task_ids(model, [1, 0, 2]). They share one basis of --rank dims,
+    so adapters trained apart are exact only at the sum of their ranks.
+
+    \b
+    Example:
+      adapt-convert bundle ./base ./adapter-a ./adapter-b --to latte --rank 32 -o ./bundle
+    """
+    from adapt_convert.convert.latte_bundle import bundle as make_bundle
+    from adapt_convert.formats.atomic import check_destination
+
+    directory = output or Path(f"bundle-of-{len(sources)}-latte")
+    check_destination(directory, overwrite, (base, *sources))
+    with _progress(quiet=as_json) as progress:
+        conversion = make_bundle(base, sources, progress=progress, **_clean(options))
+        conversion.save(directory, overwrite)
+    if as_json:
+        _emit({"output": str(directory), **conversion.report}, True)
+    else:
+        _print_summary(conversion, directory)
+
+
+@main.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("demo"))
 @JSON
 def demo(directory: Path, as_json: bool) -> None:
@@ -215,7 +264,8 @@ def demo(directory: Path, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table("model", "perplexity", "captured energy", "bytes", "where")
+    table = Table("model", "perplexity", "captured energy", "bytes")
+    table.add_column("where", overflow="fold")
     for row in result["models"]:
         captured = "-" if row["captured_energy"] is None else f"{row['captured_energy']:.2%}"
         table.add_row(row["name"], f"{row['perplexity']:.3f}", captured, _bytes(row["bytes"]), row["path"])
@@ -230,6 +280,7 @@ def _clean(options: dict[str, Any]) -> dict[str, Any]:
     from adapt_convert.convert.options import parse_size
 
     cleaned = dict(options)
+    cleaned["segments"] = int(options["segments"]) if options["segments"].isdecimal() else options["segments"]
     for name in ("target_modules", "exclude"):
         cleaned[name] = tuple(part.strip() for value in options[name] for part in value.split(",") if part.strip())
     if options["budget"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,29 +76,40 @@ def validate(
         result.save_html(html)
     if not no_card:
         result.update_cards()
-    report(result, as_json)
-
-
-def report(result: Validation, as_json: bool) -> None:
-    """Print the result, every failing line on standard error, and exit with 3 if there is one."""
-    import json
-
-    from adapt_convert.cli import _console
-    from adapt_convert.formats.validation_table import validation_table
-
-    data = result.to_json()
     if as_json:
-        click.echo(json.dumps(data, indent=1))
-    else:
-        console = _console()
-        console.print(validation_table(data))
-        settings = data["settings"]
+        click.echo(json.dumps(result.to_json(), indent=1))
+    report_validation(result, as_table=not as_json)
+
+
+def report_validation(result: Validation, as_table: bool) -> None:
+    """Print the result as tables, every failing line on standard error, and exit with 3 if there is one."""
+    from adapt_convert.cli import _console
+    from adapt_convert.formats.validation_table import validation_tables
+
+    if as_table:
+        data, console = result.to_json(), _console()
+        for table in validation_tables(data):
+            console.print(table)
         console.print(
-            f"{data['tokens']} tokens of {data['text']}; {data['dtype']} on {data['device']}, {settings['threads']} threads",
+            f"{data['tokens']} tokens of {data['text']}; {data['dtype']} on {data['device']}, {data['settings']['threads']} threads",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
     for line in result.failures:
         click.echo(f"FAIL {line}", err=True)
     if not result.passed:
         sys.exit(FAILED)
+
+
+def validate_conversion(base: str, source: str, directory: Path, as_json: bool, revisions: tuple[str | None, str | None]) -> Validation:
+    """Validate a conversion that was just written, on the built-in text; the report goes beside it and into its model card."""
+    from adapt_convert.cli import _progress
+    from adapt_convert.convert.validation import validate as run
+
+    paths = [f"{path}@{revision}" if revision else path for path, revision in zip((base, source), revisions, strict=True)]
+    with _progress(quiet=as_json) as progress:
+        result = run(*paths, directory, progress=progress)
+    result.save(directory)
+    result.update_cards()
+    return result

@@ -179,7 +179,8 @@ class _Stream:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns.double()).Q.float()
+    basis: Tensor = torch.linalg.qr(columns.double()).Q
+    return basis.float()
 
 
 def _gram(delta: Delta) -> Tensor:

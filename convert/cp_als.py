@@ -106,7 +106,8 @@ def solve_proximal(rhs: Tensor, normal: Tensor, old: Tensor) -> Tensor:
     rank = normal.shape[0]
     mu = _PROXIMAL * normal.diagonal().mean() + _TINY
     system = normal + mu * torch.eye(rank, dtype=normal.dtype, device=normal.device)
-    return torch.linalg.solve(system, rhs + mu * old, left=False)
+    solution: Tensor = torch.linalg.solve(system, rhs + mu * old, left=False)
+    return solution
 
 
 def solve_columns(rhs: Tensor, normal: Tensor, old: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapt_convert.convert.delta import LowRankDelta, residual_energy
 from adapt_convert.convert.latte_deltas import Effective, Matrix
+from adapt_convert.convert.latte_score_solver import solve_scores
 from adapt_convert.convert.latte_segments import find_segments
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
@@ -34,8 +35,9 @@ def solve_latte(
     pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
 ) -> tuple[LatteAdapter, list[Record]]:
     """Find the bases, project every matrix, and keep the other changed tensors of `stored` (entry -> energy) by value."""
+    if options.construction == "score":
+        return solve_scores(pairs, plan, options, stored, progress)
     effective = Effective(pairs, plan)
-    check_rank(options.rank, effective.width, pairs.base.origin)
     segments, searched = find_segments([effective], options, progress)
     dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
     task = LatteTask(pairs.source.location.name)
@@ -72,11 +74,6 @@ def lora_of_equal_energy(effective: Effective, records: list[Record], options: O
         ranks.append(rank)
         numbers += rank * sum(delta.shape)
     return {"parameters": numbers, "mean_rank": sum(ranks) / max(1, len(ranks)), "largest_rank": max(ranks, default=0)}
-
-
-def check_rank(rank: int | None, width: int, origin: str) -> None:
-    if rank is not None and rank > width:
-        raise AdaptError(f"--rank {rank}: the residual stream of {origin} is {width} wide; a basis of it has at most {width} dims")
 
 
 def project(effective: Effective, segments: list[Segment], task: LatteTask, dtype: torch.dtype, progress: Progress) -> list[Record]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.conversion import Conversion, open_pair, survey, task_type
-from adapt_convert.convert.latte import check_rank, describe, fingerprints, project, store_exact
+from adapt_convert.convert.latte import describe, fingerprints, project, store_exact
 from adapt_convert.convert.latte_deltas import Effective
 from adapt_convert.convert.latte_segments import find_segments
 from adapt_convert.convert.options import DTYPES, Options
@@ -50,6 +50,8 @@ def bundle(
     chosen = Options(**{"to": "latte", **options})
     if chosen.to != "latte":
         raise AdaptError(f"--to {chosen.to}: a bundle is a LatTE; only --to latte can mix tasks in one batch")
+    if chosen.construction == "score":
+        raise AdaptError("--construction score: its wider heads belong to one task; a bundle takes --construction residual")
     if not sources:
         raise AdaptError("a bundle needs at least one adapter")
     tasks = [_open(base, source, chosen, progress) for source in sources]
@@ -74,7 +76,6 @@ def _open(base: str | Path, source: str | Path, options: Options, progress: Prog
     plan = make_plan(opened_base, opened_source, options)
     pairs = Pairs(opened_base, opened_source, options.torch_device())
     effective = Effective(pairs, plan)
-    check_rank(options.rank, effective.width, opened_base.origin)
     stored, _, records = survey(pairs, plan, options, progress)
     _refuse_unshared(stored, effective)
     return _Task(plan, effective, stored, records, LatteTask(opened_source.location.name))

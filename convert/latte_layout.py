@@ -30,7 +30,6 @@ class Layout:
     final_norm: str
     norm: NormKind
     conv1d: bool = False
-    rotary: bool = True
 
     @property
     def layers(self) -> str:
@@ -50,7 +49,6 @@ _GPT2 = Layout(
     "transformer.ln_f",
     "layer",
     conv1d=True,
-    rotary=False,
 )
 _OPT = Layout(
     "model.decoder.layers.{}",
@@ -58,7 +56,6 @@ _OPT = Layout(
     ("self_attn.out_proj", "fc2"),
     "model.decoder.final_layer_norm",
     "layer",
-    rotary=False,
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -93,3 +90,58 @@ def _variant_reason(model_type: str, config: Mapping[str, Any]) -> str:
     if model_type == "gpt2" and config.get("add_cross_attention"):
         return "this one has cross-attention"
     return ""
+
+
+@dataclass(frozen=True)
+class ScoreLayout:
+    """The attention of one architecture without rotary embeddings, for the score construction.
+
+    `inputs` are q, k and v below `block`, or one fused matrix of all three; `output` is o. `owner` is the module whose attribute
+    `size` holds the head size and, in GPT-2, `split_size` that of all heads.
+    """
+
+    block: str
+    inputs: tuple[str, ...]
+    output: str
+    owner: str
+    size: str = "head_dim"
+    conv1d: bool = False
+
+
+_BERT_SELF = "attention.self"
+_BERT_INPUTS = tuple(f"{_BERT_SELF}.{name}" for name in ("query", "key", "value"))
+_VIT_INPUTS = tuple(f"attention.{role}_proj" for role in "qkv")
+SCORE_LAYOUTS: dict[str, ScoreLayout] = {
+    "gpt2": ScoreLayout("transformer.h.{}", ("attn.c_attn",), "attn.c_proj", "attn", conv1d=True),
+    "opt": ScoreLayout("model.decoder.layers.{}", _ATTENTION, "self_attn.out_proj", "self_attn"),
+    "bert": ScoreLayout("bert.encoder.layer.{}", _BERT_INPUTS, "attention.output.dense", _BERT_SELF, "attention_head_size"),
+    "roberta": ScoreLayout("roberta.encoder.layer.{}", _BERT_INPUTS, "attention.output.dense", _BERT_SELF, "attention_head_size"),
+    "vit": ScoreLayout("vit.layers.{}", _VIT_INPUTS, "attention.o_proj", "attention"),
+}
+
+
+def score_layout_of(config: Mapping[str, Any], origin: str) -> ScoreLayout:
+    """The layout of a `config.json`. Raises `AdaptError`: with rotary embeddings the construction does not hold."""
+    model_type = str(config.get("model_type"))
+    if model_type in SCORE_LAYOUTS:
+        return SCORE_LAYOUTS[model_type]
+    if model_type in LAYOUTS:
+        raise AdaptError(
+            f"--construction score: {model_type} rotates queries and keys after their product with the weights, so the low-rank part "
+            "of a score is no product of expanded heads; use --construction residual, which is exact with rotary embeddings"
+        )
+    raise AdaptError(f"{origin}: --construction score does not support {model_type}; supported: {', '.join(SCORE_LAYOUTS)}; use --to lora")
+
+
+def check_latte(config: Mapping[str, Any], origin: str, rank: int | None, segments: int | str, construction: str) -> None:
+    """Refuse, from `config.json` alone, what a LatTE of this base cannot be. Raises `AdaptError`."""
+    if construction == "score":
+        score_layout_of(config, origin)
+    else:
+        layout_of(config, origin)
+    width = next((int(config[n]) for n in ("hidden_size", "n_embd", "d_model") if isinstance(config.get(n), int)), None)
+    layers = next((int(config[n]) for n in ("num_hidden_layers", "n_layer") if isinstance(config.get(n), int)), None)
+    if rank is not None and width is not None and rank > width:
+        raise AdaptError(f"--rank {rank}: the residual stream of {origin} is {width} wide; a basis of it has at most {width} dims")
+    if isinstance(segments, int) and layers is not None and segments > layers:
+        raise AdaptError(f"--segments {segments}: {origin} has {layers} layers; give at most that many")

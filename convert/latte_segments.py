@@ -14,7 +14,6 @@ from adapt_convert.convert.delta import Delta
 from adapt_convert.convert.latte_basis import cut, find_basis
 from adapt_convert.convert.latte_deltas import Effective, scaled
 from adapt_convert.convert.options import Options
-from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import Segment
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -32,8 +31,6 @@ def find_segments(tasks: Sequence[Effective], options: Options, progress: Progre
     first = tasks[0]
     scales = [1.0] if len(tasks) == 1 else [_norm(task, progress) for task in tasks]
     if isinstance(options.segments, int):
-        if options.segments > first.layers:
-            raise AdaptError(f"--segments {options.segments}: {first.pairs.base.origin} has {first.layers} layers; give at most that many")
         return _bases(tasks, scales, options.segments, options, progress), []
     powers = [2**i for i in range(first.layers.bit_length()) if 2**i < first.layers]
     tried = [_bases(tasks, scales, count, options, progress) for count in (*powers, first.layers)]

@@ -23,6 +23,7 @@ from adapt_convert.convert.architectures import (
     place_of,
     without_prefix,
 )
+from adapt_convert.convert.latte_layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
@@ -92,6 +93,8 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     Raises `AdaptError` when the two cannot belong together: other architecture, other shapes, no common matrix.
     """
     _check_same_architecture(base, source)
+    if options.to == "latte":
+        check_latte(base.config, base.origin, options.rank, options.segments, options.construction)
     family = family_of(base.config) or family_of(source.config)
     config = source.config if source.kind == "checkpoint" and source.config else base.config
     base_names = module_names(base.infos, base.config or source.config)

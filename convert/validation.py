@@ -6,6 +6,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from adapt_convert.formats.location import Location
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 _PROMPTS = 8
+_PROMPTS_AT_A_TIME = 4
 _PROMPT_TOKENS = 32
 _CONTINUATION = 32  # tokens
 
@@ -202,13 +204,15 @@ class _Run:
         if self.task != "causal":
             return
         limit = self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2**31
-        for row in self.corpus.rows[:_PROMPTS]:
-            prompt = row[: max(1, min(_PROMPT_TOKENS, len(row) // 2))]
-            count = min(_CONTINUATION, limit - len(prompt))
-            try:
-                yield torch.cat(list(continue_greedily(self.stage.model, prompt[None].to(self.stage.device), count))).cpu()
-            except AdaptError:
-                return
+        prompts = [row[: max(1, min(_PROMPT_TOKENS, len(row) // 2))] for row in self.corpus.rows[:_PROMPTS]]
+        for length, group in groupby(prompts, key=len):
+            equal = torch.stack(list(group)).to(self.stage.device)
+            for rows in torch.split(equal, _PROMPTS_AT_A_TIME):
+                try:
+                    tokens = list(continue_greedily(self.stage.model, rows, min(_CONTINUATION, limit - length)))
+                except AdaptError:
+                    return
+                yield from torch.stack(tokens, dim=1).cpu()
 
     def _greedy_agreement(self) -> float | None:
         """Mean share of the fine-tune's continuation that is written before the first other token."""

@@ -3,7 +3,9 @@
 Tensors, with `k` the number of a task from 1 and `i` that of a segment from 0 (docs/formats.md has the byte-level description):
 `segment.i.Q (d, R_i)` float32 with orthonormal columns; `k.reader.<module> (out, R_i)`, the effective delta times Q;
 `k.writer.<module> (R_i, in)`, Q^T times the delta; `k.bias.<module> (out,)` float32, in place of the base's bias;
-`k.exact.<parameter>`, a parameter's new value. Blocks that depend on the base alone are derived when a model is loaded.
+`k.exact.<parameter>`, a parameter's new value. A LatTE of the score construction has no segments and, by attention module,
+`k.score.<module>.{q,k,v}_{A,B}`: the low-rank changes of q, k and v, `A (r, in)` and `B (out, r)`. Blocks that depend on the base
+alone are derived when a model is loaded.
 """
 
 from __future__ import annotations
@@ -45,13 +47,17 @@ class Segment:
 
 @dataclass
 class LatteTask:
-    """One adapter: `readers` module -> `(out, R)`, `writers` module -> `(R, in)`, `biases` module -> `(out,)`, `exact` by parameter."""
+    """One adapter: `readers` module -> `(out, R)`, `writers` module -> `(R, in)`, `biases` module -> `(out,)`, `exact` by parameter.
+
+    `scores` holds the factors of the score construction by `<module>.{q,k,v}_{A,B}`.
+    """
 
     name: str
     readers: dict[str, Tensor] = field(default_factory=dict)
     writers: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     exact: dict[str, Tensor | LazyTensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self, number: int) -> dict[str, Tensor | LazyTensor]:
         groups: dict[str, Mapping[str, Tensor | LazyTensor]] = {
@@ -59,6 +65,7 @@ class LatteTask:
             "writer": self.writers,
             "bias": self.biases,
             "exact": self.exact,
+            "score": self.scores,
         }
         return {f"{number}.{group}.{name}": value for group, held in groups.items() for name, value in held.items()}
 
@@ -79,7 +86,9 @@ class LatteAdapter:
     @property
     def width(self) -> int:
         """Width of the residual stream."""
-        return self.segments[0].Q.shape[0]
+        if self.segments:
+            return self.segments[0].Q.shape[0]
+        return next(value.shape[1] for name, value in self.tasks[0].scores.items() if name.endswith("_A"))
 
     @property
     def exact(self) -> dict[str, Tensor | LazyTensor]:
@@ -192,8 +201,8 @@ def _segment(store: TensorStore, number: int, start: Any, stop: Any, rank: Any) 
 
 
 def _check_segments(adapter: LatteAdapter, width: int) -> None:
-    if not adapter.segments or not adapter.tasks:
-        raise ValueError("it has no segment or no task")
+    if not adapter.tasks or bool(adapter.segments) != (adapter.construction == "residual"):
+        raise ValueError("it has no task, or segments that do not go with its construction")
     stops = [0, *(s.stop for s in adapter.segments)]
     if any(s.start != before for s, before in zip(adapter.segments, stops, strict=False)):
         raise ValueError("its segments do not follow each other")
@@ -209,11 +218,13 @@ def _place(adapter: LatteAdapter, store: TensorStore, key: str) -> None:
         return
     task = adapter.tasks[int(head) - 1] if head.isdecimal() and int(head) >= 1 else None
     held: dict[str, dict[str, Any]] = (
-        {} if task is None else {"reader": task.readers, "writer": task.writers, "bias": task.biases, "exact": task.exact}
+        {}
+        if task is None
+        else {"reader": task.readers, "writer": task.writers, "bias": task.biases, "exact": task.exact, "score": task.scores}
     )
     if group not in held or not name:
         raise ValueError(f"{key!r} is no tensor of a LatTE")
     value = store.read(key)
-    if group in ("reader", "writer") and value.ndim != 2:
+    if group in ("reader", "writer", "score") and value.ndim != 2:
         raise ValueError(f"{key} has shape {list(value.shape)}, expected a matrix")
     held[group][name] = value

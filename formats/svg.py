@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 42
-_SERIES = 6  # colours of the palette, --s0 to --s5
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 14, 42
+_SERIES = 7  # colours of the palette, --s0 to --s6
 
 
 def colour(number: int) -> str:
@@ -78,27 +78,31 @@ def plot_area(
     )
 
 
-def scatter(points: Sequence[tuple[str, float, float, tuple[float, float] | None]], x_title: str, y_title: str) -> str:
+Point = tuple[str, float, float, tuple[float, float] | None]
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, numbers: Mapping[str, int]) -> str:
     """`(name, x > 0, y, interval of y)` with a logarithmic x and names beside the points; y is a share."""
     lows = [min(y, *(ci or (y,))) for _, _, y, ci in points]
     xs = [x for _, x, _, _ in points]
     x, y = plot_area((min(xs) / 2, max(xs) * 2), (min(0.0, *lows), 1.0), log_x=True)
     parts = frame(x, y, x_title, y_title, megabytes, lambda v: f"{v:.0%}")
-    for number, (name, size, share, interval) in enumerate(points):
+    for place, (name, size, share, interval) in enumerate(points):
+        number = numbers[name]
         px, py = x(size), y(share)
         if interval:
-            parts.append(
-                f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y(interval[0]):.1f}" y2="{y(interval[1]):.1f}" stroke="{colour(number)}" stroke-width="2"/>'
-            )
+            ends = f'x1="{px:.1f}" x2="{px:.1f}" y1="{y(interval[0]):.1f}" y2="{y(interval[1]):.1f}"'
+            parts.append(f'<line {ends} stroke="{colour(number)}" stroke-width="2"/>')
         title = f"<title>{escape(name)}: {share:.1%} at {megabytes(size)}</title>"
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="6" fill="{colour(number)}">{title}</circle>')
         right = px < (x.start + x.end) / 2
-        # Names alternate below and above, so that neighbours do not write over each other.
-        parts.append(text(px + (11 if right else -11), py + (17 if number % 2 == 0 else -7), name, "start" if right else "end", "name"))
+        # Names alternate below and above, so that neighbours do not write over each other; none goes into the axis.
+        below = place % 2 == 0 and py < y.start - 30
+        parts.append(text(px + (11 if right else -11), py + (17 if below else -7), name, "start" if right else "end", "name"))
     return svg(WIDTH, HEIGHT, parts, f"{y_title} against {x_title}")
 
 
-def bars(rows: Sequence[tuple[str, float, float, float]], unit: str, label: str) -> str:
+def bars(rows: Sequence[tuple[str, float, float, float]], unit: str, label: str, numbers: Mapping[str, int]) -> str:
     """Horizontal bars `(name, median, low, high)` with a whisker from low to high."""
     line, top = 46, 6
     x = Axis(0.0, max(high for _, _, _, high in rows) or 1.0, 4, WIDTH - 110)
@@ -106,7 +110,7 @@ def bars(rows: Sequence[tuple[str, float, float, float]], unit: str, label: str)
     for number, (name, median, low, high) in enumerate(rows):
         y = top + number * line
         parts.append(text(4, y + 12, name, "start", "name"))
-        parts.append(f'<rect x="4" y="{y + 18}" width="{max(x(median) - 4, 1):.1f}" height="16" rx="2" fill="{colour(number)}"/>')
+        parts.append(f'<rect x="4" y="{y + 18}" width="{max(x(median) - 4, 1):.1f}" height="16" rx="2" fill="{colour(numbers[name])}"/>')
         parts.append(f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y + 26}" y2="{y + 26}" class="whisker"/>')
         parts.append(text(x(high) + 8, y + 31, f"{median:.4g} {unit}", "start", "name"))
     return svg(WIDTH, top + len(rows) * line, parts, label)
@@ -118,6 +122,7 @@ def lines(
     log_y: bool,
     marks: Mapping[str, float],
     share: bool,
+    numbers: Mapping[str, int],
 ) -> str:
     """Curves with a legend below; `marks` are vertical lines at x with a name. y is a share, or logarithmic."""
     xs = [x for _, points in series for x, _ in points]
@@ -129,24 +134,25 @@ def lines(
         if x.low <= at <= x.high:
             parts.append(f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{y.start}" y2="{y.end}" class="mark"/>')
             parts.append(text(x(at) + 5, y.end + 12, name, "start", "tick"))
-    for number, (name, points) in enumerate(series):
+    for name, points in series:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points if b > 0 or not log_y)
         title = f"<title>{escape(name)}</title>"
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour(number)}" stroke-width="2">{title}</polyline>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour(numbers[name])}" stroke-width="2">{title}</polyline>')
     legend = [text(x.start + 18 + 170 * (n % 3), HEIGHT + 14 + 20 * (n // 3), name, "start", "name") for n, (name, _) in enumerate(series)]
     dots = [
-        f'<rect x="{x.start + 170 * (n % 3):.1f}" y="{HEIGHT + 5 + 20 * (n // 3)}" width="12" height="10" fill="{colour(n)}"/>'
-        for n in range(len(series))
+        f'<rect x="{x.start + 170 * (n % 3):.1f}" y="{HEIGHT + 5 + 20 * (n // 3)}" width="12" height="10" fill="{colour(numbers[name])}"/>'
+        for n, (name, _) in enumerate(series)
     ]
     return svg(WIDTH, HEIGHT + 8 + 20 * math.ceil(len(series) / 3), parts + legend + dots, f"{titles[1]} by {titles[0]}")
 
 
 def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], columns: Sequence[int], label: str) -> str:
     """A square for each `(row, column)`: the stronger, the nearer to 1; negative values in the warning colour."""
-    cell, left, top = 20, 64, 4
+    cell, left, top = (20 if len(columns) <= 18 else 13), 64, 4
+    middle = cell / 2 + 4
     parts = []
     for r, row in enumerate(rows):
-        parts.append(text(left - 6, top + r * cell + 14, row, "end"))
+        parts.append(text(left - 6, top + r * cell + middle, row, "end"))
         for c, column in enumerate(columns):
             value = cells.get((row, column))
             if value is None:
@@ -158,7 +164,7 @@ def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], column
     every = max(1, math.ceil(len(columns) / 16))
     for c, column in enumerate(columns):
         if c % every == 0:
-            parts.append(text(left + c * cell + 9, top + len(rows) * cell + 13, str(column)))
+            parts.append(text(left + c * cell + cell / 2 - 1, top + len(rows) * cell + 13, str(column)))
     width, height = left + len(columns) * cell + 4, top + len(rows) * cell + 18
     # Never stretched: on a narrow screen the map scrolls inside its own box instead of shrinking beyond reading.
     return svg(width, height, parts, label, f"width:{width}px;max-width:none")

@@ -11,21 +11,26 @@ from adapt_convert.formats.validation_table import label, size
 
 _CSS = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--good:#1a7f4b;--bad:#c4381c;
---heat:#0b6bcb;--s0:#0b6bcb;--s1:#c2570c;--s2:#1a7f4b;--s3:#8b3fc7;--s4:#b3246b;--s5:#6b6f00}
+--heat:#0b6bcb;--s0:#0b6bcb;--s1:#c2570c;--s2:#1a7f4b;--s3:#8b3fc7;--s4:#b3246b;--s5:#6b6f00;--s6:#0a7f8c}
 @media (prefers-color-scheme:dark){:root{--bg:#12151a;--card:#1b2027;--ink:#e7eaee;--soft:#a0a9b5;--line:#323a45;--good:#4cc38a;
---bad:#ff7a5c;--heat:#4ea1f5;--s0:#4ea1f5;--s1:#f0924a;--s2:#4cc38a;--s3:#bf8cf0;--s4:#f075ae;--s5:#c9c44a}}
+--bad:#ff7a5c;--heat:#4ea1f5;--s0:#4ea1f5;--s1:#f0924a;--s2:#4cc38a;--s3:#bf8cf0;--s4:#f075ae;--s5:#c9c44a;--s6:#3fc1cf}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:20px 16px 48px}h1{font-size:1.6rem;margin:.2em 0}h2{font-size:1.15rem;margin:2em 0 .4em}
-h3{font-size:1rem;margin:1.1em 0 .3em}p{margin:.4em 0}.soft{color:var(--soft)}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}
+h3{font-size:1rem;margin:1.1em 0 .3em}.card h3:first-child{margin-top:0}p{margin:.4em 0}.soft{color:var(--soft)}
+.grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
-.verdict{border-left:6px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}.verdict b{color:var(--good)}.verdict.bad b{color:var(--bad)}
-.verdict ul{margin:.3em 0 0;padding-left:1.2em}.wrap{overflow-wrap:anywhere}.scroll{overflow-x:auto}svg{width:100%;height:auto;display:block}
-table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
-pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.88rem}
+.verdict{border-left:6px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}.verdict b{color:var(--good)}
+.verdict.bad b{color:var(--bad)}
+.verdict ul{margin:.3em 0 0;padding-left:1.2em}.wrap{overflow-wrap:anywhere}.scroll{overflow-x:auto}
+svg{width:100%;height:auto;display:block}
+table{border-collapse:collapse;width:100%;font-size:.92rem}
+th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;white-space:normal}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;white-space:pre-wrap;overflow-wrap:anywhere;
+font-size:.88rem}
 .tick{font-size:12px;fill:var(--soft)}.axis{font-size:13px;fill:var(--soft)}.name{font-size:13px;fill:var(--ink)}
-.grid{stroke:var(--line)}.mark{stroke:var(--soft);stroke-dasharray:4 3}.whisker{stroke:var(--ink);stroke-width:2}.cell{stroke:var(--line);stroke-width:.6}
+.grid{stroke:var(--line)}.mark{stroke:var(--soft);stroke-dasharray:4 3}.whisker{stroke:var(--ink);stroke-width:2}
+.cell{stroke:var(--line);stroke-width:.6}
 @media (max-width:520px){.tick{font-size:16px}.axis,.name{font-size:17px}.scroll .tick{font-size:12px}}
 """
 _SPEEDS = (
@@ -37,7 +42,8 @@ _SPEEDS = (
 def validation_page(data: Mapping[str, Any]) -> str:
     """The page for the content of `validation.json`. Everything that came from outside is escaped."""
     rows = [data["base"], *data["candidates"]]
-    sections = [_verdict(data), _figures(data, rows), _size_and_speed(rows), _inside(data), _spectra(data), _repeat(data)]
+    numbers = {label(row): number for number, row in enumerate(rows)}  # one colour for a model in all charts
+    sections = [_verdict(data), _figures(data, rows), _size_and_speed(rows, numbers), _inside(data, numbers), _spectra(data), _repeat(data)]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{"Pass" if data["passed"] else "Fail"}: {escape(_name(data["fine_tune"]["path"]))}</title>
@@ -113,7 +119,7 @@ def _figures(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _size_and_speed(rows: Sequence[Mapping[str, Any]]) -> str:
+def _size_and_speed(rows: Sequence[Mapping[str, Any]], numbers: Mapping[str, int]) -> str:
     points = [
         (label(row), float(row["bytes"]), row["recovered"], row["details"]["recovered_ci95"])
         for row in rows
@@ -121,18 +127,18 @@ def _size_and_speed(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     cards = []
     if points:
-        cards.append(f"<div class=card><h3>Size against fidelity</h3>{scatter(points, 'bytes on disk', 'recovered share')}</div>")
+        cards.append(f"<div class=card><h3>Size against fidelity</h3>{scatter(points, 'bytes on disk', 'recovered share', numbers)}</div>")
     for title, key, factor, unit in _SPEEDS:
         timed = [(label(row), row["speed"][key]) for row in rows if row["speed"] and row["speed"][key]]
         if timed:
             shown = [(name, *(factor * spread[part] for part in ("median", "low", "high"))) for name, spread in timed]
-            cards.append(f"<div class=card><h3>Speed: {title}</h3>{bars(shown, unit, title)}</div>")
+            cards.append(f"<div class=card><h3>Speed: {title}</h3>{bars(shown, unit, title, numbers)}</div>")
     silent = [label(row) for row in rows if row["passed"] is False and not row["speed"]]
     note = f"<p class='soft wrap'>Not timed, as another model's speed says nothing: {escape(', '.join(silent))}.</p>" if silent else ""
     return f"<h2>Size and speed</h2><div class=grid2>{''.join(cards)}</div>{note}"
 
 
-def _inside(data: Mapping[str, Any]) -> str:
+def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
     """Heat maps by layer and matrix, hidden states by layer, and where energy and function disagree."""
     parts = []
     for row in data["candidates"]:
@@ -148,9 +154,10 @@ def _inside(data: Mapping[str, Any]) -> str:
     hidden = [(label(row), _by_layer(row["details"]["hidden_recovered"])) for row in data["candidates"]]
     hidden = [(name, points) for name, points in hidden if len(points) > 1]
     if hidden:
-        curves = lines(hidden, ("layer", "recovered hidden state"), log_y=False, marks={}, share=True)
+        curves = lines(hidden, ("layer", "recovered hidden state"), log_y=False, marks={}, share=True, numbers=numbers)
         parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}</div>")
-    return f"<h2>By layer and matrix</h2><div class=grid2>{''.join(parts)}</div>" if parts else ""
+    scale = "<p class=soft>The deeper the colour, the nearer to 100 %; red is below 0 %, farther from the fine-tune than the base.</p>"
+    return f"<h2>By layer and matrix</h2>{scale}<div class=grid2>{''.join(parts)}</div>" if parts else ""
 
 
 def _cells(matrices: Mapping[str, Mapping[str, Any]], key: str) -> dict[tuple[str, int], float]:
@@ -175,9 +182,10 @@ def _apart(disagreements: Sequence[Mapping[str, Any]]) -> str:
     if not disagreements:
         return ""
     worst = disagreements[0]
+    energy, output = _percent(worst["captured_energy"]), _percent(worst["recovered_output"])
     return (
         f"<p class='soft wrap'>Weights and function are more than 25 points apart in {len(disagreements)} matrices, most in "
-        f"{escape(worst['matrix'])}: {_percent(worst['captured_energy'])} of the energy, {_percent(worst['recovered_output'])} of the output.</p>"
+        f"{escape(worst['matrix'])}: {energy} of the energy, {output} of the output.</p>"
     )
 
 
@@ -189,12 +197,14 @@ def _spectra(data: Mapping[str, Any]) -> str:
         (name.removesuffix(".weight").rsplit(".", 1)[-1], [(n + 1.0, value) for n, value in enumerate(values)])
         for name, values in spectra.items()
     ]
-    marks = {}
+    marks: dict[str, float] = {}
     for row in data["candidates"]:
         ranks = {matrix["rank"] for name, matrix in row["details"]["matrices"].items() if name in spectra and matrix.get("rank")}
         marks |= {f"rank {rank}": float(rank) for rank in sorted(ranks)}
     layer = next(iter(spectra)).rsplit(".", 3)[0]
-    chart = lines(series, ("singular value", "size"), log_y=True, marks=marks, share=False)
+    chart = lines(
+        series, ("singular value", "size"), log_y=True, marks=marks, share=False, numbers={name: n for n, (name, _) in enumerate(series)}
+    )
     return (
         f"<h2>Singular values of the change, and the chosen ranks</h2><div class=grid2><div class=card>"
         f"<p class='soft wrap'>One layer in the middle: {escape(layer)}</p>{chart}</div></div>"

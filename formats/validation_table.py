@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def validation_table(data: Mapping[str, Any]) -> Table:
-    """One line for the base and each candidate of `validation.json`'s content; a column that nothing fills is left out."""
+def validation_tables(data: Mapping[str, Any]) -> list[Table]:
+    """Fidelity and cost of the base and each candidate of `validation.json`'s content; two tables, as 80 columns hold no more."""
+    rows = [data["base"], *data["candidates"]]
+    return [_table(rows, _FIDELITY), _table(rows, _COST)]
+
+
+def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, Any]]) -> Table:
+    """One line a row; a column that nothing fills is left out."""
     from rich.table import Table
 
-    rows = [data["base"], *data["candidates"]]
-    columns = [(title, [show(row) for row in rows]) for title, show in _COLUMNS]
+    columns = [(title, [show(row) for row in rows]) for title, show in shown]
     columns = [(title, cells) for title, cells in columns if any(cell != "-" for cell in cells)]
     table = Table()
     for title, _ in columns:
@@ -55,7 +60,7 @@ def _number(form: str, *keys: str) -> Any:
 
 
 _SPEED = ("speed", "prefill_tokens_per_second", "median")
-_COLUMNS: tuple[tuple[str, Any], ...] = (
+_FIDELITY: tuple[tuple[str, Any], ...] = (
     ("model", label),
     ("kind", lambda row: row["kind"]),
     ("KL", _number(".4g", "kl")),
@@ -63,9 +68,14 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("recovered", _number(".1%", "recovered")),
     ("top-1", _number(".1%", "top1")),
     ("perplexity", _number(".3f", "perplexity")),
-    ("captured", _number(".1%", "details", "captured_energy")),
+    ("verdict", verdict),
+)
+_COST: tuple[tuple[str, Any], ...] = (
+    ("model", label),
+    ("captured energy", _number(".1%", "details", "captured_energy")),
     ("size", lambda row: size(row["bytes"])),
     ("prefill/s", _number(".0f", *_SPEED)),
     ("s/token", _number(".4f", "speed", "seconds_per_output_token", "median")),
-    ("verdict", verdict),
+    ("time x base", _number(".2f", "speed", "slowdown")),
+    ("load s", _number(".2f", "speed", "load_seconds")),
 )

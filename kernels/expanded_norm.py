@@ -66,9 +66,9 @@ def expanded_norm_reference(x: Tensor, gain: Tensor, bias: Tensor | None, mask: 
         wide = torch.cat([h, tail], dim=-1)
     elif shape.kind == "layer":
         wide = torch.cat([h, wide[..., d:]], dim=-1)
+    square = torch.linalg.vecdot(h, h) + torch.linalg.vecdot(t, torch.add(t, w, alpha=2.0))
     # The cancellation of rounding errors may leave a tiny negative number where the true residual is nearly zero.
-    square = h.square().sum(-1, keepdim=True) + (torch.add(t, w, alpha=2.0) * t).sum(-1, keepdim=True)
-    scale = torch.rsqrt(square.clamp_min(0.0) / d + shape.eps)
+    scale = torch.rsqrt(square.clamp_min(0.0) / d + shape.eps).unsqueeze(-1)
     if shape.kind == "rms":  # Llama's order: round, then multiply by the gain
         return (wide * scale).to(x.dtype) * gain.to(x.dtype)
     normed = wide * scale * gain.float()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.latte_layout import Layout, layout_of
+from adapt_convert.convert.latte_layout import Layout, ScoreLayout, layout_of, score_layout_of
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location
@@ -36,19 +36,22 @@ class LatteState:
     edges: dict[str, Any] = field(default_factory=dict)
     exact: _Attached = field(default_factory=_Attached)
     for_all_rows: list[str] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
 
     def restore(self, model: nn.Module) -> nn.Module:
         """Every module and value as before loading, bit for bit."""
         for name, handle in self.edges.items():
             handle.remove()
             delattr(model.get_submodule(name), "latte_edge")
+        for owner, attribute, size in self.attributes:
+            setattr(owner, attribute, size)
         for name, module in self.modules.items():
             if name in self.transposed:
                 _give_back_weight(module, model.get_submodule(name), self.transposed[name])
             _set_module(model, name, module)
         for name, parameter in self.exact.untied.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, parameter)
+            module_name, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module_name), attribute, parameter)
         for name, value in self.exact.values.items():
             _tensor(model, name).data = value
         delattr(model, _STATE)
@@ -62,14 +65,18 @@ def load_latte(model: nn.Module, location: Location) -> nn.Module:
     """
     adapter = read_latte(location)
     config = getattr(model, "config", None)
-    layout = layout_of(config.to_dict() if config is not None else {}, type(model).__name__)
-    names = _Names(model, layout)
-    _check(model, adapter, layout, names, location.origin)
+    find = score_layout_of if adapter.construction == "score" else layout_of
+    layout = find(config.to_dict() if config is not None else {}, type(model).__name__)
+    names = _Names(model, layout.block.removesuffix(".{}"))
+    _check(model, adapter, names, location.origin)
     state = LatteState(Tasks(len(adapter.tasks)))
     setattr(model, _STATE, state)
     try:
         with torch.no_grad():
-            _Loader(model, adapter, layout, names, state, location.origin).run()
+            if isinstance(layout, Layout):
+                _Loader(model, adapter, layout, names, state, location.origin).run()
+            else:
+                _load_scores(model, adapter, layout, names, state)
     except BaseException:
         state.restore(model)
         raise
@@ -103,13 +110,42 @@ def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
         state.tasks.set(before)
 
 
-class _Names:
-    """Names of the adapter in the live model: a bare backbone has no prefix."""
+def _load_scores(model: nn.Module, adapter: LatteAdapter, layout: ScoreLayout, names: _Names, state: LatteState) -> None:
+    """The score construction: wider heads in every block, everything else by value."""
+    from adapt_convert.kernels.latte_score import swaps_of
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
-        self.prefix = "" if _has(model, layout.layers) else layout.layers.split(".")[0] + "."
-        if not _has(model, self.of(layout.layers)):
-            raise AdaptError(f"this {type(model).__name__} has no {layout.layers}")
+    task = adapter.tasks[0]
+    for name, value in task.exact.items():
+        assert isinstance(value, Tensor)
+        _set_parameter(model, names.of(name), value, state.exact)
+    state.for_all_rows = ["the attention"]
+    for layer in range(len(names.blocks)):
+        adapted = layout.block.format(layer)
+        prefix = f"{adapted}.{layout.owner}."
+        factors = {name.removeprefix(prefix): value for name, value in task.scores.items() if name.startswith(prefix)}
+        if not factors:
+            continue
+        block = names.of(adapted)
+        swaps, attributes = swaps_of(model.get_submodule(block), layout, factors)
+        for name, module in swaps.items():
+            state.modules[f"{block}.{name}"] = model.get_submodule(f"{block}.{name}")
+            _set_module(model, f"{block}.{name}", module.train(model.training))
+        owner = model.get_submodule(f"{block}.{layout.owner}")
+        for name, size in attributes.items():
+            state.attributes.append((owner, name, int(getattr(owner, name))))
+            setattr(owner, name, size)
+
+
+class _Names:
+    """Names of the adapter in the live model, of which a bare backbone lacks the prefix; `blocks` is its list of layers."""
+
+    def __init__(self, model: nn.Module, layers: str) -> None:
+        self.prefix = "" if _has(model, layers) else layers.split(".")[0] + "."
+        if not _has(model, self.of(layers)):
+            raise AdaptError(f"this {type(model).__name__} has no {layers}")
+        blocks = model.get_submodule(self.of(layers))
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
 
     def of(self, name: str) -> str:
         return name.removeprefix(self.prefix) if self.prefix else name
@@ -123,17 +159,13 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _check(model: nn.Module, adapter: LatteAdapter, layout: Layout, names: _Names, origin: str) -> None:
+def _check(model: nn.Module, adapter: LatteAdapter, names: _Names, origin: str) -> None:
     """Whether the adapter was made for this base: architecture, shapes, and a fingerprint of every expanded matrix."""
     own = str(getattr(getattr(model, "config", None), "model_type", None))
     if adapter.model_type != own:
         raise AdaptError(f"{origin}: is made for {adapter.model_type}, the model is {own}")
-    if adapter.construction != "residual":
-        raise AdaptError(f"{origin}: has the construction {adapter.construction!r}; this version runs 'residual'")
-    blocks = model.get_submodule(names.of(layout.layers))
-    count = len(blocks) if isinstance(blocks, nn.ModuleList) else 0
-    if adapter.segments[-1].stop != count:
-        raise AdaptError(f"{origin}: covers {adapter.segments[-1].stop} layers, the model has {count}: made for another base")
+    if adapter.segments and adapter.segments[-1].stop != len(names.blocks):
+        raise AdaptError(f"{origin}: covers {adapter.segments[-1].stop} layers, the model has {len(names.blocks)}: made for another base")
     for module, hashes in adapter.fingerprints.items():
         weight = _weight(model, names.of(module))
         if not matches_fingerprint(weight, hashes):

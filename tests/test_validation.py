@@ -69,24 +69,21 @@ def test_figures_equal_plain_transformers(pairs: Any, lora: Path) -> None:
 
 def test_hidden_states_and_matrices_equal_plain_hooks(pairs: Any, lora: Path) -> None:
     pair = pairs("llama")
-    row = run(pair, lora).candidates[0]
-    ids, name = torch.tensor(token_rows()), "model.layers.1.mlp.up_proj"
+    name = "model.layers.1.mlp.up_proj"
     seen: dict[str, Any] = {}
     for key, model in (("ft", pair.load(pair.ft)), ("base", pair.load(pair.base)), ("lora", pair.load_peft(lora))):
         module = (model.base_model.model if key == "lora" else model).get_submodule(name)
         outputs: list[torch.Tensor] = []
-        handle = module.register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
+        module.register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
         with torch.no_grad():
-            seen[key] = model(input_ids=ids[:1].repeat(1, 1), output_hidden_states=True).hidden_states, outputs[0]
-        handle.remove()
-    # One row of 24 tokens is not all that the probe sees: compare on the same row by probing one row alone.
-    alone = validate(pair.base, pair.ft, lora, token_ids=token_rows()[:1], speed=False).candidates[0]
+            seen[key] = model(input_ids=torch.tensor(token_rows()[:1]), output_hidden_states=True).hidden_states, outputs[0]
+    found = run(pair, lora, token_ids=token_rows()[:1]).candidates[0]
+    assert set(found.hidden_error) == {"0", "1", "2"}
     for layer in (0, 1, 2):
         a, b = seen["ft"][0][layer], seen["lora"][0][layer]
-        assert alone.hidden_error[str(layer)] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-3)
+        assert found.hidden_error[str(layer)] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-3)
     error, of_base = ((seen[key][1] - seen["ft"][1]).norm() ** 2 for key in ("lora", "base"))
-    assert alone.output_recovered[name] == pytest.approx(float(1 - error / of_base), rel=1e-3)
-    assert set(row.hidden_error) == {"0", "1", "2"}
+    assert found.output_recovered[name] == pytest.approx(float(1 - error / of_base), rel=1e-3)
 
 
 def test_greedy_agreement_equals_generate(pairs: Any, lora: Path) -> None:
@@ -100,7 +97,7 @@ def test_greedy_agreement_equals_generate(pairs: Any, lora: Path) -> None:
             warnings.simplefilter("ignore")
             a, b = (m.generate(input_ids=prompt, **options)[0, LENGTH // 2 :] for m in (pair.load(pair.ft), pair.load_peft(lora)))
         same = (a == b).tolist()
-        shares.append((same + [False]).index(False) / 32)
+        shares.append([*same, False].index(False) / 32)
     assert found == pytest.approx(sum(shares) / len(shares))
 
 
@@ -154,7 +151,9 @@ def halve(adapter: Path) -> None:
 def swap_layers(adapter: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     turned = {key: key.replace(".layers.0.", ".layers.x.").replace(".layers.1.", ".layers.0.") for key in weights}
-    save_file({turned[key].replace(".layers.x.", ".layers.1."): value for key, value in weights.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {turned[key].replace(".layers.x.", ".layers.1."): value for key, value in weights.items()}, adapter / "adapter_model.safetensors"
+    )
 
 
 def switch_biases_off(adapter: Path) -> None:
@@ -214,7 +213,7 @@ def test_each_threshold_fails_by_name(pairs: Any, lora: Path, limits: dict[str, 
     result = run(pairs("llama"), lora, thresholds=Thresholds(**limits))
     (name,) = limits
     assert not result.passed
-    assert f"(--{name.replace('_', '-')})" in result.candidates[0].reasons[0]
+    assert any(f"(--{name.replace('_', '-')})" in reason for reason in result.candidates[0].reasons)
     assert result.candidates[0].speed is None
 
 

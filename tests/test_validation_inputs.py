@@ -1,0 +1,178 @@
+"""What `validate` runs on, what it refuses in one line, and how exact its shortcut for large vocabularies is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapt_convert.convert import reference_outputs
+from adapt_convert.convert.live_model import require_run_extra
+from adapt_convert.convert.outputs import Predictions
+from adapt_convert.convert.reference_outputs import ReferenceOutputs
+from adapt_convert.convert.texts import built_in_text, make_corpus, read_documents
+from adapt_convert.convert.validation import validate
+from adapt_convert.convert.verdict import Thresholds
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import locate
+
+IDS = [[(7 * i + 3 * j) % 90 + 3 for i in range(20)] for j in range(4)]
+
+
+def with_tokenizer(source: Path, directory: Path) -> Path:
+    """A copy of a model with a word tokenizer of 96 words, made by the `tokenizers` library."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    shutil.copytree(source, directory)
+    words = {"[UNK]": 0, "[MASK]": 1} | {f"w{i}": i + 2 for i in range(94)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def words(count: int, start: int = 0) -> str:
+    return " ".join(f"w{(start + 5 * i) % 94}" for i in range(count))
+
+
+def test_top_k_bounds_the_exact_divergence() -> None:
+    generator = torch.Generator().manual_seed(3)
+    reference, mine = (torch.randn(50, 400, generator=generator) * 3 for _ in range(2))
+    row, targets = torch.zeros(50, dtype=torch.long), torch.randint(0, 400, (50,), generator=generator)
+    exact = torch.nn.functional.kl_div(
+        mine.double().log_softmax(-1), reference.double().log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    found = {}
+    for k in (0, 300, 40):
+        with ReferenceOutputs(1, full_limit=0 if k else 2, top_k=k or 1) as outputs:
+            itself = outputs.keep_predictions(0, Predictions(reference, targets, row, True))
+            found[k] = outputs.compare(0, Predictions(mine, targets, row, True))
+        assert itself.divergence.abs().max() < 1e-9
+        assert (found[k].divergence <= exact + 1e-9).all()
+        assert (found[k].upper >= exact - 1e-9).all()
+        torch.testing.assert_close(found[k].agree, (reference.argmax(-1) == mine.argmax(-1)).double())
+        torch.testing.assert_close(found[k].nll, torch.nn.functional.cross_entropy(mine.double(), targets, reduction="none"))
+    torch.testing.assert_close(found[0].divergence, exact)
+    torch.testing.assert_close(found[0].upper, exact)
+    gap = {k: float((f.upper - f.divergence).mean()) for k, f in found.items()}
+    assert gap[0] == 0 < gap[300] < gap[40]
+
+
+def test_a_validation_on_top_k_says_so(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pairs("llama")
+    exact = validate(pair.base, pair.ft, pair.base, token_ids=IDS, speed=False).base.fidelity
+    monkeypatch.setattr(reference_outputs.ReferenceOutputs.__init__, "__defaults__", (0, 32))
+    result = validate(pair.base, pair.ft, pair.base, token_ids=IDS, speed=False)
+    found = result.base.fidelity
+    assert result.to_json()["settings"]["top_k"] == 32
+    assert found.kl < exact.kl < found.kl_upper
+    assert found.perplexity == pytest.approx(exact.perplexity)
+    assert found.top1 == exact.top1
+
+
+def test_nothing_is_left_in_the_temporary_directory(pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    pair = pairs("llama")
+    validate(pair.base, pair.ft, pair.ft, token_ids=IDS, speed=False)
+    with pytest.raises(AdaptError):
+        validate(pair.base, pair.base, pair.ft, token_ids=IDS, speed=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_cut_into_whole_blocks(pairs: Any, tmp_path: Path) -> None:
+    ft = with_tokenizer(pairs("llama").ft, tmp_path / "ft")
+    (tmp_path / "plain.txt").write_text(words(35))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": words(7, start)}) + "\n" for start in range(3)))
+    config, where = json.loads((ft / "config.json").read_text()), [locate(ft)]
+    plain = make_corpus("causal", config, where, tmp_path / "plain.txt", None, 8, 10**6)
+    assert [len(row) for row in plain.rows] == [8, 8, 8, 8]
+    assert torch.cat(plain.rows).tolist() == [(5 * i) % 94 + 2 for i in range(32)]
+    assert [len(row) for row in make_corpus("causal", config, where, tmp_path / "rows.jsonl", None, 8, 10**6).rows] == [8, 8]
+    assert [len(row) for row in make_corpus("classes", config, where, tmp_path / "rows.jsonl", None, None, 10**6).rows] == [7, 7, 7]
+    assert len(make_corpus("causal", config, where, tmp_path / "plain.txt", None, 8, 16).rows) == 2
+    assert built_in_text()[0].startswith("built-in: Python")
+    assert read_documents(tmp_path / "rows.jsonl") == [words(7, start) for start in range(3)]
+
+
+def test_masked_models_are_scored_where_they_are_masked(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("bert")
+    ft = with_tokenizer(pair.ft, tmp_path / "ft")
+    (tmp_path / "text.txt").write_text(words(200))
+    result = validate(pair.base, ft, pair.base, text=tmp_path / "text.txt", context=20, speed=False)
+    assert result.base.fidelity.perplexity > 1
+    assert result.fine_tune_perplexity > 1
+    assert validate(pair.base, ft, pair.base, token_ids=IDS, speed=False).base.fidelity.perplexity is None
+
+
+REFUSALS = [
+    ({"token_ids": IDS, "context": 21}, r"has 20 tokens, fewer than --context 21"),
+    ({"token_ids": IDS, "context": 1}, r"--context 1: must be at least 2"),
+    ({"token_ids": [[1, 2, 96]]}, r"token 96, but the model knows 96 tokens"),
+    ({}, r"no tokenizer in it; .*--token-ids"),
+    ({"text": "nowhere.txt", "token_ids": IDS}, r"contradict each other"),
+    ({"token_ids": "nowhere.jsonl"}, r"nowhere.jsonl: cannot be read"),
+    ({"token_ids": IDS, "batch": 0}, r"--batch 0"),
+    ({"token_ids": IDS, "dtype": "int8"}, r"--dtype int8"),
+    ({"token_ids": IDS, "thresholds": {"min_recovered": 2.0}}, r"--min-recovered 2.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSALS)
+def test_refusals(pairs: Any, options: dict[str, Any], message: str) -> None:
+    pair = pairs("llama")
+    limits = options.get("thresholds")
+    with pytest.raises(AdaptError, match=message) as refusal:
+        validate(pair.base, pair.ft, pair.ft, speed=False, **options | ({"thresholds": Thresholds(**limits)} if limits else {}))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("line", ["{", '{"ids": [1]}', '{"input_ids": []}', '{"input_ids": [1.5]}', '{"input_ids": [true]}', "[1, 2]"])
+def test_malformed_token_ids_name_the_line(pairs: Any, tmp_path: Path, line: str) -> None:
+    pair = pairs("llama")
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [4, 5, 6]}\n' + line + "\n")
+    with pytest.raises(AdaptError, match=r"ids.jsonl, line 2"):
+        validate(pair.base, pair.ft, pair.ft, token_ids=tmp_path / "ids.jsonl", speed=False)
+
+
+def test_different_vocabularies_are_refused(pairs: Any, make_pair: Any, tmp_path: Path) -> None:
+    other = make_pair(tmp_path, "llama", vocab_size=100)
+    pair = pairs("llama")
+    for paths in ((pair.base, other.ft, pair.ft), (pair.base, pair.ft, other.ft)):
+        with pytest.raises(AdaptError, match=r"vocabulary of .* cannot be compared"):
+            validate(*paths, token_ids=IDS, speed=False)
+
+
+def test_out_of_memory_says_what_to_lower(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(sys.modules[validate.__module__], "predict", full)
+    pair = pairs("llama")
+    with pytest.raises(AdaptError, match=r"out of memory at --context 8 --batch 2: lower --batch or --context"):
+        validate(pair.base, pair.ft, pair.ft, token_ids=IDS, context=8, batch=2, speed=False)
+
+
+def test_the_extra_is_named_when_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(AdaptError, match=r"adapt-convert\[run\]"):
+        require_run_extra()
+
+
+def test_equal_models_leave_nothing_to_validate(pairs: Any) -> None:
+    pair = pairs("llama")
+    with pytest.raises(AdaptError, match="same outputs"):
+        validate(pair.ft, pair.ft, pair.base, token_ids=IDS, speed=False)
+
+
+def test_batches_change_nothing(pairs: Any) -> None:
+    pair = pairs("llama")
+    one, four = (validate(pair.base, pair.ft, pair.base, token_ids=IDS, batch=size, speed=False).base.fidelity for size in (1, 4))
+    assert one.kl == pytest.approx(four.kl, rel=1e-5)
+    assert one.kl_ci95 == pytest.approx(four.kl_ci95, rel=1e-4)
