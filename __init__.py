@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import adapt_convert.convert
+import adapt_convert.convert  # noqa: F401
 
 # The public function and the folder share the name `convert`. Python binds a folder to its parent when it is first imported:
 # that has just happened, without its contents, so from here on the name is free for the function.

@@ -153,9 +153,7 @@ def test_strict_refuses_what_the_target_leaves_out(pairs: Any) -> None:
 @pytest.mark.parametrize("target", ["lora", "lorta"])
 def test_same_seed_same_bytes(pairs: Any, tmp_path: Path, target: str) -> None:
     pair = pairs("llama")
-    first, second = (
-        adapt_convert.convert(pair.base, pair.ft, to=target, rank=3, seed=5).save(tmp_path / name) for name in ("a", "b")
-    )
+    first, second = (adapt_convert.convert(pair.base, pair.ft, to=target, rank=3, seed=5).save(tmp_path / name) for name in ("a", "b"))
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (first / file).read_bytes() == (second / file).read_bytes()
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import adapt_convert
 from adapt_convert.convert.validation import validate
 from adapt_convert.convert.verdict import Thresholds
+from adapt_convert.formats.errors import AdaptError
 
 ROWS = 6
 LENGTH = 24
@@ -225,3 +226,27 @@ def test_captured_energy_is_measured_without_a_record(pairs: Any, lora: Path, tm
     name = "model.layers.0.self_attn.q_proj.weight"
     assert matrices[name]["captured_energy"] == pytest.approx(said[name]["captured_energy"], abs=1e-4)
     assert matrices[name]["rank"] == 4
+
+
+def test_latte_and_its_bundles(pairs: Any, tmp_path: Path) -> None:
+    """A LatTE by itself, and as one task of a bundle, gives the function that `adapt_convert.load` gives it."""
+    pair = pairs("llama")
+    single = adapt_convert.convert(pair.base, pair.ft, to="latte", rank=16).save(tmp_path / "single")
+    loras = [adapt_convert.convert(pair.base, pair.ft, rank=rank, exclude=("lm_head", "embed_tokens")) for rank in (2, 3)]
+    paths = [lora.save(tmp_path / f"lora{number}") for number, lora in enumerate(loras)]
+    bundle = adapt_convert.bundle(pair.base, paths, to="latte", rank=32).save(tmp_path / "bundle")
+    with pytest.raises(AdaptError, match=r"is a bundle of lora0, lora1; say with --tasks"):
+        run(pair, bundle)
+    with pytest.raises(AdaptError, match=r"--tasks other"):
+        run(pair, bundle, tasks=("other",))
+    alone, *tasks = run(pair, single, bundle, tasks=("lora0", "lora1")).candidates
+    assert [row.contender.task for row in (alone, *tasks)] == [None, "lora0", "lora1"]
+    reference, ids = plain(pair.load(pair.ft))[0], torch.tensor(token_rows())
+    model = adapt_convert.load(pair.load(pair.base), single)
+    with torch.no_grad():
+        assert alone.fidelity.kl == pytest.approx(kl(reference, model(input_ids=ids).logits.double()), rel=1e-4)
+    model = adapt_convert.load(pair.load(pair.base), bundle)
+    for number, row in enumerate(tasks, 1):
+        with torch.no_grad(), adapt_convert.task_ids(model, [number] * ROWS):
+            assert row.fidelity.kl == pytest.approx(kl(reference, model(input_ids=ids).logits.double()), rel=1e-4)
+    assert tasks[0].fidelity.kl != tasks[1].fidelity.kl
