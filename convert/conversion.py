@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from adapt_convert.convert.lorta import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, make_plan
+from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.report import Record, build_report, dropped, unchanged
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
@@ -29,7 +30,6 @@ from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 Adapter = LoraAdapter | LortaAdapter | LatteAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
@@ -67,7 +67,7 @@ def convert(
     *,
     revision: str | None = None,
     base_revision: str | None = None,
-    progress: Progress = lambda items, what: items,
+    progress: Progress = silent,
     on_plan: Callable[[Plan, Source, Options], None] = lambda plan, source, options: None,
     **options: Any,
 ) -> Conversion:

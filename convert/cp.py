@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adapt_convert.convert.cp_als import Core, Model, balance, fit_core, normals, refine, solve_proximal
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+from adapt_convert.convert.progress import Progress, silent
 
 _CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
 _POLISH = 2  # rounds of two passes each
@@ -118,7 +119,7 @@ class _Bases:
 class _Stream:
     """All passes over the data, the only code that loads it. The first pass also sums the energy."""
 
-    def __init__(self, slabs: Sequence[Slab], shape: CPShape, device: torch.device, progress: Callable[[str], None] | None) -> None:
+    def __init__(self, slabs: Sequence[Slab], shape: CPShape, device: torch.device, progress: Progress) -> None:
         self.slabs, self.shape, self.device, self.progress = slabs, shape, device, progress
         self.passes = 0
         self.energy = 0.0
@@ -130,9 +131,7 @@ class _Stream:
 
     def read(self, purpose: str) -> Iterator[tuple[Slab, Delta]]:
         self.passes += 1
-        if self.progress is not None:
-            self.progress(f"pass {self.passes}: {purpose}")
-        for slab in self.slabs:
+        for slab in self.progress(self.slabs, f"pass {self.passes}: {purpose}"):
             delta = slab.load().to(self.device)
             expected = (self.shape.d, self.shape.columns(slab.matrix))
             if delta.shape != expected:
@@ -346,7 +345,7 @@ def fit_cp(
     starts: int = 3,
     polish: int = _POLISH,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = silent,
 ) -> CPFit:
     """Fit a CP tensor of `rank` columns to all slabs, in 2 to 8 passes over them.
 

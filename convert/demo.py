@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.conversion import Progress, convert
+from adapt_convert.convert.conversion import convert
+from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.kernels.attach import load
@@ -65,7 +66,7 @@ class Recipe:
 DEFAULT = Recipe()
 
 
-def run_demo(directory: Path, progress: Progress = lambda items, what: items, recipe: Recipe = DEFAULT) -> dict[str, Any]:
+def run_demo(directory: Path, progress: Progress = silent, recipe: Recipe = DEFAULT) -> dict[str, Any]:
     """Train a base and a fine-tune in `directory` (or use those of an earlier run), convert, and measure.
 
     Returns `models`, one row {name, perplexity, captured_energy, bytes, path} for the base, the fine-tune and each adapter

@@ -8,7 +8,6 @@ Paper: LatTE, "Efficient fine-tuning via auxiliary representation"; the residual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, exact, unchanged
 from adapt_convert.convert.svd import factorise
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 FOLDED = "folded into the effective deltas and biases of the matrices that read it"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from adapt_convert.convert.latte_segments import find_segments
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype
+from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.report import Record, build_report, captured_energy
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass
@@ -37,7 +36,7 @@ def bundle(
     base: str | Path,
     sources: Sequence[str | Path],
     *,
-    progress: Progress = lambda items, what: items,
+    progress: Progress = silent,
     **options: Any,
 ) -> Conversion:
     """Convert several fine-tunes or adapters of `base` into one LatTE; task k is the k-th source, from 1.

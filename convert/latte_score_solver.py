@@ -6,9 +6,6 @@ biases are stored exactly, other matrices are out of this construction's reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
 import torch
 
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
@@ -18,12 +15,12 @@ from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
 from adapt_convert.convert.svd import factorise, factorise_for_energy
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, fingerprint
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 OUT_OF_REACH = "the score construction holds q, k and v of the attention; --construction residual holds every matrix"
 
 

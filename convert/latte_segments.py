@@ -7,16 +7,16 @@ and two thin products at every cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from adapt_convert.convert.delta import Delta
 from adapt_convert.convert.latte_basis import cut, find_basis
 from adapt_convert.convert.latte_deltas import Effective, scaled
 from adapt_convert.convert.options import Options
+from adapt_convert.convert.progress import Progress
 from adapt_convert.formats.latte import Segment
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 # What a cut costs besides its products, in weights read: the launches of some three small operations, about 10 us, in which a
 # memory of 20 GB/s delivers 200 kB. Only the order of magnitude matters.
 _CUT_OVERHEAD = 50_000

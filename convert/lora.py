@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.ranks import spend_budget
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
 from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
@@ -20,8 +20,6 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
 from adapt_convert.formats.safetensors_file import LazyTensor
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def solve_lora(

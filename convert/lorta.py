@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -24,12 +24,11 @@ from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, exact
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import LortaAdapter, LortaBlock, Orientation, Slot
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _fit(
     )
     slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s)) for s in slices]
     assert options.rank is not None
-    fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device)
+    fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device, progress=progress)
     factors = _as_written(fit.factors, dtype)
     block_name: Literal["attention", "mlp"] = "attention" if name == "attention" else "mlp"
     return LortaBlock(block_name, factors, shape.group, tuple(s.slot for s in slices))

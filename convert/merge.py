@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
+from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor, write_safetensors
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 _SHARD = 5 * 10**9  # bytes, as transformers shards
 _COPIED = re.compile(
     r"^(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$"
@@ -35,7 +35,7 @@ def merge(
     *,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress = lambda items, what: items,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write `base` with `adapter` folded in, in the base's dtypes, one tensor in memory at a time.
 

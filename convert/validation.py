@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ from adapt_convert.convert.live_model import Task, model_class_of, read_config, 
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.outputs import Batch, continue_greedily, make_batches, predict
 from adapt_convert.convert.probe import ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
+from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.reference_outputs import ReferenceOutputs
 from adapt_convert.convert.speed import Speed, measure_speed
 from adapt_convert.convert.texts import DEFAULT_MAX_TOKENS, Corpus, make_corpus, noise_images
@@ -27,7 +28,6 @@ from adapt_convert.convert.verdict import Thresholds, fidelity_failures, weight_
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 _PROMPTS = 8
 _PROMPTS_AT_A_TIME = 4
 _PROMPT_TOKENS = 32
@@ -66,7 +66,7 @@ def validate(
     token_ids: str | Path | Sequence[Sequence[int]] | None = None,
     tasks: Sequence[str] = (),
     thresholds: Thresholds | None = None,
-    progress: Progress = lambda items, what: items,
+    progress: Progress = silent,
     **options: Any,
 ) -> Validation:
     """Compare `candidates` - adapters of `base`, or whole checkpoints - with `reference`, the fine-tune.

@@ -151,7 +151,13 @@ class Validation:
         words += list(dict.fromkeys(row.contender.path for row in self.candidates))
         if not self.corpus.name.startswith(("built-in", "token ids")):
             words += ["--text" if self.corpus.tokenizer is not None else "--token-ids", self.corpus.name]
-        words += ["--context", str(self.corpus.context), "--batch", str(self.batch), "--dtype", self.dtype, "--device", self.device]
+        if self.corpus.rows[0].ndim == 1:
+            words += ["--context", str(self.corpus.context), "--max-tokens", str(self.corpus.tokens)]
+        tasks = [row.contender.task for row in self.candidates if row.contender.task]
+        words += ["--tasks", ",".join(dict.fromkeys(tasks))] if tasks else []
+        words += ["--batch", str(self.batch), "--dtype", self.dtype, "--device", self.device, "--seed", str(self.seed)]
+        for name, limit in asdict(self.thresholds).items():
+            words += [f"--{name.replace('_', '-')}", f"{limit:g}"] if limit is not None else []
         return shlex.join(words)
 
     def save(self, directory: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -303,7 +304,12 @@ def test_the_core_is_far_smaller_than_the_tensor(monkeypatch: pytest.MonkeyPatch
 
 def test_progress_names_every_pass() -> None:
     lines: list[str] = []
-    fit = fit_cp(as_slabs(gaussian(GQA, 0)), GQA, 2, progress=lines.append)
+
+    def progress(items: Any, what: str) -> Any:
+        lines.append(what)
+        return items
+
+    fit = fit_cp(as_slabs(gaussian(GQA, 0)), GQA, 2, progress=progress)
     assert [line.split(":")[0] for line in lines] == [f"pass {n + 1}" for n in range(fit.passes)]
 
 

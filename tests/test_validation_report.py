@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import socket
 import subprocess
@@ -56,6 +57,8 @@ def test_keys_exit_codes_and_the_failing_line(here: Path) -> None:
         assert set(row) - {"details"} == KEYS
     assert (data["text"], data["tokens"], data["dtype"]) == ("ids.jsonl", 80, "float32")
     assert data["candidates"][0]["speed"]["verdict"] == "pass"
+    again = CliRunner().invoke(main, [*shlex.split(data["command"])[1:], "--json", "--no-speed", "--no-card"])
+    assert json.loads(again.stdout)["candidates"][0]["kl"] == data["candidates"][0]["kl"]
     bad = call("good", "poor", "--no-card")
     assert bad.exit_code == 3
     assert "FAIL poor: recovered" in bad.stderr
