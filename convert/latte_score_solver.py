@@ -6,11 +6,14 @@ biases are stored exactly, other matrices are out of this construction's reach.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from adapt_convert.convert.architectures import heads_of
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.latte_layout import ScoreLayout, score_layout_of
-from adapt_convert.convert.latte_score import check_heads
+from adapt_convert.convert.latte_score import check_heads, paper_padding, widened
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
@@ -50,14 +53,27 @@ def solve_scores(
         if _owner(module, layout) is not None:
             weight = pairs.base.read(plan.base_keys[f"{module}.weight"])
             adapter.fingerprints[module] = fingerprint(weight, weight.dtype)
-    adapter.details = {"parameters": adapter.parameters()}
+    adapter.details = {"parameters": adapter.parameters(), "head_dims": _head_dims(pairs, records)}
     return adapter, records
+
+
+def _head_dims(pairs: Pairs, records: list[Record]) -> dict[str, Any]:
+    """What every head gains, exactly, next to the paper's padding, which counts the rank once for all heads and cannot be exact."""
+    heads = heads_of(pairs.base.config)
+    rank = max((record.rank or 0 for record in records), default=0)
+    if heads is None:
+        return {"added_to_every_head": widened(rank)}
+    return {
+        "added_to_every_head": widened(rank),
+        "paper_wider": paper_padding(rank, heads.query, heads.size, "wider"),
+        "paper_more_heads": paper_padding(rank, heads.query, heads.size, "more"),
+    }
 
 
 def _owner(module: str, layout: ScoreLayout) -> str | None:
     """The attention that a matrix of q, k or v belongs to."""
     for name in layout.inputs:
-        if module.endswith(f".{name}") and ".attn." + name != f".attn.crossattention.{name}":
+        if module.endswith(f".{name}") and ".crossattention." not in module:
             return module.removesuffix(name) + layout.owner
     return None
 

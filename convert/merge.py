@@ -60,7 +60,7 @@ def merge(
     with atomic_directory(Path(output), overwrite) as staging:
         size, shards = _write_shards(staging, tensors, progress)
         _copy_small_files(opened_base.location.directory, staging, untie=any(e.tied_to for e in added))
-        summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(plan.entries)}
+        summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
         (staging / "conversion.json").write_text(
             json.dumps({"target": "merged", "base": str(base), "adapter": str(adapter), **summary}, indent=1) + "\n"
         )

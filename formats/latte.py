@@ -216,7 +216,10 @@ def _place(adapter: LatteAdapter, store: TensorStore, key: str) -> None:
     group, _, name = rest.partition(".")
     if head == "segment":
         return
-    task = adapter.tasks[int(head) - 1] if head.isdecimal() and int(head) >= 1 else None
+    number = int(head) if head.isdecimal() else 0
+    if number > len(adapter.tasks):
+        raise ValueError(f"{key!r} is of task {number}, the config names {len(adapter.tasks)}")
+    task = adapter.tasks[number - 1] if number else None
     held: dict[str, dict[str, Any]] = (
         {}
         if task is None

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.latte_layout import Layout, ScoreLayout, layout_of, score_layout_of
+from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_of
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location
 from adapt_convert.kernels.attach import _STATE, _Attached, _set_module, _set_parameter, _tensor
 from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, ExpandedNorm, SegmentEdge, TaskNorm, Tasks
+from adapt_convert.kernels.latte_score import load_scores
 
 
 @dataclass
@@ -61,7 +62,8 @@ class LatteState:
 def load_latte(model: nn.Module, location: Location) -> nn.Module:
     """Expand `model`, the base, by the LatTE directory at `location`; the model is unchanged if that raises `AdaptError`.
 
-    Inference only: dropout of a training model would act on the carried parts separately.
+    Inference only: dropout of a training model would act on the carried parts separately. Hidden states that the model records
+    between its layers (`output_hidden_states`) are the carried ones, `[h; w; t ..]`; the last one is not.
     """
     adapter = read_latte(location)
     config = getattr(model, "config", None)
@@ -76,7 +78,7 @@ def load_latte(model: nn.Module, location: Location) -> nn.Module:
             if isinstance(layout, Layout):
                 _Loader(model, adapter, layout, names, state, location.origin).run()
             else:
-                _load_scores(model, adapter, layout, names, state)
+                load_scores(model, adapter, layout, names.of, state)
     except BaseException:
         state.restore(model)
         raise
@@ -108,32 +110,6 @@ def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         state.tasks.set(before)
-
-
-def _load_scores(model: nn.Module, adapter: LatteAdapter, layout: ScoreLayout, names: _Names, state: LatteState) -> None:
-    """The score construction: wider heads in every block, everything else by value."""
-    from adapt_convert.kernels.latte_score import swaps_of
-
-    task = adapter.tasks[0]
-    for name, value in task.exact.items():
-        assert isinstance(value, Tensor)
-        _set_parameter(model, names.of(name), value, state.exact)
-    state.for_all_rows = ["the attention"]
-    for layer in range(len(names.blocks)):
-        adapted = layout.block.format(layer)
-        prefix = f"{adapted}.{layout.owner}."
-        factors = {name.removeprefix(prefix): value for name, value in task.scores.items() if name.startswith(prefix)}
-        if not factors:
-            continue
-        block = names.of(adapted)
-        swaps, attributes = swaps_of(model.get_submodule(block), layout, factors)
-        for name, module in swaps.items():
-            state.modules[f"{block}.{name}"] = model.get_submodule(f"{block}.{name}")
-            _set_module(model, f"{block}.{name}", module.train(model.training))
-        owner = model.get_submodule(f"{block}.{layout.owner}")
-        for name, size in attributes.items():
-            state.attributes.append((owner, name, int(getattr(owner, name))))
-            setattr(owner, name, size)
 
 
 class _Names:

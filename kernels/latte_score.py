@@ -6,7 +6,8 @@ stays that of the base, which the stock attention keeps in a field of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.convert.latte_layout import ScoreLayout
 from adapt_convert.convert.latte_score import score_blocks, widened
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import LatteAdapter
+from adapt_convert.kernels.attach import _set_module, _set_parameter
+
+if TYPE_CHECKING:
+    from adapt_convert.kernels.latte import LatteState
 
 
 class ScoreLinear(nn.Module):
@@ -81,6 +87,30 @@ class FusedScore(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.parts[letter](x) for letter in "qkv"], dim=-1)
+
+
+def load_scores(model: nn.Module, adapter: LatteAdapter, layout: ScoreLayout, live: Callable[[str], str], state: LatteState) -> None:
+    """Widen the heads of every attention that the adapter changes and set everything else by value; `state` learns how to undo it.
+
+    `live` leads from the adapter's names to the model's.
+    """
+    task = adapter.tasks[0]
+    for name, value in task.exact.items():
+        assert isinstance(value, Tensor)
+        _set_parameter(model, live(name), value, state.exact)
+    state.for_all_rows = ["the attention"]
+    adapted = sorted({name.rpartition(".")[0].removesuffix(f".{layout.owner}") for name in task.scores})
+    for path in adapted:
+        block, prefix = live(path), f"{path}.{layout.owner}."
+        factors = {name.removeprefix(prefix): value for name, value in task.scores.items() if name.startswith(prefix)}
+        swaps, attributes = swaps_of(model.get_submodule(block), layout, factors)
+        for name, module in swaps.items():
+            state.modules[f"{block}.{name}"] = model.get_submodule(f"{block}.{name}")
+            _set_module(model, f"{block}.{name}", module.train(model.training))
+        owner = model.get_submodule(f"{block}.{layout.owner}")
+        for name, size in attributes.items():
+            state.attributes.append((owner, name, int(getattr(owner, name))))
+            setattr(owner, name, size)
 
 
 def swaps_of(block: nn.Module, layout: ScoreLayout, factors: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], dict[str, int]]:
