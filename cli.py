@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapt_convert.cli_validate import report_validation, validate, validate_conversion
+from adapt_convert.terminal import console, emit, fail, print_demo, print_plan, print_summary, progress, report_validation
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from adapt_convert.convert.conversion import Conversion
+    from adapt_convert.convert.validation_result import Validation
 
 OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; it must not exist yet.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output; it stays until the new one is whole.")
@@ -32,24 +28,19 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
-            _fail("interrupted; nothing was written", 130)
+            fail("interrupted; nothing was written", 130)
         except MemoryError:
-            _fail("out of memory; close other programs, or convert on a machine with more")
+            fail("out of memory; close other programs, or convert on a machine with more")
         except Exception as error:
             from adapt_convert.formats.errors import AdaptError
 
             if isinstance(error, AdaptError):
-                _fail(str(error))
+                fail(str(error))
             if isinstance(error, RuntimeError) and "out of memory" in str(error):
-                _fail("out of memory; try --device cpu")
+                fail("out of memory; try --device cpu")
             if isinstance(error, OSError):
-                _fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
+                fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
             raise
-
-
-def _fail(message: str, code: int = 1) -> None:
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -144,22 +135,22 @@ def delta(
     directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{_size_name(parsed, options)}")
     if dry_run:
         plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **chosen)
-        _emit(plan, True) if as_json else _print_plan(plan, _console())
+        emit(plan, True) if as_json else print_plan(plan, console())
         return
     check_destination(directory, overwrite, (base, source))
 
     def announce(*plan: Any) -> None:
         if not as_json:
-            _print_plan(describe_plan(*plan), _console(stderr=True))
+            print_plan(describe_plan(*plan), console(stderr=True))
 
-    with _progress(quiet=as_json) as progress:
-        conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=progress, on_plan=announce, **chosen)
+    with progress(quiet=as_json) as track:
+        conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=track, on_plan=announce, **chosen)
         conversion.save(directory, overwrite)
     if not as_json:
-        _print_summary(conversion, directory)
-    result = validate_conversion(base, source, directory, as_json, (base_revision, revision)) if rerun else None
+        print_summary(conversion, directory)
+    result = _validate_conversion(base, source, directory, as_json, (base_revision, revision)) if rerun else None
     if as_json:
-        _emit({"output": str(directory), **conversion.report} | ({"validation": result.to_json()} if result else {}), True)
+        emit({"output": str(directory), **conversion.report} | ({"validation": result.to_json()} if result else {}), True)
     if result:
         report_validation(result, as_table=not as_json)
 
@@ -181,9 +172,9 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
 
     result = inspect_paths(path, path2, revision=revision, **_clean(options))
     if path2 and not as_json:
-        _print_plan(result, _console())
+        print_plan(result, console())
     else:
-        _emit(result, as_json)
+        emit(result, as_json)
 
 
 @main.command()
@@ -206,9 +197,9 @@ def merge(base: str, adapter: str, output: Path | None, overwrite: bool, revisio
 
     directory = output or Path(f"{locate(adapter, revision).name}-merged")
     check_destination(directory, overwrite, (base, adapter))
-    with _progress(quiet=as_json) as progress:
-        summary = merge_adapter(base, adapter, directory, revision=revision, overwrite=overwrite, progress=progress)
-    _emit(summary, as_json)
+    with progress(quiet=as_json) as track:
+        summary = merge_adapter(base, adapter, directory, revision=revision, overwrite=overwrite, progress=track)
+    emit(summary, as_json)
 
 
 @main.command()
@@ -233,13 +224,77 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
 
     directory = output or Path(f"bundle-of-{len(sources)}-latte")
     check_destination(directory, overwrite, (base, *sources))
-    with _progress(quiet=as_json) as progress:
-        conversion = make_bundle(base, sources, progress=progress, **_clean(options))
+    with progress(quiet=as_json) as track:
+        conversion = make_bundle(base, sources, progress=track, **_clean(options))
         conversion.save(directory, overwrite)
     if as_json:
-        _emit({"output": str(directory), **conversion.report}, True)
+        emit({"output": str(directory), **conversion.report}, True)
     else:
-        _print_summary(conversion, directory)
+        print_summary(conversion, directory)
+
+
+def _path_option(*names: str, help: str) -> Callable[[Any], Any]:
+    return click.option(*names, type=click.Path(path_type=Path), help=help)
+
+
+@main.command()
+@click.argument("base")
+@click.argument("ft")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
+@_path_option("--text", help='Text to run on: plain, or .jsonl with {"text"} lines; Python\'s language reference if nothing is said.')
+@_path_option("--token-ids", help='Token ids to run on, .jsonl with {"input_ids": [...]} lines; needs no tokenizer.')
+@click.option("--context", type=int, metavar="N", help="Tokens per row (256, or what the model or the text allows).")
+@click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows at a time.")
+@click.option("--max-tokens", type=int, default=16384, show_default=True, metavar="N", help="Stop after so many tokens of the text.")
+@click.option("--tasks", multiple=True, metavar="NAME", help="Tasks of a LatTE bundle to validate; commas or repeats.")
+@click.option("--min-recovered", type=float, default=0.5, show_default=True, metavar="F", help="Least share of the base's KL removed.")
+@click.option("--max-kl", type=float, metavar="F", help="Largest KL to the fine-tune, in nats per token.")
+@click.option("--min-top1", type=float, metavar="F", help="Least share of equal most likely tokens.")
+@click.option("--max-slowdown", type=float, metavar="F", help="Largest ratio of a candidate's times to the base's.")
+@click.option("--no-speed", is_flag=True, help="Leave out the timing.")
+@click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 to run in; the fine-tune's own by default.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap and of masked positions.")
+@_path_option("-o", "--output", help="Directory to write validation.json into.")
+@_path_option("--html", help="File for the report as one self-contained page.")
+@click.option("--no-card", is_flag=True, help="Leave the README.md of the candidates as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+def validate(
+    base: str,
+    ft: str,
+    candidates: tuple[str, ...],
+    output: Path | None,
+    html: Path | None,
+    no_card: bool,
+    no_speed: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Rerun BASE, its fine-tune FT and every CANDIDATE, and say whether a candidate is the fine-tune.
+
+    A CANDIDATE is an adapter (PEFT, LoRTA, LatTE) or a merged checkpoint; all are directories or Hub ids. The exit code is the
+    verdict of the worst: 0 if all pass, 3 if one fails. The figures go into the model card of candidates that this tool wrote.
+
+    \b
+    Example:
+      adapt-convert validate ./base ./ft ./ft-lora-r16 --text heldout.txt --min-recovered 0.9 -o ./report --html report.html
+    """
+    from adapt_convert.convert.validation import validate as run
+    from adapt_convert.convert.verdict import Thresholds
+
+    limits = {name: options.pop(name) for name in ("min_recovered", "max_kl", "min_top1", "max_slowdown")}
+    tasks = [name.strip() for value in options.pop("tasks") for name in value.split(",") if name.strip()]
+    with progress(quiet=as_json) as track:
+        result = run(base, ft, *candidates, tasks=tasks, thresholds=Thresholds(**limits), speed=not no_speed, progress=track, **options)
+    if output:
+        result.save(output)
+    if html:
+        result.save_html(html)
+    if not no_card:
+        result.update_cards()
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=1))
+    report_validation(result, as_table=not as_json)
 
 
 @main.command()
@@ -257,22 +312,24 @@ def demo(directory: Path, as_json: bool) -> None:
     """
     from adapt_convert.convert.demo import run_demo
 
-    with _progress(quiet=as_json) as progress:
-        result = run_demo(directory, progress)
+    with progress(quiet=as_json) as track:
+        result = run_demo(directory, track)
     if as_json:
-        _emit(result, True)
+        emit(result, True)
         return
-    from rich.table import Table
+    print_demo(result)
 
-    table = Table("model", "perplexity", "captured energy", "bytes")
-    table.add_column("where", overflow="fold")
-    for row in result["models"]:
-        captured = "-" if row["captured_energy"] is None else f"{row['captured_energy']:.2%}"
-        table.add_row(row["name"], f"{row['perplexity']:.3f}", captured, _bytes(row["bytes"]), row["path"])
-    console = _console()
-    console.print(table)
-    for command in result["commands"]:
-        console.print(command, highlight=False, soft_wrap=True)
+
+def _validate_conversion(base: str, source: str, directory: Path, as_json: bool, revisions: tuple[str | None, str | None]) -> Validation:
+    """Validate a conversion that was just written, on the built-in text; the report goes beside it and into its model card."""
+    from adapt_convert.convert.validation import validate as run
+
+    paths = [f"{path}@{revision}" if revision else path for path, revision in zip((base, source), revisions, strict=True)]
+    with progress(quiet=as_json) as track:
+        result = run(*paths, directory, progress=track)
+    result.save(directory)
+    result.update_cards()
+    return result
 
 
 def _clean(options: dict[str, Any]) -> dict[str, Any]:
@@ -292,86 +349,3 @@ def _size_name(parsed: Any, options: dict[str, Any]) -> str:
     if parsed.rank is not None:
         return f"r{parsed.rank}"
     return f"e{parsed.energy:g}" if parsed.energy is not None else f"{options['budget'].replace(' ', '')}"
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
-    """A progress bar on a terminal, nothing in a pipe."""
-    from rich.progress import Progress
-
-    console = _console(stderr=True)
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-
-        def track(items: Iterable[Any], what: str) -> Iterable[Any]:
-            total = len(items) if isinstance(items, Sized) else None
-            return bar.track(items, total=total, description=what)
-
-        yield track
-
-
-def _print_plan(plan: dict[str, Any], console: Console) -> None:
-    actions = plan["actions"]
-    console.print(
-        f"{plan['tensors']} tensors: {actions.get('factor', 0)} to factor, {actions.get('store', 0)} stored exactly "
-        f"if changed, {actions.get('drop', 0)} left out if changed; at most {_bytes(plan['predicted_bytes'])}, "
-        f"peak memory about {_bytes(plan['predicted_peak_memory'])}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for note in plan["notes"][:12]:
-        console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
-    if len(plan["notes"]) > 12:
-        console.print(f"  and {len(plan['notes']) - 12} more notes; --json has all of them", highlight=False)
-
-
-def _print_summary(conversion: Conversion, directory: Path) -> None:
-    from collections import Counter
-
-    from rich.table import Table
-
-    report, console = conversion.report, _console()
-    statuses = Counter(record.status for record in conversion.records)
-    table = Table(show_header=False)
-    table.add_row("captured energy", f"{report['captured_energy']:.4%} of the factored matrices")
-    table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
-    ratio = report["inputs"]["source"]["bytes"] / report["bytes"]
-    table.add_row("size", f"{_bytes(report['bytes'])}, of which stored exactly {_bytes(report['bytes_exact'])}")
-    table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
-    table.add_row("tensors", ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())))
-    table.add_row("time", f"{report['seconds']:.1f} s")
-    table.add_row("peak memory", _bytes(report["peak_memory"]))
-    console.print(table)
-    by_reason: dict[str, list[str]] = {}
-    for record in conversion.records:
-        if record.status == "dropped" or record.entry.rows_lost:
-            by_reason.setdefault(record.reason, []).append(record.entry.name)
-    for reason, names in by_reason.items():
-        listed = names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} ... {names[-1]}"
-        console.print(f"lost: {listed}: {reason}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written to {directory}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _emit(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(result, indent=1))
-        return
-    for key, value in result.items():
-        click.echo(f"{key}: {value if not isinstance(value, list | dict) else json.dumps(value)}")
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-main.add_command(validate)

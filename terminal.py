@@ -1,0 +1,140 @@
+"""What commands show: progress, plans, tables. On a terminal, in a pipe, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from adapt_convert.convert.conversion import Conversion
+    from adapt_convert.convert.validation_result import Validation
+
+FAILED = 3  # exit code of a candidate that is not the fine-tune
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """One line on standard error, and out."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+def console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
+    """A progress bar on a terminal, nothing in a pipe."""
+    from rich.progress import Progress
+
+    terminal = console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=quiet or not terminal.is_terminal) as bar:
+
+        def track(items: Iterable[Any], what: str) -> Iterable[Any]:
+            total = len(items) if isinstance(items, Sized) else None
+            return bar.track(items, total=total, description=what)
+
+        yield track
+
+
+def print_plan(plan: dict[str, Any], terminal: Console) -> None:
+    actions = plan["actions"]
+    terminal.print(
+        f"{plan['tensors']} tensors: {actions.get('factor', 0)} to factor, {actions.get('store', 0)} stored exactly "
+        f"if changed, {actions.get('drop', 0)} left out if changed; at most {size_text(plan['predicted_bytes'])}, "
+        f"peak memory about {size_text(plan['predicted_peak_memory'])}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for note in plan["notes"][:12]:
+        terminal.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
+    if len(plan["notes"]) > 12:
+        terminal.print(f"  and {len(plan['notes']) - 12} more notes; --json has all of them", highlight=False)
+
+
+def print_summary(conversion: Conversion, directory: Path) -> None:
+    from rich.table import Table
+
+    report, terminal = conversion.report, console()
+    statuses = Counter(record.status for record in conversion.records)
+    table = Table(show_header=False)
+    table.add_row("captured energy", f"{report['captured_energy']:.4%} of the factored matrices")
+    table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
+    ratio = report["inputs"]["source"]["bytes"] / report["bytes"]
+    table.add_row("size", f"{size_text(report['bytes'])}, of which stored exactly {size_text(report['bytes_exact'])}")
+    table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
+    table.add_row("tensors", ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())))
+    table.add_row("time", f"{report['seconds']:.1f} s")
+    table.add_row("peak memory", size_text(report["peak_memory"]))
+    terminal.print(table)
+    by_reason: dict[str, list[str]] = {}
+    for record in conversion.records:
+        if record.status == "dropped" or record.entry.rows_lost:
+            by_reason.setdefault(record.reason, []).append(record.entry.name)
+    for reason, names in by_reason.items():
+        listed = names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} ... {names[-1]}"
+        terminal.print(f"lost: {listed}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    terminal.print(f"written to {directory}", highlight=False, markup=False, soft_wrap=True)
+
+
+def emit(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    for key, value in result.items():
+        click.echo(f"{key}: {value if not isinstance(value, list | dict) else json.dumps(value)}")
+
+
+def size_text(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def print_demo(result: dict[str, Any]) -> None:
+    """Perplexity and size of the demo's models, and the commands that made the adapters."""
+    from rich.table import Table
+
+    table = Table("model", "perplexity", "captured energy", "bytes")
+    table.add_column("where", overflow="fold")
+    for row in result["models"]:
+        captured = "-" if row["captured_energy"] is None else f"{row['captured_energy']:.2%}"
+        table.add_row(row["name"], f"{row['perplexity']:.3f}", captured, size_text(row["bytes"]), row["path"])
+    terminal = console()
+    terminal.print(table)
+    for command in result["commands"]:
+        terminal.print(command, highlight=False, soft_wrap=True)
+
+
+def report_validation(result: Validation, as_table: bool) -> None:
+    """Print the result as tables, every failing line on standard error, and exit with 3 if there is one."""
+    from adapt_convert.formats.validation_table import validation_tables
+
+    if as_table:
+        data, terminal = result.to_json(), console()
+        for table in validation_tables(data):
+            terminal.print(table)
+        terminal.print(
+            f"{data['tokens']} tokens of {data['text']}; {data['dtype']} on {data['device']}, {data['settings']['threads']} threads",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    for line in result.failures:
+        click.echo(f"FAIL {line}", err=True)
+    if not result.passed:
+        sys.exit(FAILED)
