@@ -15,10 +15,10 @@ from adapt_convert.terminal import console, emit, fail, print_demo, print_plan, 
 if TYPE_CHECKING:
     from adapt_convert.convert.validation_result import Validation
 
-OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; it must not exist yet.")
+OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; named after the input if left out.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output; it stays until the new one is whole.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit when SOURCE is a Hub id.")
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the fine-tune or adapter when it is a Hub id.")
 
 
 class _Commands(click.Group):
@@ -34,6 +34,8 @@ class _Commands(click.Group):
         except Exception as error:
             from adapt_convert.formats.errors import AdaptError
 
+            if isinstance(error, BrokenPipeError):  # the reader of our output has left
+                raise SystemExit(1) from None
             if isinstance(error, AdaptError):
                 fail(str(error))
             if isinstance(error, RuntimeError) and "out of memory" in str(error):
@@ -53,8 +55,8 @@ def _conversion_options(command: Callable[..., Any], to: str = "lora") -> Callab
     """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
     options = [
         click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta or latte."),
-        click.option("--rank", type=int, metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
-        click.option("--energy", type=float, metavar="F", help="Per matrix: the least rank that captures this share."),
+        click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
+        click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option("--budget", metavar="SIZE", help="One budget for all factors, like 20MB, spent where it captures most."),
         click.option(
             "--target-modules",
@@ -86,7 +88,7 @@ def _conversion_options(command: Callable[..., Any], to: str = "lora") -> Callab
         ),
         click.option("--strict", is_flag=True, help="Refuse when anything but --exclude'd modules would be lost."),
         click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomised solvers."),
+        click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers."),
     ]
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
@@ -130,11 +132,10 @@ def delta(
     from adapt_convert.formats.atomic import check_destination
     from adapt_convert.formats.location import locate
 
-    chosen = _clean(options)
-    parsed = Options(**chosen)
+    parsed = Options(**options)
     directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{_size_name(parsed, options)}")
     if dry_run:
-        plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **chosen)
+        plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **options)
         emit(plan, True) if as_json else print_plan(plan, console())
         return
     check_destination(directory, overwrite, (base, source))
@@ -144,7 +145,7 @@ def delta(
             print_plan(describe_plan(*plan), console(stderr=True))
 
     with progress(quiet=as_json) as track:
-        conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=track, on_plan=announce, **chosen)
+        conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=track, on_plan=announce, **options)
         conversion.save(directory, overwrite)
     if not as_json:
         print_summary(conversion, directory)
@@ -170,7 +171,7 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
     """
     from adapt_convert.convert.inspection import inspect as inspect_paths
 
-    result = inspect_paths(path, path2, revision=revision, **_clean(options))
+    result = inspect_paths(path, path2, revision=revision, **options)
     if path2 and not as_json:
         print_plan(result, console())
     else:
@@ -225,7 +226,7 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
     directory = output or Path(f"bundle-of-{len(sources)}-latte")
     check_destination(directory, overwrite, (base, *sources))
     with progress(quiet=as_json) as track:
-        conversion = make_bundle(base, sources, progress=track, **_clean(options))
+        conversion = make_bundle(base, sources, progress=track, **options)
         conversion.save(directory, overwrite)
     if as_json:
         emit({"output": str(directory), **conversion.report}, True)
@@ -330,19 +331,6 @@ def _validate_conversion(base: str, source: str, directory: Path, as_json: bool,
     result.save(directory)
     result.update_cards()
     return result
-
-
-def _clean(options: dict[str, Any]) -> dict[str, Any]:
-    """Command-line values as `Options` takes them: lists split at commas, the budget in bytes."""
-    from adapt_convert.convert.options import parse_size
-
-    cleaned = dict(options)
-    cleaned["segments"] = int(options["segments"]) if options["segments"].isdecimal() else options["segments"]
-    for name in ("target_modules", "exclude"):
-        cleaned[name] = tuple(part.strip() for value in options[name] for part in value.split(",") if part.strip())
-    if options["budget"] is not None:
-        cleaned["budget"] = parse_size(options["budget"])
-    return cleaned
 
 
 def _size_name(parsed: Any, options: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
     actions = plan["actions"]
     terminal.print(
         f"{plan['tensors']} tensors: {actions.get('factor', 0)} to factor, {actions.get('store', 0)} stored exactly "
-        f"if changed, {actions.get('drop', 0)} left out if changed; at most {size_text(plan['predicted_bytes'])}, "
+        f"if changed, {actions.get('drop', 0)} left out if changed; about {size_text(plan['predicted_bytes'])}, "
         f"peak memory about {size_text(plan['predicted_peak_memory'])}",
         highlight=False,
         soft_wrap=True,
@@ -110,12 +110,13 @@ def print_demo(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("model", "perplexity", "captured energy", "bytes")
-    table.add_column("where", overflow="fold")
     for row in result["models"]:
         captured = "-" if row["captured_energy"] is None else f"{row['captured_energy']:.2%}"
-        table.add_row(row["name"], f"{row['perplexity']:.3f}", captured, size_text(row["bytes"]), row["path"])
+        table.add_row(row["name"], f"{row['perplexity']:.3f}", captured, size_text(row["bytes"]))
     terminal = console()
     terminal.print(table)
+    for row in result["models"]:
+        terminal.print(f"{row['name']}: {row['path']}", highlight=False, soft_wrap=True)
     for command in result["commands"]:
         terminal.print(command, highlight=False, soft_wrap=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, make_plan
+from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, make_plan, require_factors
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.report import Record, build_report, dropped, unchanged
 from adapt_convert.formats.atomic import atomic_directory
@@ -81,9 +82,9 @@ def convert(
     chosen = Options(**options)
     opened_base, opened_source = open_pair(base, source, revision, base_revision)
     plan = make_plan(opened_base, opened_source, chosen)
+    require_factors(plan, opened_base, chosen)
     on_plan(plan, opened_source, chosen)
-    if chosen.strict:
-        _refuse_losses(_losses_by_header(plan, chosen))
+    refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device())
     stored, lost, records = survey(pairs, plan, chosen, progress)
     adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
@@ -124,14 +125,20 @@ def open_pair(
     return opened_base, read_lora(location)
 
 
-def _losses_by_header(plan: Plan, options: Options) -> list[str]:
-    """Losses that are certain before a tensor is read: rows and tensors that no adapter of the unresized base can hold."""
-    losses = [f"{entry.name} ({_rows_reason(entry)})" for entry in plan.entries if entry.rows_lost and entry.action != "drop"]
+def refuse_certain_losses(plan: Plan, options: Options) -> None:
+    """With `--strict`, refuse what is certain to be lost before a tensor is read.
+
+    That is rows and tensors that no adapter of the unresized base can hold, and tensors of whole layers that the source lacks.
+    """
+    if not options.strict:
+        return
+    losses = [f"{name} (not in the fine-tune)" for name in plan.missing if re.search(r"\.\d+\.", name)]
+    losses += [f"{entry.name} ({_rows_reason(entry)})" for entry in plan.entries if entry.rows_lost and entry.action != "drop"]
     if options.to == "lora":
         for entry in plan.having("store"):
             reason = unstorable(plan, entry) if entry.base_key is None else None
             losses += [f"{entry.name} ({reason})"] if reason else []
-    return losses
+    _refuse_losses(losses)
 
 
 def _refuse_losses(losses: list[str]) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import family_of, place_of
-from adapt_convert.convert.conversion import open_pair
+from adapt_convert.convert.conversion import open_pair, refuse_certain_losses
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.prediction import predict
-from adapt_convert.convert.preflight import Plan, make_plan
+from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.source import Source, adapter_config_path
@@ -34,7 +34,10 @@ def inspect(
         return _describe(path, revision)
     chosen = Options(**options)
     base, source = open_pair(path, other, revision, base_revision)
-    return describe_plan(make_plan(base, source, chosen), source, chosen)
+    plan = make_plan(base, source, chosen)
+    require_factors(plan, base, chosen)
+    refuse_certain_losses(plan, chosen)
+    return describe_plan(plan, source, chosen)
 
 
 def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from adapt_convert.convert.latte_deltas import Effective
 from adapt_convert.convert.latte_segments import find_segments
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype
+from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype, require_factors
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.report import Record, build_report, captured_energy
 from adapt_convert.formats.errors import AdaptError
@@ -73,6 +73,7 @@ def bundle(
 def _open(base: str | Path, source: str | Path, options: Options, progress: Progress) -> _Task:
     opened_base, opened_source = open_pair(base, source)
     plan = make_plan(opened_base, opened_source, options)
+    require_factors(plan, opened_base, options)
     pairs = Pairs(opened_base, opened_source, options.torch_device())
     effective = Effective(pairs, plan)
     stored, _, records = survey(pairs, plan, options, progress)

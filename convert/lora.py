@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.architectures import aliases_of
+from adapt_convert.convert.architectures import is_embedding
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.ranks import spend_budget
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
@@ -26,26 +26,42 @@ def solve_lora(
     pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
 ) -> tuple[LoraAdapter, list[Record]]:
     """Factor every matrix of the plan and place the changed tensors of `stored` (entry -> energy of its change)."""
+    _refuse_biases_beside_embeddings(plan, stored)
     modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
     adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
     records = []
     for entry, delta, factorisation, rank in progress(_factorisations(pairs, plan, options), "factoring"):
         records.append(_factor(entry, delta, factorisation, rank, adapter, DTYPES[options.dtype or output_dtype(pairs.source)]))
-    records += _store(pairs, plan, stored, adapter)
+    for module, delta in list(adapter.embeddings.items()):
+        for alias in plan.aliases(f"{module}.weight"):  # the same factors, on every module that shares the table
+            name = alias.removesuffix(".weight")
+            (adapter.embeddings if is_embedding(name) else adapter.factors)[name] = delta
+    left_out = {record.entry.module for record in records if record.status == "dropped"}
+    records += _store(pairs, plan, stored, left_out, adapter)
     return adapter, records
+
+
+def _refuse_biases_beside_embeddings(plan: Plan, stored: dict[Entry, float]) -> None:
+    """PEFT's `lora_bias`, one switch for a whole adapter, is refused by its LoRA of an embedding."""
+    embedding = next((entry for entry in plan.having("factor") if entry.kind == "embedding"), None)
+    bias = next((e for e in stored if e.name == f"{e.module}.bias" and plan.is_factored(e.module)), None)
+    if embedding and bias:
+        raise AdaptError(
+            f"PEFT cannot hold a LoRA of {embedding.module} beside changed biases ({bias.name}); leave the embedding out of "
+            "--target-modules, where it is stored exactly, or --exclude it"
+        )
 
 
 def unstorable(plan: Plan, entry: Entry) -> str | None:
     """Why PEFT cannot hold this tensor exactly, or None when it can: decided from the plan, before any work."""
-    factored = {other.module for other in plan.having("factor")}
-    if entry.name == f"{entry.module}.bias" and entry.module in factored:
+    if entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
         return None
-    if aliases_of(entry.name, plan.family, plan.config):
+    if plan.aliases(entry.name):
         return None
     if not entry.module:
         return "PEFT stores whole modules, and this parameter belongs to the model itself"
-    if _holds_matrices(plan, entry.module):
-        return f"PEFT stores whole modules, and {entry.module} holds weight matrices too"
+    if _holds_others(plan, entry.module):
+        return f"PEFT stores whole modules, and {entry.module} holds what is factored or left out"
     return None
 
 
@@ -106,10 +122,9 @@ def _factor(entry: Entry, delta: Delta, factorisation: Factorisation | None, ran
     return Record(entry, "factored", factorisation.energy, residual_energy(delta, as_read), rank=written.rank)
 
 
-def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], adapter: LoraAdapter) -> list[Record]:
+def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[str], adapter: LoraAdapter) -> list[Record]:
     """Biases of factored modules as `lora_B.bias`; other tensors with their whole module in `modules_to_save`."""
     records, modules = [], set()
-    factored = {entry.module for entry in plan.having("factor")}
     for entry, energy in stored.items():
         reason = unstorable(plan, entry)
         if reason:
@@ -119,9 +134,11 @@ def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], adapter: LoraAd
             adapter.biases[entry.module] = pairs.difference(entry)
             records.append(exact(entry, energy, "as lora_B.bias"))
             continue
-        aliases = [a for a in aliases_of(entry.name, plan.family, plan.config) if a not in pairs.source.parts]
-        modules |= {alias.rpartition(".")[0] for alias in aliases}
-        if entry.module in factored or (entry.module and not _holds_matrices(plan, entry.module)):
+        if entry.name == f"{entry.module}.bias" and entry.module in left_out:
+            records.append(dropped(entry, energy, "the budget leaves its matrix without factors"))
+            continue
+        modules |= {alias.rpartition(".")[0] for alias in plan.aliases(entry.name)}
+        if plan.is_factored(entry.module) or (entry.module and not _holds_others(plan, entry.module)):
             modules.add(entry.module)
         records.append(exact(entry, energy, entry.reason))
     outermost = {m for m in modules if not any(m.startswith(f"{other}.") for other in modules)}
@@ -132,13 +149,12 @@ def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], adapter: LoraAd
 
 def _module_values(pairs: Pairs, plan: Plan, modules: set[str]) -> dict[str, Tensor | LazyTensor]:
     """Every parameter of the modules: the source's value, else the base's, else that of the parameter it shares."""
-    by_name = {entry.name: entry for entry in plan.entries}
     values: dict[str, Tensor | LazyTensor] = {}
 
     def inside(name: str) -> bool:
         return any(name.startswith(f"{module}.") for module in modules)
 
-    for name in filter(inside, {*by_name, *plan.base_keys}):
+    for name in filter(inside, {*plan.by_name, *plan.base_keys}):
         values[name] = lazy_value(pairs, plan, name)
     for alias, owner in (plan.family.tied if plan.family else {}).items():
         if alias not in values and inside(alias):
@@ -148,7 +164,7 @@ def _module_values(pairs: Pairs, plan: Plan, modules: set[str]) -> dict[str, Ten
 
 def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
     """A parameter's value in the fine-tune, read when it is written; the base's where the source does not change it."""
-    entry = next((entry for entry in plan.entries if entry.name == name), None)
+    entry = plan.by_name.get(name)
     if entry is None:
         owner = plan.full_name(plan.family.tied[name]) if plan.family and name in plan.family.tied else None
         if owner and pairs.source.kind == "checkpoint" and owner in pairs.source.parts:
@@ -161,6 +177,10 @@ def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
     return LazyTensor(shape, STORED_DTYPES[dtype], lambda: pairs.value(entry))
 
 
-def _holds_matrices(plan: Plan, module: str) -> bool:
-    """Whether a module is, or contains, one of the matrices that are factored."""
-    return any(e.module == module or e.module.startswith(f"{module}.") for e in plan.having("factor"))
+def _holds_others(plan: Plan, module: str) -> bool:
+    """Whether a module is, or contains, a tensor that is factored or meant to stay as in the base."""
+    return any(
+        (entry.module == module or entry.module.startswith(f"{module}."))
+        and (entry.action == "factor" or (entry.action == "drop" and entry.reason != COMPUTED))
+        for entry in plan.entries
+    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_convert.convert.architectures import aliases_of, is_head
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
+from adapt_convert.formats.checkpoint_writer import copy_small_files, write_checkpoint
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor, write_safetensors
-
-_SHARD = 5 * 10**9  # bytes, as transformers shards
-_COPIED = re.compile(
-    r"^(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$"
-    r"|^(merges|vocab)\.txt$|\.model$|\.jinja$|^LICENSE"
-)
+from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor
+from adapt_convert.formats.source import Source
 
 
 def merge(
@@ -57,14 +52,29 @@ def merge(
     # A head that the base shares with its embedding is stored on its own once the adapter gives it another value.
     added = [e for e in plan.entries if e.base_key is None or (e.tied_to and not _same_as_owner(pairs, by_key, e))]
     tensors |= {e.name: _merged(pairs, e, None) for e in added}
+    left = _heads_left_behind(plan, source)
+    tensors |= {alias: _merged(pairs, None, key) for alias, key in left.items()}
     with atomic_directory(Path(output), overwrite) as staging:
-        size, shards = _write_shards(staging, tensors, progress)
-        _copy_small_files(opened_base.location.directory, staging, untie=any(e.tied_to for e in added))
+        size, shards = write_checkpoint(staging, _watched(tensors, progress))
+        copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added))
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
         (staging / "conversion.json").write_text(
             json.dumps({"target": "merged", "base": str(base), "adapter": str(adapter), **summary}, indent=1) + "\n"
         )
     return summary
+
+
+def _heads_left_behind(plan: Plan, source: Source) -> dict[str, str]:
+    """Heads that PEFT leaves as in the base while it changes the embedding they share -> the base's key of that value."""
+    if plan.follows_ties:
+        return {}
+    return {
+        alias: entry.base_key
+        for entry in plan.entries
+        if entry.base_key and entry.action != "drop"
+        for alias in aliases_of(entry.name, plan.family, plan.config)
+        if alias not in source.parts and alias not in plan.base_keys and is_head(alias) and alias.endswith(".weight")
+    }
 
 
 def _stored_copies(pairs: Pairs, plan: Plan) -> dict[str, str]:
@@ -103,28 +113,6 @@ def _merged(pairs: Pairs, entry: Entry | None, key: str | None) -> LazyTensor:
     return LazyTensor(shape, dtype, load)
 
 
-def _write_shards(directory: Path, tensors: dict[str, LazyTensor], progress: Progress) -> tuple[int, int]:
-    shards: list[dict[str, LazyTensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > _SHARD:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        return write_safetensors(directory / "model.safetensors", _watched(shards[0], progress), {"format": "pt"}), 1
-    size = 0
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        size += write_safetensors(directory / file, _watched(shard, progress), {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    return size, len(shards)
-
-
 def _watched(tensors: dict[str, LazyTensor], progress: Progress) -> dict[str, LazyTensor]:
     """The same tensors, with `progress` moved on by each one that is written."""
     steps: Iterator[Any] = iter(progress(list(tensors), "merging"))
@@ -137,12 +125,3 @@ def _watched(tensors: dict[str, LazyTensor], progress: Progress) -> dict[str, La
         return LazyTensor(tensor.shape, tensor.dtype, load)
 
     return {name: watch(tensor) for name, tensor in tensors.items()}
-
-
-def _copy_small_files(source: Path, target: Path, untie: bool) -> None:
-    for path in source.iterdir():
-        if path.is_file() and _COPIED.search(path.name):
-            shutil.copyfile(path, target / path.name)
-    config = target / "config.json"
-    if untie and config.is_file():
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}, indent=2) + "\n")

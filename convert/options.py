@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib":
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `adapt-convert delta`, by the same names.
+    """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
     without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number or `auto`), `construction` and `heads`
@@ -31,7 +32,7 @@ class Options:
     rank: int | None = None
     energy: float | None = None
     budget: int | None = None
-    target_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] = ()  # or one text with commas
     exclude: tuple[str, ...] = ()
     dtype: str | None = None
     device: str | None = None
@@ -43,6 +44,10 @@ class Options:
     heads: str = "wider"
 
     def __post_init__(self) -> None:
+        for name, parse in _PARSERS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, parse(f"--{name.replace('_', '-')}", value))
         if self.to not in TARGETS:
             raise AdaptError(f"--to {self.to}: unknown target; choose one of {', '.join(TARGETS)}")
         given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
@@ -50,12 +55,14 @@ class Options:
             raise AdaptError(f"--{given[0]} and --{given[1]} contradict each other; give one")
         if not given:
             object.__setattr__(self, "rank", DEFAULT_RANK)
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+        if self.rank is not None and self.rank < 1:
             raise AdaptError(f"--rank {self.rank}: must be a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise AdaptError(f"--energy {self.energy}: must be above 0 and at most 1")
         if self.budget is not None and self.budget < 1:
             raise AdaptError(f"--budget {self.budget}: must be at least one byte")
+        if not 0 <= self.seed < 2**63:
+            raise AdaptError(f"--seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
         self._check_latte()
         if self.to == "lorta" and self.rank is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
@@ -73,7 +80,7 @@ class Options:
         given = next((name for name, value in usual.items() if getattr(self, name) != value), "")
         if given and self.to != "latte":
             raise AdaptError(f"--{given} is an option of --to latte")
-        if self.segments != "auto" and (type(self.segments) is not int or self.segments < 1):
+        if self.segments != "auto" and (not isinstance(self.segments, int) or self.segments < 1):
             raise AdaptError(f"--segments {self.segments}: must be auto or a whole number of at least 1")
         if self.segments == "auto" and self.energy is None:
             raise AdaptError("--segments auto looks for the cheapest segments of a given captured energy: give --energy")
@@ -85,6 +92,8 @@ class Options:
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(name)
+            if device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError):
             raise AdaptError(f"--device {name}: there is no such device here") from None
@@ -97,6 +106,50 @@ def parse_size(text: str) -> int:
     if not match:
         raise AdaptError(f"{text!r} is not a size; write it like 20MB, 512KiB or 1.5GB")
     return int(float(match[1]) * _UNITS[match[2] or "b"])
+
+
+def _whole_number(option: str, value: object) -> int:
+    try:
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        pass
+    raise AdaptError(f"{option} {value}: must be a whole number")
+
+
+def _number(option: str, value: object) -> float:
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+    except ValueError:
+        pass
+    raise AdaptError(f"{option} {value}: must be a number")
+
+
+def _bytes(option: str, value: object) -> int:
+    return parse_size(value) if isinstance(value, str) else _whole_number(option, value)
+
+
+def _segments(option: str, value: object) -> int | str:
+    return "auto" if value == "auto" else _whole_number(option, value)
+
+
+def _names(option: str, value: object) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+        raise AdaptError(f"{option} {value}: must be names of modules")
+    return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
+
+
+_PARSERS: dict[str, Callable[[str, object], object]] = {
+    "rank": _whole_number,
+    "energy": _number,
+    "budget": _bytes,
+    "seed": _whole_number,
+    "segments": _segments,
+    "target_modules": _names,
+    "exclude": _names,
+}
 
 
 def matches(module: str, pattern: str) -> bool:

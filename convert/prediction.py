@@ -1,10 +1,10 @@
-"""How large the output of a plan will be and how much memory it takes, before any work: upper bounds from shapes alone."""
+"""How large the output of a plan will be and how much memory it takes, before any work: estimates from shapes alone."""
 
 from __future__ import annotations
 
 import math
 
-from adapt_convert.convert.architectures import aliases_of, heads_of
+from adapt_convert.convert.architectures import heads_of
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
@@ -14,15 +14,17 @@ _RUNTIME = 300 * 2**20  # bytes: Python with torch loaded
 # Of a matrix: base and source as stored and the next pair read ahead (at most 2 bytes each in half precision, 4 in float32),
 # and the float32 difference. Of a tensor that is only compared: base and source.
 _FACTORED, _COMPARED = 4, 2
+_HEADER = 120  # bytes of a safetensors header for one tensor
 
 
 def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
     """Bytes of the written weights, and of peak memory, if every tensor of the plan changed."""
     item = DTYPES[options.dtype or output_dtype(source)].itemsize
     factors = options.budget or _factor_numbers(plan, options) * item
-    stored = sum(_stored_bytes(entry, plan, source, options) for entry in plan.having("store"))
+    stored = sum(_stored_bytes(entry, plan, options) for entry in plan.having("store"))
     largest = max((_working_bytes(entry) for entry in plan.entries), default=0)
-    return factors + stored, _RUNTIME + largest + factors
+    headers = _HEADER * sum(2 if entry.action == "factor" else 1 for entry in plan.entries if entry.action != "drop")
+    return factors + stored + headers, _RUNTIME + largest + factors
 
 
 def _factor_numbers(plan: Plan, options: Options) -> int:
@@ -41,10 +43,9 @@ def _factor_numbers(plan: Plan, options: Options) -> int:
     return (options.rank or 0) * (attention + 2 * wide + 2 * layers + len({place.role for place in places}) + 2)
 
 
-def _stored_bytes(entry: Entry, plan: Plan, source: Source, options: Options) -> int:
-    copies = 1
-    if options.to == "lora":  # PEFT wants a shared value once for each module that shares it
-        copies += len([alias for alias in aliases_of(entry.name, plan.family, plan.config) if alias not in source.parts])
+def _stored_bytes(entry: Entry, plan: Plan, options: Options) -> int:
+    # PEFT wants a shared value once for each module that shares it.
+    copies = 1 + (len(plan.aliases(entry.name)) if options.to == "lora" else 0)
     return copies * math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize
 
 

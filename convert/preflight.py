@@ -5,15 +5,17 @@ A plan says what would happen to a tensor *if it changed*; whether it did is kno
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from adapt_convert.convert.architectures import (
     ATTENTION_ROLES,
     Family,
     Place,
+    aliases_of,
     family_of,
     is_embedding,
     is_head,
@@ -29,6 +31,7 @@ from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.source import Part, Source
 
+TARGET_WORDS = ("all-linear", "attention", "mlp")
 Action = Literal["factor", "store", "drop"]
 # Constants that old checkpoints carry and current models compute for themselves.
 COMPUTED = "a buffer that the model computes itself"
@@ -77,9 +80,27 @@ class Plan:
     base_keys: Mapping[str, str]  # parameter of the loaded model -> key in the base checkpoint
     family: Family | None
     config: Mapping[str, Any]  # of the model class that the adapter is for
+    follows_ties: bool  # whether a changed value also changes the parameters that share it
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
+
+    def aliases(self, name: str) -> list[str]:
+        """The parameters that change with `name` because they share its value and the source does not name them."""
+        if not self.follows_ties:
+            return []
+        return [alias for alias in aliases_of(name, self.family, self.config) if alias not in self.by_name]
 
     def having(self, action: Action) -> list[Entry]:
         return [entry for entry in self.entries if entry.action == action]
+
+    def is_factored(self, module: str) -> bool:
+        return module in self._factored
+
+    @functools.cached_property
+    def _factored(self) -> frozenset[str]:
+        return frozenset(entry.module for entry in self.having("factor"))
 
     def full_name(self, name: str) -> str:
         """A name of the architecture table as the loaded model has it: a bare backbone has no prefix."""
@@ -101,13 +122,28 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     by_short = {without_prefix(name, family): key for key, name in base_names.items()}
     planner = _Planner(base, source, options, family, config, by_short)
     entries = tuple(planner.entry(part) for part in sorted(source.parts.values(), key=lambda part: _natural(part.name)))
-    if not any(entry.kind == "matrix" and entry.base_key for entry in entries):
+    if not any(entry.kind in ("matrix", "embedding") and entry.base_key for entry in entries):
         raise AdaptError(f"{source.origin} and {base.origin} have no weight matrix in common; is this the right base?")
-    if not any(entry.action == "factor" for entry in entries):
-        raise AdaptError(_nothing_to_factor(entries, family, base, options))
     base_keys = _loaded_names(base_names, source, family)
     missing = tuple(sorted(set(base_keys) - set(source.parts))) if source.kind == "checkpoint" else ()
-    return Plan(entries, missing, _notes(entries, missing, base), base_keys, family, config)
+    # In PEFT an adapter of a tied embedding leaves the head alone unless it names the head too, or asks for tying.
+    follows_ties = source.kind != "lora" or bool(source.config.get("ensure_weight_tying"))
+    plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
+    return replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+
+
+def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:
+    """Raise `AdaptError` when the options leave no matrix to factor, or name modules that do not exist."""
+    for name in options.target_modules:
+        if name not in TARGET_WORDS and not any(matches(entry.module, name) for entry in plan.entries):
+            raise AdaptError(f"--target-modules {name}: no module is called so; there are {_module_list(plan.entries)}")
+    if not plan.having("factor"):
+        raise AdaptError(_nothing_to_factor(plan.entries, plan.family, base, options))
+
+
+def _module_list(entries: Iterable[Entry]) -> str:
+    names = sorted({entry.module.rsplit(".", 1)[-1] for entry in entries if entry.kind in ("matrix", "embedding")})
+    return ", ".join(names[:12])
 
 
 def _loaded_names(base_names: Mapping[str, str], source: Source, family: Family | None) -> dict[str, str]:
@@ -140,8 +176,7 @@ def _nothing_to_factor(entries: Iterable[Entry], family: Family | None, base: Ch
     if options.to != "lora" and (family is None or not family.blocks):
         model_type = base.config.get("model_type", "of no stated model_type")
         return f"--to {options.to} needs to know the layers of {base.origin}, and {model_type} is not listed; use --to lora"
-    names = sorted({entry.module.rsplit(".", 1)[-1] for entry in entries if entry.kind == "matrix"})
-    return f"no matrix is left to convert; --target-modules and --exclude choose among {', '.join(names[:12])}"
+    return f"no matrix is left to convert; --target-modules and --exclude choose among {_module_list(entries)}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +234,8 @@ class _Planner:
         if any(matches(module, pattern) for pattern in self.options.exclude):
             return "drop", "excluded by --exclude", False
         if part.dtype not in ("F64", "F32", "F16", "BF16") or _BUFFER.search(part.name):
-            return "drop", COMPUTED, not _BUFFER.search(part.name)
+            computed = _BUFFER.search(part.name) is not None
+            return "drop", COMPUTED if computed else "holds no floating-point numbers", not computed
         if is_mixture(self.config) and _EXPERTS.search(f".{module}."):
             return "drop", "part of a mixture of experts, which transformers holds in another form than the checkpoint", True
         if kind == "embedding" and self.family is None and self._shares_unknown_head(part):
@@ -253,9 +289,19 @@ def _untargeted_reason(options: Options) -> str:
     return "outside the attention that a LoRTA holds by default; --target-modules all-linear adds the MLP"
 
 
-def _notes(entries: tuple[Entry, ...], missing: tuple[str, ...], base: Checkpoint) -> tuple[str, ...]:
-    notes = []
+def _pattern_notes(plan: Plan, options: Options) -> list[str]:
+    known = {entry.module for entry in plan.entries} | {name.rpartition(".")[0] for name in (plan.family.tied if plan.family else ())}
+    return [f"--exclude {p} matches no module" for p in options.exclude if not any(matches(module, p) for module in known)]
+
+
+def _notes(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
+    notes, entries, missing = [], plan.entries, plan.missing
     for entry in entries:
+        copies = len(plan.aliases(entry.name)) + 1
+        if options.to == "lora" and entry.action == "store" and entry.kind == "embedding" and copies > 1:
+            notes.append(f"{entry.name} is shared by {copies} modules, and PEFT stores it once for each")
+        if options.to == "lora" and entry.action == "factor" and entry.kind == "embedding" and copies > 1:
+            notes.append(f"{entry.name} is shared: PEFT runs its LoRA but merges it twice; merge with `adapt-convert merge`")
         if entry.base_key is None:
             notes.append(f"{entry.name} {list(entry.part.shape)} is not in the base")
         elif entry.part.kind == "replace" and entry.part.shape != base.infos[entry.base_key].shape:
@@ -269,8 +315,7 @@ def _notes(entries: tuple[Entry, ...], missing: tuple[str, ...], base: Checkpoin
     fused = sorted({e.module.rsplit(".", 1)[-1] for e in entries if e.place and e.place.role == "qkv"})
     if fused:
         notes.append(f"fused matrices: {', '.join(fused)} (q, k and v in one weight)")
-    notes += [f"{name} of the base is not in the fine-tune" for name in missing]
-    return tuple(notes)
+    return notes + [f"{name} of the base is not in the fine-tune" for name in missing]
 
 
 def output_dtype(source: Source) -> str:

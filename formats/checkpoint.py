@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.pickle_file import PickleFile
 from adapt_convert.formats.safetensors_file import SafetensorsFile, TensorInfo, byte_view
 
@@ -45,9 +45,6 @@ class TensorStore:
             self._digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
         return tensor
 
-    def file_of(self, name: str) -> Path:
-        return self._owner[name].path
-
     def content_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""
         total = hashlib.sha256()
@@ -63,7 +60,7 @@ class TensorStore:
 
 
 class Checkpoint:
-    """A base model or a full fine-tune: its tensors, and its `config.json` where there is one."""
+    """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only."""
 
     kind = "checkpoint"
 
@@ -95,11 +92,6 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise AdaptError(f"{path}: architectures is {architectures!r}, expected a list of class names")
     if model_type is not None and not isinstance(model_type, str):
         raise AdaptError(f"{path}: model_type is {model_type!r}, expected a name")
-
-
-def open_checkpoint(origin: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a directory, a single file or a Hub id; reads headers only. Raises `AdaptError`."""
-    return Checkpoint(locate(origin, revision))
 
 
 def weight_files(location: Location) -> list[Path]:

@@ -279,7 +279,7 @@ def test_odd_configs_never_end_in_a_traceback(place: Path, changes: dict[str, An
 OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "rank 0": (["--rank", "0"], 1, "--rank 0: must be"),
     "rank -3": (["--rank", "-3"], 1, "--rank -3: must be"),
-    "rank abc": (["--rank", "abc"], 2, "'abc' is not a valid integer"),
+    "rank abc": (["--rank", "abc"], 1, "must be a whole number"),
     "rank 1.5": (["--rank", "1.5"], 2, "'1.5' is not a valid integer"),
     "energy 0": (["--energy", "0"], 1, "--energy 0"),
     "energy 1.1": (["--energy", "1.1"], 1, "--energy 1.1"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import adapt_convert
-from adapt_convert.formats.checkpoint import open_checkpoint
+from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import locate
 
@@ -111,9 +111,9 @@ def test_content_hash_tells_weights_apart(pairs, tmp_path: Path) -> None:
         "shape": state | {name: state[name].reshape(4, -1)},
         "name": {("renamed" if n == name else n): t for n, t in state.items()},
     }
-    hashes = {open_checkpoint(pairs("llama").base).store.content_hash()}
+    hashes = {Checkpoint(locate(pairs("llama").base)).store.content_hash()}
     for key, variant in variants.items():
-        hashes.add(open_checkpoint(save_state(pairs("llama").base, tmp_path / key, variant)).store.content_hash())
+        hashes.add(Checkpoint(locate(save_state(pairs("llama").base, tmp_path / key, variant))).store.content_hash())
     assert len(hashes) == 5
 
 

@@ -81,6 +81,20 @@ def test_json_is_all_there_is_on_standard_output(here: Path) -> None:
     assert json.loads(run("merge", "base", "out", "-o", "merged", "--json").stdout)["shards"] == 1
 
 
+def test_strict_refuses_in_the_dry_run_what_headers_can_tell(here: Path, pairs: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (here / "short").mkdir()
+    tensors = load_file(here / "ft" / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "layers.1" not in name}
+    save_file(kept, here / "short" / "model.safetensors", metadata={"format": "pt"})
+    (here / "short" / "config.json").write_text((here / "ft" / "config.json").read_text())
+    for command in (["delta", "base", "short", "--strict", "--dry-run"], ["inspect", "base", "short", "--strict"]):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "not in the fine-tune" in result.stderr
+
+
 def test_dry_run_and_inspect_write_nothing(here: Path) -> None:
     dry = run("delta", "base", "ft", "--to", "lorta", "--dry-run", "--json")
     assert dry.exit_code == 0
@@ -98,6 +112,13 @@ def test_lists_split_at_commas_and_repeats_add_up(here: Path) -> None:
     [
         ["--rank", 0],
         ["--rank", -3],
+        ["--rank", "abc"],
+        ["--rank", "16.5"],
+        ["--energy", "much"],
+        ["--seed", "x"],
+        ["--seed", 10**30],
+        ["--device", "meta"],
+        ["--target-modules", "q_proj,nosuch"],
         ["--energy", 0],
         ["--energy", 1.5],
         ["--energy", "nan"],
@@ -122,7 +143,7 @@ def test_wrong_options_are_one_line(here: Path, arguments: list[object]) -> None
     assert sorted(path.name for path in here.iterdir()) == ["base", "ft"]
 
 
-@pytest.mark.parametrize("arguments", [["--rank", "abc"], ["--no-such-option"], ["--seed", "x"]])
+@pytest.mark.parametrize("arguments", [["--no-such-option"], ["--rank"], ["surplus"]])
 def test_wrong_usage_exits_with_2(here: Path, arguments: list[object]) -> None:
     assert run("delta", "base", "ft", *arguments).exit_code == 2
     assert run("delta", "base").exit_code == 2

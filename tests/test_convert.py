@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,70 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_model(tmp_path: P
         peaks[layers] = int(run.stdout)
     factor_bytes = 36 * 2 * 2 * 1024 * 4 * 4
     assert peaks[40] - peaks[4] < 2 * factor_bytes + 16 * 2**20, peaks  # 36 more layers hold 288 MB on each side
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama", "bert"])
+def test_a_factored_embedding_reaches_every_module_that_shares_it(make_pair: Any, tmp_path: Path, name: str) -> None:
+    def change(model: Any) -> None:
+        for key, parameter in model.named_parameters():
+            if not key.endswith("bias"):  # PEFT holds no changed bias beside a LoRA of an embedding
+                parameter += 0.05 * torch.randn_like(parameter)
+
+    pair = make_pair(tmp_path, name, change)
+    embedding = "word_embeddings" if name == "bert" else "embed_tokens"
+    targets = ("all-linear", embedding)
+    out = adapt_convert.convert(pair.base, pair.ft, rank=64, target_modules=targets, strict=True).save(tmp_path / "out")
+    expected = pair.logits(pair.load(pair.ft))
+    torch.testing.assert_close(pair.logits(pair.load_peft(out)), expected, atol=2e-4, rtol=1e-4)
+    adapt_convert.merge(pair.base, out, tmp_path / "merged")
+    torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_merge_leaves_a_tied_head_where_peft_leaves_it(make_pair: Any, tmp_path: Path) -> None:
+    import peft
+
+    pair = make_pair(tmp_path, "llama-tied")
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own, of the tied embedding
+        model = peft.get_peft_model(pair.load(pair.base), config).eval()
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    adapt_convert.merge(pair.base, tmp_path / "adapter", tmp_path / "merged")
+    merged = pair.logits(pair.load(tmp_path / "merged"))
+    torch.testing.assert_close(merged, pair.logits(model), atol=2e-4, rtol=1e-4)
+    again = adapt_convert.convert(pair.base, tmp_path / "adapter", rank=4).save(tmp_path / "again")
+    torch.testing.assert_close(pair.logits(pair.load_peft(again)), merged, atol=2e-4, rtol=1e-4)
+
+
+def test_changed_biases_beside_a_factored_embedding_are_refused(pairs: Any) -> None:
+    pair = pairs("qwen2")
+    with pytest.raises(AdaptError, match=r"PEFT cannot hold a LoRA of model\.embed_tokens beside changed biases"):
+        adapt_convert.convert(pair.base, pair.ft, rank=4, target_modules=("all-linear", "embed_tokens"))
+
+
+@pytest.mark.parametrize(("name", "options"), [("gpt2", {"target_modules": "c_attn"}), ("qwen2", {"budget": "3kB"})])
+def test_what_is_reported_dropped_is_not_in_the_file(pairs: Any, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    pair = pairs(name)
+    out = adapt_convert.convert(pair.base, pair.ft, **options).save(tmp_path / "out")
+    names = {key.removeprefix(PREFIX) for key in load_file(out / "adapter_model.safetensors")}
+    dropped = {tensor for tensor, row in report_of(out)["tensors"].items() if row["status"] == "dropped"}
+    assert dropped
+    assert not dropped & names
+    pair.load_peft(out)
+
+
+def test_an_adapter_of_the_embedding_alone_can_be_merged(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    out = adapt_convert.convert(pair.base, pair.ft, rank=4, target_modules="embed_tokens").save(tmp_path / "out")
+    adapt_convert.merge(pair.base, out, tmp_path / "merged")
+    torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), pair.logits(pair.load_peft(out)), atol=2e-4, rtol=1e-4)
+
+
+def test_python_understands_options_as_typed(pairs: Any) -> None:
+    pair = pairs("llama")
+    typed = adapt_convert.convert(pair.base, pair.ft, rank="4", exclude="lm_head, embed_tokens", target_modules="q_proj,v_proj")
+    plain = adapt_convert.convert(pair.base, pair.ft, rank=4, exclude=("lm_head", "embed_tokens"), target_modules=["q_proj", "v_proj"])
+    assert typed.report["options"] == plain.report["options"]
+    for wrong in ({"rank": True}, {"energy": "0.x"}, {"exclude": 3}, {"seed": "x"}):
+        with pytest.raises(AdaptError):
+            adapt_convert.convert(pair.base, pair.ft, **wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,14 @@ def test_merging_a_full_rank_lora_gives_the_fine_tune_back(pairs, tmp_path: Path
     assert set(merged) == set(ft)
     for key, value in ft.items():
         torch.testing.assert_close(merged[key], value, atol=2e-6, rtol=1e-5)
+
+
+def test_a_merged_model_in_shards(pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapt_convert.formats import checkpoint_writer
+
+    monkeypatch.setattr(checkpoint_writer, "_SHARD", 20_000)
+    pair = pairs("llama")
+    adapter = adapt_convert.convert(pair.base, pair.ft, rank=10**6, dtype="float32").save(tmp_path / "adapter")
+    summary = adapt_convert.merge(pair.base, adapter, tmp_path / "merged")
+    assert summary["shards"] == len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
+    torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), pair.logits(pair.load(pair.ft)), atol=2e-4, rtol=1e-4)

@@ -1,0 +1,53 @@
+"""Writing a checkpoint directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
+
+_SHARD = 5 * 10**9  # bytes, as transformers shards
+_COPIED = re.compile(
+    r"^(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$"
+    r"|^(merges|vocab)\.txt$|\.model$|\.jinja$|^LICENSE"
+)
+
+
+def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor]) -> tuple[int, int]:
+    """Write the weights as transformers does, in one file or in shards with an index, one tensor in memory at a time.
+
+    Returns the bytes and the number of files.
+    """
+    shards: list[dict[str, LazyTensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > _SHARD:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return write_safetensors(directory / "model.safetensors", shards[0], {"format": "pt"}), 1
+    size = 0
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        size += write_safetensors(directory / file, shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return size, len(shards)
+
+
+def copy_small_files(source: Path, target: Path, untie: bool) -> None:
+    """Copy configuration, tokenizer and licence; `untie` tells the configuration that the head has its own weight."""
+    for path in source.iterdir():
+        if path.is_file() and _COPIED.search(path.name):
+            shutil.copyfile(path, target / path.name)
+    config = target / "config.json"
+    if untie and config.is_file():
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}, indent=2) + "\n")
