@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from adapt_convert.formats.sizes import size_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -94,15 +96,6 @@ def emit(result: dict[str, Any], as_json: bool) -> None:
         return
     for key, value in result.items():
         click.echo(f"{key}: {value if not isinstance(value, list | dict) else json.dumps(value)}")
-
-
-def size_text(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def print_demo(result: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from adapt_convert.formats.sizes import size_text
 from adapt_convert.formats.svg import bars, heat_map, lines, scatter
-from adapt_convert.formats.validation_table import label, size
+from adapt_convert.formats.validation_table import label
 
 _CSS = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--good:#1a7f4b;--bad:#c4381c;
@@ -79,7 +80,7 @@ def _verdict(data: Mapping[str, Any]) -> str:
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in row["reasons"])
         cards.append(
             f'<div class="card verdict{"" if row["passed"] else " bad"} wrap"><b>{"PASS" if row["passed"] else "FAIL"}</b> '
-            f"{escape(label(row))} <span class=soft>({escape(row['kind'])}, {size(row['bytes'])})</span><br>{said}"
+            f"{escape(label(row))} <span class=soft>({escape(row['kind'])}, {size_text(row['bytes'])})</span><br>{said}"
             f"{f'<ul>{reasons}</ul>' if reasons else ''}</div>"
         )
     fine_tune = data["fine_tune"]["path"]
@@ -107,7 +108,7 @@ def _figures(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             _number(details["max_logit_difference"], ".3g"),
             _percent(details["greedy_agreement"]),
             _percent(details["captured_energy"]),
-            size(row["bytes"]),
+            size_text(row["bytes"]),
         ]
         lines_of_table.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{title}</th>" for title in heads)

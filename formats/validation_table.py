@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adapt_convert.formats.sizes import size_text
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def validation_tables(data: Mapping[str, Any]) -> list[Table]:
-    """Fidelity and cost of the base and each candidate of `validation.json`'s content; two tables, as 80 columns hold no more."""
+    """Fidelity of the base and each candidate, with the fine-tune's own perplexity, and their cost, from `validation.json`'s content.
+
+    Two tables, as 80 columns hold no more.
+    """
     rows = [data["base"], *data["candidates"]]
-    return [_table(rows, _FIDELITY), _table(rows, _COST)]
+    fine_tune = {"kl": None, "recovered": None, "top1": None, "passed": None, "details": {}, **data["fine_tune"], "kind": "fine-tune"}
+    return [_table([rows[0], fine_tune, *rows[1:]], _FIDELITY), _table(rows, _COST)]
 
 
 def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, Any]]) -> Table:
@@ -27,16 +33,6 @@ def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, Any]]) 
     for cells in zip(*(cells for _, cells in columns), strict=True):
         table.add_row(*cells)
     return table
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units, three digits."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -73,7 +69,7 @@ _FIDELITY: tuple[tuple[str, Any], ...] = (
 _COST: tuple[tuple[str, Any], ...] = (
     ("model", label),
     ("captured energy", _number(".1%", "details", "captured_energy")),
-    ("size", lambda row: size(row["bytes"])),
+    ("size", lambda row: size_text(row["bytes"])),
     ("prefill/s", _number(".0f", *_SPEED)),
     ("s/token", _number(".4f", "speed", "seconds_per_output_token", "median")),
     ("time x base", _number(".2f", "speed", "slowdown")),
