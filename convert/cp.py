@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp_als import Core, Model, balance, fit_core, normals, refine, solve_proximal
+from adapt_convert.convert.cp_als import fit_core, refine
+from adapt_convert.convert.cp_core import Core, Model, balance, normals, solve_proximal
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.progress import Progress, silent
 

@@ -280,7 +280,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "rank 0": (["--rank", "0"], 1, "--rank 0: must be"),
     "rank -3": (["--rank", "-3"], 1, "--rank -3: must be"),
     "rank abc": (["--rank", "abc"], 1, "must be a whole number"),
-    "rank 1.5": (["--rank", "1.5"], 2, "'1.5' is not a valid integer"),
+    "rank 1.5": (["--rank", "1.5"], 1, "must be a whole number"),
     "energy 0": (["--energy", "0"], 1, "--energy 0"),
     "energy 1.1": (["--energy", "1.1"], 1, "--energy 1.1"),
     "energy nan": (["--energy", "nan"], 1, "--energy nan"),
@@ -291,7 +291,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "dtype": (["--dtype", "int4"], 1, "--dtype int4"),
     "device": (["--device", "tpu:9"], 1, "--device tpu:9"),
     "device text": (["--device", "cpu\nx"], 1, "--device"),
-    "module": (["--target-modules", "nothing"], 1, "no matrix is left"),
+    "module": (["--target-modules", "nothing"], 1, "no module is called so"),
     "unknown option": (["--ranks", "3"], 2, "No such option"),
 }  # fmt: skip
 

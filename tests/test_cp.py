@@ -18,7 +18,8 @@ from torch import Tensor
 
 from adapt_convert.convert import cp
 from adapt_convert.convert.cp import CPFactors, CPFit, CPShape, Slab, fit_cp
-from adapt_convert.convert.cp_als import Core, fit_core, normals, product_a, random_model, residual_core
+from adapt_convert.convert.cp_als import fit_core, random_model, residual_core
+from adapt_convert.convert.cp_core import Core, normals, product_a
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 
 Deltas = dict[tuple[int, int], Delta]
