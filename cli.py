@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; named after the input if left out.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output; it stays until the new one is whole.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+BASE_REVISION = click.option("--base-revision", metavar="REV", help="Branch, tag or commit of BASE when it is a Hub id.")
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the fine-tune or adapter when it is a Hub id.")
 
 
@@ -100,7 +101,7 @@ def _conversion_options(command: Callable[..., Any], to: str = "lora") -> Callab
 @OUT
 @OVERWRITE
 @REVISION
-@click.option("--base-revision", metavar="REV", help="Branch, tag or commit when BASE is a Hub id.")
+@BASE_REVISION
 @click.option("--dry-run", is_flag=True, help="Stop after the preflight, which reads headers only.")
 @click.option("--validate", "rerun", is_flag=True, help="Then rerun base, source and adapter, and exit with 3 unless it is the same model.")
 @JSON
@@ -161,6 +162,7 @@ def delta(
 @click.argument("path2", required=False)
 @_conversion_options
 @REVISION
+@BASE_REVISION
 @JSON
 def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, **options: Any) -> None:
     """Say what PATH holds, or what converting PATH2 (a fine-tune of PATH) would do; reads headers only.
@@ -184,8 +186,17 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
 @OUT
 @OVERWRITE
 @REVISION
+@BASE_REVISION
 @JSON
-def merge(base: str, adapter: str, output: Path | None, overwrite: bool, revision: str | None, as_json: bool) -> None:
+def merge(
+    base: str,
+    adapter: str,
+    output: Path | None,
+    overwrite: bool,
+    revision: str | None,
+    base_revision: str | None,
+    as_json: bool,
+) -> None:
     """Fold ADAPTER (LoRA or LoRTA) into BASE and write a checkpoint that runs without adapter code.
 
     \b
@@ -199,7 +210,8 @@ def merge(base: str, adapter: str, output: Path | None, overwrite: bool, revisio
     directory = output or Path(f"{locate(adapter, revision).name}-merged")
     check_destination(directory, overwrite, (base, adapter))
     with progress(quiet=as_json) as track:
-        summary = merge_adapter(base, adapter, directory, revision=revision, overwrite=overwrite, progress=track)
+        revisions = {"revision": revision, "base_revision": base_revision}
+        summary = merge_adapter(base, adapter, directory, **revisions, overwrite=overwrite, progress=track)
     emit(summary, as_json)
 
 

@@ -29,6 +29,7 @@ def merge(
     output: str | Path,
     *,
     revision: str | None = None,
+    base_revision: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def merge(
     Sums are taken in float32 and rounded once. Returns what was written: `output`, `bytes`, `shards`, `changed`.
     Raises `AdaptError`.
     """
-    opened_base, source = open_pair(base, adapter, revision)
+    opened_base, source = open_pair(base, adapter, revision, base_revision)
     if source.kind == "checkpoint":
         raise AdaptError(f"{adapter}: is a full checkpoint, not an adapter; there is nothing to merge")
     options = Options()
