@@ -121,8 +121,14 @@ def open_pair(
         checkpoint = Checkpoint(location)
         return opened_base, checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
     if read_json(config_path).get("peft_type") == "LORTA":
-        return opened_base, read_lorta(location, reference_slots(opened_base))
+        return opened_base, read_lorta(location, reference_slots(_modules(opened_base), opened_base.config))
     return opened_base, read_lora(location)
+
+
+def _modules(checkpoint: Checkpoint) -> list[str]:
+    """The modules of the model in memory that have a weight."""
+    names = module_names(checkpoint.infos, checkpoint.config).values()
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
 
 def refuse_certain_losses(plan: Plan, options: Options) -> None:

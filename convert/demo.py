@@ -7,7 +7,6 @@ import json
 import math
 import shlex
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.convert.conversion import convert
+from adapt_convert.convert.live_model import quiet
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.errors import AdaptError
@@ -75,7 +75,7 @@ def run_demo(directory: Path, progress: Progress = silent, recipe: Recipe = DEFA
     """
     _require_run_extra()
     finished = _is_finished(directory, recipe)
-    with _quiet(), _one_thread(), torch.random.fork_rng(devices=[]):
+    with quiet(), _one_thread(), torch.random.fork_rng(devices=[]):
         if not finished:
             _make_checkpoints(directory, recipe, progress)
         heldout = directory / "heldout.txt"
@@ -111,25 +111,6 @@ def _is_finished(directory: Path, recipe: Recipe) -> bool:
 
 def _marker(recipe: Recipe) -> str:
     return json.dumps({"recipe": asdict(recipe), "sha256": recipe.digest()}, indent=1) + "\n"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what transformers, peft and torch have to say about the models from the user's terminal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import transformers
-
-        logging: Any = transformers.utils.logging
-        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
 
 
 @contextmanager

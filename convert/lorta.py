@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,6 @@ from adapt_convert.convert.architectures import (
     Heads,
     family_of,
     heads_of,
-    module_names,
     place_of,
 )
 from adapt_convert.convert.cp import CPFactors, CPShape, Slab, fit_cp
@@ -185,15 +184,12 @@ def _measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress
     return records
 
 
-def reference_slots(base: Checkpoint) -> tuple[Slot, ...]:
-    """The base's q, k, v and o by layer, for reading a directory of the reference implementation, which names none."""
-    family = family_of(base.config)
-    if family is None:
-        return ()
+def reference_slots(modules: Iterable[str], config: Mapping[str, Any]) -> tuple[Slot, ...]:
+    """q, k, v and o among a model's modules, by layer, for a directory of the reference implementation, which names none."""
+    family = family_of(config)
     slots = []
-    for name in module_names(base.infos, base.config).values():
-        module = name.removesuffix(".weight")
-        place = place_of(module, family) if name.endswith(".weight") else None
+    for module in modules:
+        place = place_of(module, family) if family else None
         if place and place.block == 0 and place.role in ATTENTION_ROLES:
             slots.append(Slot(module, place.layer, ATTENTION_ROLES.index(place.role), transposed=False))
     return tuple(sorted(slots, key=lambda slot: (slot.layer, slot.matrix)))

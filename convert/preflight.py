@@ -29,6 +29,7 @@ from adapt_convert.convert.latte_layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.safetensors_file import FLOATS
 from adapt_convert.formats.source import Part, Source
 
 TARGET_WORDS = ("all-linear", "attention", "mlp")
@@ -233,7 +234,7 @@ class _Planner:
         """What to do with a tensor if it changed: the action, its reason, and whether dropping it counts as a loss."""
         if any(matches(module, pattern) for pattern in self.options.exclude):
             return "drop", "excluded by --exclude", False
-        if part.dtype not in ("F64", "F32", "F16", "BF16") or _BUFFER.search(part.name):
+        if part.dtype not in FLOATS or _BUFFER.search(part.name):
             computed = _BUFFER.search(part.name) is not None
             return "drop", COMPUTED if computed else "holds no floating-point numbers", not computed
         if is_mixture(self.config) and _EXPERTS.search(f".{module}."):
@@ -277,7 +278,7 @@ class _Planner:
 
 
 def _kind(part: Part, module: str, transposed: bool) -> Literal["matrix", "embedding", "other"]:
-    floating = part.dtype in ("F64", "F32", "F16", "BF16")
+    floating = part.dtype in FLOATS
     if len(part.shape) != 2 or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
         return "other"
     return "embedding" if is_embedding(module) and not transposed else "matrix"

@@ -39,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes a weight is trained and stored in, unquantised
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The order in which the `safetensors` library lays tensors out: widest first, so that each is aligned.
 _FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
@@ -58,7 +59,7 @@ class TensorInfo:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in ("F64", "F32", "F16", "BF16")
+        return self.dtype in FLOATS
 
 
 class SafetensorsFile:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.architectures import ATTENTION_ROLES, family_of, place_of
+from adapt_convert.convert.lorta import reference_slots
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import latte_config_path
@@ -75,7 +76,7 @@ def load(model: nn.Module, adapter: str | Path, revision: str | None = None) -> 
     if config.get("peft_type") != "LORTA":
         raise AdaptError(f"{adapter}: is a {config.get('peft_type')} adapter; load it with peft.PeftModel.from_pretrained")
     store = TensorStore(weight_files(location))
-    blocks = read_lorta_blocks(location, store, config, reference_slots_of(model))
+    blocks = read_lorta_blocks(location, store, config, reference_slots([name for name, _ in model.named_modules()], _config_of(model)))
     names = {key.removeprefix(PREFIX): key for key in store.infos if not key.rsplit(".", 1)[-1].startswith("lora_")}
     state = _Attached()
     setattr(model, _STATE, state)
@@ -107,16 +108,9 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def reference_slots_of(model: nn.Module) -> tuple[Slot, ...]:
-    """q, k, v and o of a live model by layer, for directories of the reference implementation, which name none."""
+def _config_of(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    family = family_of(config.to_dict()) if config is not None else None
-    slots = []
-    for name, _ in model.named_modules():
-        place = place_of(name, family) if family else None
-        if place and place.block == 0 and place.role in ATTENTION_ROLES:
-            slots.append(Slot(name, place.layer, ATTENTION_ROLES.index(place.role), transposed=False))
-    return tuple(slots)
+    return config.to_dict() if config is not None else {}
 
 
 def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: _Attached) -> None:
