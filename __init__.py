@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from adapt_convert.convert.validation import validate
     from adapt_convert.convert.validation_result import Validation
     from adapt_convert.formats.errors import AdaptError
-    from adapt_convert.kernels.attach import load, unload
-    from adapt_convert.kernels.latte import task_ids
+    from adapt_convert.kernels.attach import load, task_ids, unload
 
 __all__ = ["AdaptError", "Conversion", "Validation", "bundle", "convert", "inspect", "load", "merge", "task_ids", "unload", "validate"]
 
@@ -32,7 +31,7 @@ _HOMES = {
     "inspect": "adapt_convert.convert.inspection",
     "load": "adapt_convert.kernels.attach",
     "merge": "adapt_convert.convert.merge",
-    "task_ids": "adapt_convert.kernels.latte",
+    "task_ids": "adapt_convert.kernels.attach",
     "unload": "adapt_convert.kernels.attach",
     "validate": "adapt_convert.convert.validation",
 }

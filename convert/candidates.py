@@ -144,7 +144,7 @@ class TaskModel:
         self._model, self._number = model, number
 
     def __call__(self, **inputs: Any) -> Any:
-        from adapt_convert.kernels.latte import task_ids
+        from adapt_convert.kernels.attach import task_ids
 
         with task_ids(self._model, [self._number] * len(inputs["input_ids"])):
             return self._model(**inputs)

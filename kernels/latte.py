@@ -6,8 +6,6 @@ their first block and replace them in memory, so that a loaded LatTE costs its e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,45 +16,33 @@ from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_o
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location
-from adapt_convert.kernels.attach import _STATE, _Attached, _set_module, _set_parameter, _tensor
-from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, ExpandedNorm, SegmentEdge, TaskNorm, Tasks
+from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, ExpandedNorm, SegmentEdge, TaskNorm
 from adapt_convert.kernels.latte_score import load_scores
+from adapt_convert.kernels.surgery import STATE, Replaced, weight_of
+from adapt_convert.kernels.tasks import Tasks
 
 
 @dataclass
-class LatteState:
-    """What choosing tasks and taking the LatTE off need.
+class LatteState(Replaced):
+    """What taking a LatTE off needs.
 
-    `modules` are those swapped out; `transposed` says of expanded matrices whether the base stores them `(in, out)`; `edges`
-    are the hooks at the starts of segments; `for_all_rows` names values that no row can have for itself.
+    `transposed` says of expanded matrices whether the base stores them `(in, out)`; `edges` are the hooks at the starts of
+    segments; `attributes` are fields of attention modules with their former values.
     """
 
-    tasks: Tasks
-    modules: dict[str, nn.Module] = field(default_factory=dict)
     transposed: dict[str, bool] = field(default_factory=dict)
     edges: dict[str, Any] = field(default_factory=dict)
-    exact: _Attached = field(default_factory=_Attached)
-    for_all_rows: list[str] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
 
     def restore(self, model: nn.Module) -> nn.Module:
-        """Every module and value as before loading, bit for bit."""
         for name, handle in self.edges.items():
             handle.remove()
             delattr(model.get_submodule(name), "latte_edge")
         for owner, attribute, size in self.attributes:
             setattr(owner, attribute, size)
-        for name, module in self.modules.items():
-            if name in self.transposed:
-                _give_back_weight(module, model.get_submodule(name), self.transposed[name])
-            _set_module(model, name, module)
-        for name, parameter in self.exact.untied.items():
-            module_name, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module_name), attribute, parameter)
-        for name, value in self.exact.values.items():
-            _tensor(model, name).data = value
-        delattr(model, _STATE)
-        return model
+        for name, transposed in self.transposed.items():
+            _give_back_weight(self.modules[name], model.get_submodule(name), transposed)
+        return super().restore(model)
 
 
 def load_latte(model: nn.Module, location: Location) -> nn.Module:
@@ -71,45 +57,19 @@ def load_latte(model: nn.Module, location: Location) -> nn.Module:
     layout = find(config.to_dict() if config is not None else {}, type(model).__name__)
     names = _Names(model, layout.block.removesuffix(".{}"))
     _check(model, adapter, names, location.origin)
-    state = LatteState(Tasks(len(adapter.tasks)))
-    setattr(model, _STATE, state)
+    state, tasks = LatteState(), Tasks(len(adapter.tasks))
+    state.tasks = tasks
+    setattr(model, STATE, state)
     try:
         with torch.no_grad():
             if isinstance(layout, Layout):
-                _Loader(model, adapter, layout, names, state, location.origin).run()
+                _Loader(model, adapter, layout, names, state, tasks, location.origin).run()
             else:
                 load_scores(model, adapter, layout, names.of, state)
     except BaseException:
         state.restore(model)
         raise
     return model
-
-
-@contextmanager
-def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
-    """Within the block, row i of every batch is of task `ids[i]`: 0 is the base, 1 the first adapter of the bundle, and so on.
-
-    Without it every row of a single adapter is of task 1, and every row of a bundle is the base's. `generate()` with beams or
-    several sequences has more rows than prompts: give one id for each. Raises `AdaptError` when an id is out of range.
-    """
-    state = getattr(model, _STATE, None)
-    if not isinstance(state, LatteState):
-        raise AdaptError("the model carries no LatTE; load one with adapt_convert.load(model, DIR)")
-    chosen = [int(i) for i in ids]
-    count = state.tasks.count
-    wrong = [i for i in chosen if not 0 <= i <= count]
-    if wrong or not chosen:
-        what = f"{wrong[0]} is out of range" if wrong else "no row is given"
-        raise AdaptError(f"task_ids: {what}; there are {count} tasks, 1 to {count}, and 0 is the base")
-    if 0 in chosen and state.for_all_rows:
-        raise AdaptError(f"task_ids: no row can be the base's while {state.for_all_rows[0]} is replaced for all rows")
-    before = state.tasks.ids
-    device = next(model.parameters()).device
-    state.tasks.set(torch.tensor(chosen, dtype=torch.long, device=device))
-    try:
-        yield
-    finally:
-        state.tasks.set(before)
 
 
 class _Names:
@@ -143,26 +103,19 @@ def _check(model: nn.Module, adapter: LatteAdapter, names: _Names, origin: str) 
     if adapter.segments and adapter.segments[-1].stop != len(names.blocks):
         raise AdaptError(f"{origin}: covers {adapter.segments[-1].stop} layers, the model has {len(names.blocks)}: made for another base")
     for module, hashes in adapter.fingerprints.items():
-        weight = _weight(model, names.of(module))
+        weight = weight_of(model, names.of(module))
         if not matches_fingerprint(weight, hashes):
             raise AdaptError(f"{origin}: made for another base: {module}.weight has other values here; load it onto {adapter.base_model}")
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    try:
-        weight = model.get_parameter(f"{name}.weight")
-    except AttributeError:
-        raise AdaptError(f"the adapter adapts {name}, which this {type(model).__name__} does not have") from None
-    if weight.is_meta or not weight.is_floating_point():
-        raise AdaptError(f"{name}.weight is {'offloaded' if weight.is_meta else weight.dtype}; LatTE expands plain floating-point weights")
-    return weight
 
 
 class _Loader:
     """The swaps of one load, in the order in which they can be undone."""
 
-    def __init__(self, model: nn.Module, adapter: LatteAdapter, layout: Layout, names: _Names, state: LatteState, origin: str) -> None:
-        self.model, self.adapter, self.layout, self.names, self.state, self.origin = model, adapter, layout, names, state, origin
+    def __init__(
+        self, model: nn.Module, adapter: LatteAdapter, layout: Layout, names: _Names, state: LatteState, tasks: Tasks, origin: str
+    ) -> None:
+        self.model, self.adapter, self.layout, self.names = model, adapter, layout, names
+        self.state, self.tasks, self.origin = state, tasks, origin
 
     def run(self) -> None:
         self._set_exact()
@@ -187,7 +140,7 @@ class _Loader:
                 tables = [self._task_table(norm, module, attribute) for attribute in ("weight", "bias")]
                 self._set_values(module)
                 assert tables[0] is not None
-                self._swap(self.names.of(module), TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.state.tasks))
+                self._swap(self.names.of(module), TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.tasks))
             elif len(tasks) > 1:
                 raise AdaptError(f"{self.origin}: a bundle cannot hold {module}, which is no norm, task by task")
             else:
@@ -200,7 +153,7 @@ class _Loader:
         for name in names:
             value = held[name]
             assert isinstance(value, Tensor)
-            _set_parameter(self.model, self.names.of(name), value, self.state.exact)
+            self.state.set_parameter(self.model, self.names.of(name), value)
         return names
 
     def _task_table(self, norm: nn.Module, module: str, attribute: str) -> Tensor | None:
@@ -219,7 +172,7 @@ class _Loader:
 
     def _edge(self, leaving: Segment | None, entering: Segment | None, like: Tensor) -> SegmentEdge:
         out, into = (None if s is None else s.Q.to(like.device, like.dtype) for s in (leaving, entering))
-        return SegmentEdge(out, into, self.state.tasks)
+        return SegmentEdge(out, into, self.tasks)
 
     def _expand_layer(self, block: str, layer: int, segment: Segment) -> None:
         adapted = self.layout.block.format(layer)
@@ -228,14 +181,14 @@ class _Loader:
             gain = _parameter(norm).float() + (1.0 if self.layout.norm == "gemma" else 0.0)
             for reader in readers:
                 self._expand(f"{block}.{reader}", f"{adapted}.{reader}", segment, gain)
-            self._swap(f"{block}.{norm_name}", ExpandedNorm(norm, segment.rank, self.layout.norm, self.state.tasks))
+            self._swap(f"{block}.{norm_name}", ExpandedNorm(norm, segment.rank, self.layout.norm, self.tasks))
         for writer in self.layout.writers:
             self._expand(f"{block}.{writer}", f"{adapted}.{writer}", segment, None)
 
     def _expand(self, name: str, adapted: str, segment: Segment, gain: Tensor | None) -> None:
         """Expand one matrix: a reader behind a norm of this `gain`, or a writer."""
         module = self.model.get_submodule(name)
-        stored = _weight(self.model, name)
+        stored = weight_of(self.model, name)
         weight = stored.data.T if self.layout.conv1d else stored.data
         base_bias = getattr(module, "bias", None)
         build = _writer_weight if gain is None else _reader_weight
@@ -244,16 +197,15 @@ class _Loader:
         expanded = build(weight, segment.Q.to(weight.device), blocks, gain)
         biases = [t.biases.get(adapted) for t in self.adapter.tasks]
         table = _bias_table(base_bias, biases, weight, segment, len(expanded), writes=gain is None)
-        single = table is not None and len(biases) == 1 and self.state.tasks.count == 1
+        single = table is not None and len(biases) == 1 and self.tasks.count == 1
         bias = None if table is None else table[1] if single else None
-        swapped = ExpandedLinear(expanded, bias, None if single else table, self.state.tasks)
+        swapped = ExpandedLinear(expanded, bias, None if single else table, self.tasks)
         self.state.transposed[name] = self.layout.conv1d
         self._swap(name, swapped)
         stored.data = stored.data.new_empty(0)
 
     def _swap(self, name: str, module: nn.Module) -> None:
-        self.state.modules.setdefault(name, self.model.get_submodule(name))
-        _set_module(self.model, name, module.train(self.model.training))
+        self.state.swap(self.model, name, module)
 
 
 def _through_edge(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

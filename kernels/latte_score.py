@@ -18,7 +18,6 @@ from adapt_convert.convert.latte_layout import ScoreLayout
 from adapt_convert.convert.latte_score import score_blocks, widened
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter
-from adapt_convert.kernels.attach import _set_module, _set_parameter
 
 if TYPE_CHECKING:
     from adapt_convert.kernels.latte import LatteState
@@ -97,7 +96,7 @@ def load_scores(model: nn.Module, adapter: LatteAdapter, layout: ScoreLayout, li
     task = adapter.tasks[0]
     for name, value in task.exact.items():
         assert isinstance(value, Tensor)
-        _set_parameter(model, live(name), value, state.exact)
+        state.set_parameter(model, live(name), value)
     state.for_all_rows = ["the attention"]
     adapted = sorted({name.rpartition(".")[0].removesuffix(f".{layout.owner}") for name in task.scores})
     for path in adapted:
@@ -105,8 +104,7 @@ def load_scores(model: nn.Module, adapter: LatteAdapter, layout: ScoreLayout, li
         factors = {name.removeprefix(prefix): value for name, value in task.scores.items() if name.startswith(prefix)}
         swaps, attributes = swaps_of(model.get_submodule(block), layout, factors)
         for name, module in swaps.items():
-            state.modules[f"{block}.{name}"] = model.get_submodule(f"{block}.{name}")
-            _set_module(model, f"{block}.{name}", module.train(model.training))
+            state.swap(model, f"{block}.{name}", module)
         owner = model.get_submodule(f"{block}.{layout.owner}")
         for name, size in attributes.items():
             state.attributes.append((owner, name, int(getattr(owner, name))))

@@ -1,0 +1,88 @@
+"""LoRTA on a live `transformers` model: every adapted matrix adds its slices of the common tensor, never forming them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_convert.convert.lorta import reference_slots
+from adapt_convert.formats.checkpoint import TensorStore, weight_files
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location
+from adapt_convert.formats.lorta import LortaBlock, Slot, read_lorta_blocks
+from adapt_convert.formats.peft import PREFIX
+from adapt_convert.kernels.lorta import lorta_add, lorta_apply
+from adapt_convert.kernels.surgery import STATE, Replaced, weight_of
+
+
+class LortaModule(nn.Module):
+    """A linear layer with its slices of a LoRTA added; `base` is the untouched layer. The factors are shared, not copied."""
+
+    def __init__(self, base: nn.Module, slices: list[tuple[Slot, Tensor, Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.base = base
+        self.slices = slices
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        for slot, a, b, heads in self.slices:
+            if slot.start is None:
+                y = lorta_add(y, x, a, b, heads, reads=slot.transposed)
+            else:
+                added = lorta_apply(x, a, b, heads, reads=slot.transposed)
+                y = torch.cat([y[..., : slot.start], y[..., slot.start : slot.stop] + added, y[..., slot.stop :]], dim=-1)
+        return y
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # callers that look at `.weight` or `.in_features` mean the layer
+            return getattr(super().__getattr__("base"), name)  # type: ignore[no-any-return]
+
+
+def load_lorta(model: nn.Module, location: Location, config: dict[str, Any]) -> nn.Module:
+    """Add the LoRTA at `location`, whose `adapter_config.json` is `config`; the model is unchanged if that raises `AdaptError`."""
+    store = TensorStore(weight_files(location))
+    blocks = read_lorta_blocks(location, store, config, reference_slots([name for name, _ in model.named_modules()], _config_of(model)))
+    names = {key.removeprefix(PREFIX): key for key in store.infos if not key.rsplit(".", 1)[-1].startswith("lora_")}
+    state = Replaced()
+    setattr(model, STATE, state)
+    try:
+        for name, key in names.items():
+            state.set_parameter(model, name, store.read(key))
+        _attach_slices(model, blocks, state)
+    except BaseException:
+        state.restore(model)
+        raise
+    return model
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return config.to_dict() if config is not None else {}
+
+
+def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: Replaced) -> None:
+    slices: dict[str, list[tuple[Slot, Tensor, Tensor, Tensor]]] = {}
+    for block in blocks:
+        f = block.factors
+        shared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        for slot in block.slots:
+            weight = weight_of(model, slot.module)
+            _check_fits(model, block, slot, weight)
+            where = (weight.device, weight.dtype)
+            a, b = shared.setdefault(where, (f.A.to(*where), f.B.to(*where)))
+            heads = (f.C_h[block.group[slot.matrix]] * f.C_l[slot.layer] * f.C_m[slot.matrix]).to(*where)
+            slices.setdefault(slot.module, []).append((slot, a, b, heads))
+    for name, parts in slices.items():
+        state.swap(model, name, LortaModule(model.get_submodule(name), parts))
+
+
+def _check_fits(model: nn.Module, block: LortaBlock, slot: Slot, weight: Tensor) -> None:
+    conv1d = type(model.get_submodule(slot.module)).__name__ == "Conv1D"  # GPT-2 stores (in, out)
+    rows, columns = weight.shape[::-1] if conv1d else weight.shape
+    found = block.shape(slot)
+    if found[1] != columns or (found[0] != rows if slot.stop is None else slot.stop > rows):
+        raise AdaptError(f"the adapter's delta of {slot.module} is {list(found)}, the model's weight {[rows, columns]}")
