@@ -75,7 +75,9 @@ def _conversion_options(command: Callable[..., Any], to: str = "lora") -> Callab
             help="LoRTA only: paper, or reference for the layout of github.com/ihounie/lorta.",
         ),
         click.option(
-            "--segments", metavar="N", default="1", show_default=True, help="LatTE only: runs of layers with a basis each, or auto."
+            "--segments",
+            metavar="N",
+            help="LatTE only: runs of layers with a basis each (1; post-norm encoders: one per layer), or auto.",
         ),
         click.option(
             "--construction",

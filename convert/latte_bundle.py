@@ -82,7 +82,7 @@ def _open(base: str | Path, source: str | Path, options: Options, progress: Prog
 
 
 def _refuse_unshared(stored: dict[Entry, float], effective: Effective) -> None:
-    per_row = {effective.module_name(effective.layout.final_norm), "q_norm", "k_norm"}
+    per_row = effective.norms_by_task() | {"q_norm", "k_norm"}
     folded = effective.folded()
     for entry in stored:
         if entry.name not in folded and not {entry.module, entry.module.rpartition(".")[2]} & per_row:

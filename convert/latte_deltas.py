@@ -2,7 +2,8 @@
 
 A reader computes `W (g * n(h)) + b`, so what has to be added to it is `D_eff = W_ft diag(g_ft) - W_base diag(g_base)`; a writer
 adds `D = W_ft - W_base`. Where the norm subtracts a mean, no reader sees the uniform direction of the residual stream, and both
-kinds are stripped of it, so that every basis made from them is orthogonal to it.
+kinds are stripped of it, so that every basis made from them is orthogonal to it. Where the stream itself is normalised (post-norm
+encoders), a reader reads it as it is and its delta is `D` too.
 """
 
 from __future__ import annotations
@@ -22,19 +23,17 @@ from adapt_convert.formats.errors import AdaptError
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of the network: `norm` is the module whose output it reads; None makes it a writer.
+    """One matrix of the network, which `reads` the residual stream or writes to it.
 
-    `entry` is its row of the plan, None where the source leaves it as it is.
+    `norm` is the module between the stream and a reader, None where there is none; `entry` is the matrix's row of the plan, None
+    where the source leaves it as it is.
     """
 
     module: str
     layer: int
+    reads: bool
     norm: str | None
     entry: Entry | None
-
-    @property
-    def reads(self) -> bool:
-        return self.norm is not None
 
 
 class Effective:
@@ -63,14 +62,14 @@ class Effective:
             block = self.layout.block.format(layer)
             for norm, readers in self.layout.readers.items():
                 for reader in readers:
-                    yield self._matrix(f"{block}.{reader}", layer, self.module_name(f"{block}.{norm}"))
+                    yield self._matrix(f"{block}.{reader}", layer, True, self.module_name(f"{block}.{norm}") if norm else None)
             for writer in self.layout.writers:
-                yield self._matrix(f"{block}.{writer}", layer, None)
+                yield self._matrix(f"{block}.{writer}", layer, False, None)
 
-    def _matrix(self, module: str, layer: int, norm: str | None) -> Matrix:
+    def _matrix(self, module: str, layer: int, reads: bool, norm: str | None) -> Matrix:
         module = self.module_name(module)
         entry = self._entries.get(f"{module}.weight")
-        return Matrix(module, layer, norm, entry if entry and entry.action == "factor" else None)
+        return Matrix(module, layer, reads, norm, entry if entry and entry.action == "factor" else None)
 
     def module_name(self, module: str) -> str:
         """A module's name in the model class that the plan is for."""
@@ -101,7 +100,7 @@ class Effective:
         return self._centre(delta, dim=1)
 
     def _centre(self, delta: Delta | None, dim: int) -> Delta | None:
-        if delta is None or self.layout.norm != "layer":
+        if delta is None or self.layout.norm != "layer" or self.layout.post_norms:
             return delta
         if isinstance(delta, DenseDelta):
             return DenseDelta(delta.weight - delta.weight.mean(dim, keepdim=True))
@@ -153,6 +152,13 @@ class Effective:
         """The base's matrix, `(out, in)` float32."""
         weight = self.pairs.base.read(self.plan.base_keys[f"{module}.weight"]).to(self.pairs.device, torch.float32)
         return weight.T if self.layout.conv1d else weight
+
+    def norms_by_task(self) -> frozenset[str]:
+        """The norms whose own values each row of a mixed batch can have: those that no delta contains."""
+        if not self.layout.post_norms:
+            return frozenset({self.module_name(self.layout.final_norm)})
+        blocks = [self.layout.block.format(layer) for layer in range(self.layers)]
+        return frozenset(self.module_name(f"{block}.{norm}") for block in blocks for norm in self.layout.post_norms)
 
     def folded(self) -> frozenset[str]:
         """The parameters that need no storing of their own, because the deltas and biases above contain them."""

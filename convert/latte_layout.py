@@ -1,7 +1,7 @@
 """Where LatTE's expansion acts in each supported architecture: which norm feeds which readers, and which matrices write.
 
 The residual-stream construction needs to know the norm before every reader, because the norm's gain is folded into the
-reader's effective delta, and needs each block to be `h + writer(...)` with nothing in between.
+reader's effective delta, and needs each block to be `h + writer(...)`, with nothing in between or, after that, a norm.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Layout:
     `block` has `{}` for the layer number; `readers` leads from a norm to the matrices that read its output, `writers` are the
     matrices that add to the residual stream, all below `block`. `norm` says how a gain acts: `rms` multiplies by the weight,
     `gemma` by one plus the weight, `layer` also subtracts the mean and adds a bias.
+    `post_norms` are the norms that follow the writers' additions, in order, of encoders that normalise the stream itself: their
+    readers read the stream as it is, so no gain is folded (the key of `readers` is empty) and no norm is left at the end.
     """
 
     block: str
@@ -30,6 +32,7 @@ class Layout:
     final_norm: str
     norm: NormKind
     conv1d: bool = False
+    post_norms: tuple[str, ...] = ()
 
     @property
     def layers(self) -> str:
@@ -38,6 +41,9 @@ class Layout:
 
 
 _ATTENTION = tuple(f"self_attn.{role}_proj" for role in "qkv")
+_BERT_SELF = "attention.self"
+_BERT_INPUTS = tuple(f"{_BERT_SELF}.{name}" for name in ("query", "key", "value"))
+_VIT_INPUTS = tuple(f"attention.{role}_proj" for role in "qkv")
 _LLAMA_READERS = {"input_layernorm": _ATTENTION, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
 _LLAMA_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 _LLAMA = Layout("model.layers.{}", _LLAMA_READERS, _LLAMA_WRITERS, "model.norm", "rms")
@@ -58,11 +64,40 @@ _OPT = Layout(
     "layer",
 )
 
+_VIT = Layout(
+    "vit.layers.{}",
+    {"layernorm_before": _VIT_INPUTS, "layernorm_after": ("mlp.fc1",)},
+    ("attention.o_proj", "mlp.fc2"),
+    "vit.layernorm",
+    "layer",
+)
+
+
+def _bert(encoder: str) -> Layout:
+    readers = (*_BERT_INPUTS, "intermediate.dense")
+    writers = ("attention.output.dense", "output.dense")
+    norms = ("attention.output.LayerNorm", "output.LayerNorm")
+    return Layout(f"{encoder}.encoder.layer.{{}}", {"": readers}, writers, "", "layer", post_norms=norms)
+
+
+_DISTILBERT = Layout(
+    "distilbert.transformer.layer.{}",
+    {"": (*(f"attention.{role}_lin" for role in "qkv"), "ffn.lin1")},
+    ("attention.out_lin", "ffn.lin2"),
+    "",
+    "layer",
+    post_norms=("sa_layer_norm", "output_layer_norm"),
+)
+
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
     "gemma": _GEMMA,
     "gpt2": _GPT2,
     "opt": _OPT,
+    "vit": _VIT,
+    "bert": _bert("bert"),
+    **dict.fromkeys(("roberta", "xlm-roberta"), _bert("roberta")),
+    "distilbert": _DISTILBERT,
 }
 _WHY_NOT = {
     "gemma2": "it normalises what its writers add, and that norm depends on more than the carried dims",
@@ -87,7 +122,7 @@ def _variant_reason(model_type: str, config: Mapping[str, Any]) -> str:
         return "this one normalises after its residual additions"
     if model_type == "opt" and config.get("_remove_final_layer_norm"):
         return "this one has no final norm"
-    if model_type == "gpt2" and config.get("add_cross_attention"):
+    if config.get("add_cross_attention"):
         return "this one has cross-attention"
     return ""
 
@@ -108,9 +143,6 @@ class ScoreLayout:
     conv1d: bool = False
 
 
-_BERT_SELF = "attention.self"
-_BERT_INPUTS = tuple(f"{_BERT_SELF}.{name}" for name in ("query", "key", "value"))
-_VIT_INPUTS = tuple(f"attention.{role}_proj" for role in "qkv")
 SCORE_LAYOUTS: dict[str, ScoreLayout] = {
     "gpt2": ScoreLayout("transformer.h.{}", ("attn.c_attn",), "attn.c_proj", "attn", conv1d=True),
     "opt": ScoreLayout("model.decoder.layers.{}", _ATTENTION, "self_attn.out_proj", "self_attn"),
@@ -133,14 +165,14 @@ def score_layout_of(config: Mapping[str, Any], origin: str) -> ScoreLayout:
     raise AdaptError(f"{origin}: --construction score does not support {model_type}; supported: {', '.join(SCORE_LAYOUTS)}; use --to lora")
 
 
-def check_latte(config: Mapping[str, Any], origin: str, rank: int | None, segments: int | str, construction: str) -> None:
+def check_latte(config: Mapping[str, Any], origin: str, rank: int | None, segments: int | str | None, construction: str) -> None:
     """Refuse, from `config.json` alone, what a LatTE of this base cannot be. Raises `AdaptError`."""
     if construction == "score":
         score_layout_of(config, origin)
     else:
         layout_of(config, origin)
-    width = next((int(config[n]) for n in ("hidden_size", "n_embd", "d_model") if isinstance(config.get(n), int)), None)
-    layers = next((int(config[n]) for n in ("num_hidden_layers", "n_layer") if isinstance(config.get(n), int)), None)
+    width = next((int(config[n]) for n in ("hidden_size", "n_embd", "d_model", "dim") if isinstance(config.get(n), int)), None)
+    layers = next((int(config[n]) for n in ("num_hidden_layers", "n_layer", "n_layers") if isinstance(config.get(n), int)), None)
     if rank is not None and width is not None and rank > width:
         raise AdaptError(f"--rank {rank}: the residual stream of {origin} is {width} wide; a basis of it has at most {width} dims")
     if isinstance(segments, int) and layers is not None and segments > layers:

@@ -1,7 +1,8 @@
 """Segments: where the layers are cut into runs with a basis of their own, and the search for the cheapest cut.
 
 One segment is the paper's single pass through the network; more of them need a smaller basis each for the same captured energy,
-and two thin products at every cut.
+and two thin products at every cut. Post-norm encoders leave and enter at every norm anyway, so that a basis for each layer costs
+them no time.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def find_segments(tasks: Sequence[Effective], options: Options, progress: Progre
     """
     first = tasks[0]
     scales = [1.0] if len(tasks) == 1 else [_norm(task, progress) for task in tasks]
-    if isinstance(options.segments, int):
-        return _bases(tasks, scales, options.segments, options, progress), []
+    asked = options.segments or (first.layers if first.layout.post_norms else 1)
+    if isinstance(asked, int):
+        return _bases(tasks, scales, asked, options, progress), []
     powers = [2**i for i in range(first.layers.bit_length()) if 2**i < first.layers]
     tried = [_bases(tasks, scales, count, options, progress) for count in (*powers, first.layers)]
     costs = [predicted_cost(first, segments, len(tasks)) for segments in tried]
@@ -77,5 +79,7 @@ def predicted_cost(effective: Effective, segments: Iterable[Segment], tasks: int
         far = sum(
             effective.shape(m)[0 if m.reads else 1] for m in effective.matrices if segment.start <= m.layer < segment.stop
         )  # fmt: skip
-        total += (tasks + 1) * segment.rank * far + (tasks + 2) * segment.rank * effective.width + _CUT_OVERHEAD
+        norms = len(effective.layout.post_norms) * (segment.stop - segment.start)
+        edges = norms * 2 * segment.rank if norms else (tasks + 2) * segment.rank
+        total += (tasks + 1) * segment.rank * far + edges * effective.width + (norms or 1) * _CUT_OVERHEAD
     return total

@@ -24,8 +24,8 @@ class Options:
     """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
-    without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number or `auto`), `construction` and `heads`
-    are LatTE's. Raises `AdaptError` on anything out of range.
+    without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
+    `construction` and `heads` are LatTE's. Raises `AdaptError` on anything out of range.
     """
 
     to: str = "lora"
@@ -39,7 +39,7 @@ class Options:
     seed: int = 0
     orientation: Orientation = "paper"
     strict: bool = False
-    segments: int | str = 1
+    segments: int | str | None = None
     construction: str = "residual"
     heads: str = "wider"
 
@@ -76,11 +76,11 @@ class Options:
         for name, choices in (("construction", CONSTRUCTIONS), ("heads", HEADS)):
             if getattr(self, name) not in choices:
                 raise AdaptError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
-        usual = {"segments": 1, "construction": "residual", "heads": "wider"}
+        usual = {"segments": None, "construction": "residual", "heads": "wider"}
         given = next((name for name, value in usual.items() if getattr(self, name) != value), "")
         if given and self.to != "latte":
             raise AdaptError(f"--{given} is an option of --to latte")
-        if self.segments != "auto" and (not isinstance(self.segments, int) or self.segments < 1):
+        if isinstance(self.segments, int) and self.segments < 1:
             raise AdaptError(f"--segments {self.segments}: must be auto or a whole number of at least 1")
         if self.segments == "auto" and self.energy is None:
             raise AdaptError("--segments auto looks for the cheapest segments of a given captured energy: give --energy")

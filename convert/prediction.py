@@ -33,7 +33,7 @@ def _factor_numbers(plan: Plan, options: Options) -> int:
         return sum(min(options.rank or max(shape), *shape) * sum(shape) for shape in shapes)
     if options.to == "latte":  # each matrix keeps its far side, each segment a basis of the near one
         wide = max(min(shape) for shape in shapes)
-        segments = options.segments if isinstance(options.segments, int) else len(shapes)
+        segments = options.segments if isinstance(options.segments, int) else 1 if options.segments is None else len(shapes)
         return (options.rank or wide) * (sum(max(shape) for shape in shapes) + segments * wide)
     heads = heads_of(plan.config)
     places = [entry.place for entry in plan.having("factor") if entry.place]

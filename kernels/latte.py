@@ -16,8 +16,9 @@ from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_o
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location
-from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, ExpandedNorm, SegmentEdge, TaskNorm
+from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, ExpandedNorm, PostNorm, PostNormEntry, SegmentEdge, TaskNorm
 from adapt_convert.kernels.latte_score import load_scores
+from adapt_convert.kernels.latte_weights import bias_table, check_blocks, give_back_weight, post_norm_weight, reader_weight, writer_weight
 from adapt_convert.kernels.surgery import STATE, Replaced, weight_of
 from adapt_convert.kernels.tasks import Tasks
 
@@ -41,7 +42,7 @@ class LatteState(Replaced):
         for owner, attribute, size in self.attributes:
             setattr(owner, attribute, size)
         for name, transposed in self.transposed.items():
-            _give_back_weight(self.modules[name], model.get_submodule(name), transposed)
+            give_back_weight(self.modules[name], model.get_submodule(name), transposed)
         return super().restore(model)
 
 
@@ -119,16 +120,18 @@ class _Loader:
 
     def run(self) -> None:
         self._set_exact()
-        previous: Segment | None = None
-        for segment in self.adapter.segments:
-            self._enter(segment, previous)
+        segments = self.adapter.segments
+        for number, segment in enumerate(segments):
+            after = segments[number + 1] if number + 1 < len(segments) else None
+            if segment.start == 0 or not self.layout.post_norms:
+                self._enter(segment, segments[number - 1] if number else None)
             for layer in range(segment.start, segment.stop):
-                self._expand_layer(self.names.of(self.layout.block.format(layer)), layer, segment)
-            previous = segment
-        assert previous is not None
-        name = self.names.of(self.layout.final_norm)
-        norm = self.model.get_submodule(name)
-        self._swap(name, ExitNorm(norm, self._edge(previous, None, _parameter(norm))))
+                behind = segment if layer + 1 < segment.stop else after
+                self._expand_layer(layer, segment, behind)
+        if not self.layout.post_norms:
+            name = self.names.of(self.layout.final_norm)
+            norm = self.model.get_submodule(name)
+            self._swap(name, ExitNorm(norm, self._edge(segments[-1], None, _parameter(norm))))
 
     def _set_exact(self) -> None:
         """Parameters held by value: those of norms by task and row, others for every row, which one adapter alone can ask for."""
@@ -167,36 +170,56 @@ class _Loader:
     def _enter(self, segment: Segment, previous: Segment | None) -> None:
         name = self.names.of(self.layout.block.format(segment.start))
         layer = self.model.get_submodule(name)
-        layer.latte_edge = self._edge(previous, segment, _parameter(layer))
+        like = _parameter(layer)
+        edge = self._post_norm_entry(segment, like) if self.layout.post_norms else self._edge(previous, segment, like)
+        assert edge is not None
+        layer.latte_edge = edge
         self.state.edges[name] = layer.register_forward_pre_hook(_through_edge, with_kwargs=True)
 
     def _edge(self, leaving: Segment | None, entering: Segment | None, like: Tensor) -> SegmentEdge:
         out, into = (None if s is None else s.Q.to(like.device, like.dtype) for s in (leaving, entering))
         return SegmentEdge(out, into, self.tasks)
 
-    def _expand_layer(self, block: str, layer: int, segment: Segment) -> None:
-        adapted = self.layout.block.format(layer)
-        for norm_name, readers in self.layout.readers.items():
-            norm = self.model.get_submodule(f"{block}.{norm_name}")
-            gain = _parameter(norm).float() + (1.0 if self.layout.norm == "gemma" else 0.0)
-            for reader in readers:
-                self._expand(f"{block}.{reader}", f"{adapted}.{reader}", segment, gain)
-            self._swap(f"{block}.{norm_name}", ExpandedNorm(norm, segment.rank, self.layout.norm, self.tasks))
-        for writer in self.layout.writers:
-            self._expand(f"{block}.{writer}", f"{adapted}.{writer}", segment, None)
+    def _post_norm_entry(self, segment: Segment | None, like: Tensor) -> PostNormEntry | None:
+        return None if segment is None else PostNormEntry(segment.Q.to(like.device, like.dtype), self.tasks)
 
-    def _expand(self, name: str, adapted: str, segment: Segment, gain: Tensor | None) -> None:
-        """Expand one matrix: a reader behind a norm of this `gain`, or a writer."""
+    def _expand_layer(self, layer: int, segment: Segment, behind: Segment | None) -> None:
+        """Swap what a layer calls; `behind` is the segment of the next layer, None after the last."""
+        path = self.layout.block.format(layer)
+        for norm_name, readers in self.layout.readers.items():
+            norm = self.model.get_submodule(self.names.of(f"{path}.{norm_name}")) if norm_name else None
+            gain = None if norm is None else _parameter(norm).float() + (1.0 if self.layout.norm == "gemma" else 0.0)
+            for reader in readers:
+                self._expand(f"{path}.{reader}", segment, reads=True, gain=gain)
+            if norm is not None:
+                self._swap(self.names.of(f"{path}.{norm_name}"), ExpandedNorm(norm, segment.rank, self.layout.norm, self.tasks))
+        for writer in self.layout.writers:
+            self._expand(f"{path}.{writer}", segment, reads=False)
+        for norm_name in self.layout.post_norms:
+            entering = behind if norm_name == self.layout.post_norms[-1] else segment
+            name = self.names.of(f"{path}.{norm_name}")
+            norm = self.model.get_submodule(name)
+            like = _parameter(norm)
+            self._swap(name, PostNorm(norm, segment.Q.to(like.device, like.dtype), self._post_norm_entry(entering, like), self.tasks))
+
+    def _expand(self, adapted: str, segment: Segment, reads: bool, gain: Tensor | None = None) -> None:
+        """Expand one matrix, by its name in the adapter: a reader behind a norm of this `gain` or behind none, or a writer."""
+        name = self.names.of(adapted)
         module = self.model.get_submodule(name)
         stored = weight_of(self.model, name)
         weight = stored.data.T if self.layout.conv1d else stored.data
-        base_bias = getattr(module, "bias", None)
-        build = _writer_weight if gain is None else _reader_weight
-        blocks = [(t.writers if gain is None else t.readers).get(adapted) for t in self.adapter.tasks]
-        _check_blocks(blocks, weight, segment, gain is not None, f"{self.origin}: {adapted}")
-        expanded = build(weight, segment.Q.to(weight.device), blocks, gain)
+        blocks = [(t.readers if reads else t.writers).get(adapted) for t in self.adapter.tasks]
+        check_blocks(blocks, weight, segment, reads, f"{self.origin}: {adapted}")
+        Q = segment.Q.to(weight.device)
+        if gain is not None:
+            expanded = reader_weight(weight, Q, blocks, gain)
+        elif self.layout.post_norms:
+            expanded = post_norm_weight(weight, segment.rank, blocks, reads)
+        else:
+            expanded = writer_weight(weight, Q, blocks)
+        carried = None if reads or self.layout.post_norms else Q
         biases = [t.biases.get(adapted) for t in self.adapter.tasks]
-        table = _bias_table(base_bias, biases, weight, segment, len(expanded), writes=gain is None)
+        table = bias_table(getattr(module, "bias", None), biases, weight, carried, len(expanded))
         single = table is not None and len(biases) == 1 and self.tasks.count == 1
         bias = None if table is None else table[1] if single else None
         swapped = ExpandedLinear(expanded, bias, None if single else table, self.tasks)
@@ -219,73 +242,3 @@ def _parameter(module: nn.Module) -> Tensor:
     """A parameter of the module that tells its device and dtype; of a norm, its gain."""
     weight = getattr(module, "weight", None)
     return weight.detach() if isinstance(weight, Tensor) else next(p for p in module.parameters() if p.is_floating_point()).detach()
-
-
-def _check_blocks(blocks: list[Tensor | None], weight: Tensor, segment: Segment, reads: bool, where: str) -> None:
-    expected = (weight.shape[0], segment.rank) if reads else (segment.rank, weight.shape[1])
-    for block in blocks:
-        if block is not None and tuple(block.shape) != expected:
-            raise AdaptError(f"{where}: has a block of {list(block.shape)}, the model needs {list(expected)}: made for another base")
-    if segment.Q.shape[0] != weight.shape[1 if reads else 0]:
-        raise AdaptError(
-            f"{where}: the adapter's residual stream is {segment.Q.shape[0]} wide, the model's {weight.shape[1 if reads else 0]}"
-        )
-
-
-def _reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor | None) -> Tensor:
-    """`[W | B_1 .. B_T | W g Q]`; for one task `[W | B | B + W g Q]`, as its norm yields `w` and not `s = w + t`."""
-    assert gain is not None
-    (rows, d), r, count = weight.shape, Q.shape[1], len(blocks)
-    expanded = weight.new_zeros(rows, d + (count + 1) * r)
-    expanded[:, :d] = weight
-    carried = weight.float() @ (gain[:, None] * Q)
-    for number, block in enumerate(blocks):
-        if block is not None:
-            expanded[:, d + number * r : d + (number + 1) * r] = block.to(weight.device)
-    if count == 1 and blocks[0] is not None:
-        carried += blocks[0].to(weight.device, torch.float32)
-    expanded[:, d + count * r :] = carried
-    return expanded
-
-
-def _writer_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor | None) -> Tensor:
-    """`[W; Q^T W; S_1; ..; S_T]`: what it adds to h, to w and to every t."""
-    (d, columns), r = weight.shape, Q.shape[1]
-    expanded = weight.new_zeros(d + (len(blocks) + 1) * r, columns)
-    expanded[:d] = weight
-    expanded[d : d + r] = Q.T @ weight.float()
-    for number, block in enumerate(blocks, 1):
-        if block is not None:
-            expanded[d + number * r : d + (number + 1) * r] = block.to(weight.device)
-    return expanded
-
-
-def _bias_table(
-    base: Tensor | None, biases: list[Tensor | None], weight: Tensor, segment: Segment, rows: int, writes: bool
-) -> Tensor | None:
-    """The expanded bias of the base and of every task, `(T + 1, rows)`; one row pair suffices where no task changes it."""
-    if base is None and all(bias is None for bias in biases):
-        return None
-    own = torch.zeros(weight.shape[0], device=weight.device) if base is None else base.detach().float()
-    stacked = torch.stack([own, *(own if bias is None else bias.to(weight.device, torch.float32) for bias in biases)])
-    if writes:
-        Q = segment.Q.to(weight.device)
-        stacked = torch.cat([stacked, stacked @ Q, stacked.new_zeros(len(stacked), rows - stacked.shape[1] - Q.shape[1])], dim=1)
-    return stacked.to(weight.dtype)
-
-
-def _give_back_weight(module: nn.Module, swapped: nn.Module, transposed: bool) -> None:
-    """The base's weight out of the expanded one, into the parameter that held it."""
-    assert isinstance(swapped, ExpandedLinear)
-    rows, columns = _base_shape(module, transposed)
-    weight = swapped.weight[:rows, :columns]
-    parameter = module.weight
-    assert isinstance(parameter, nn.Parameter)
-    parameter.data = (weight.T if transposed else weight).clone(memory_format=torch.contiguous_format)
-
-
-def _base_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
-    """`(out, in)` of a linear layer or of GPT-2's Conv1D, whose parameter lies empty meanwhile."""
-    if transposed:
-        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 Between entry and exit the decoder layer's own `residual + hidden` carries `[h; w; t_1 .. t_T]` (kernels/expanded_norm.py), because
 every matrix that writes to the residual stream yields all of it and every norm reads all of it. Attention, MLP and cache between
-them see what they always see.
+them see what they always see. In post-norm encoders every norm is an exit and the next entry (`PostNorm`).
 """
 
 from __future__ import annotations
@@ -44,9 +44,58 @@ class SegmentEdge(nn.Module):
         t = x[..., d + r :]
         mask = self.tasks.mask_for(x)
         if mask is not None:
-            m = mask.to(x.dtype).view(mask.shape[0], *(1,) * (x.ndim - 2), self.tasks.count, 1)
-            t = (t.reshape(*t.shape[:-1], self.tasks.count, r) * m).sum(-2)
+            t = (_by_task(t, r) * _by_row(mask, x)).sum(-2)
         return x[..., :d] + functional.linear(t, Q)
+
+
+class PostNormEntry(nn.Module):
+    """The stream of a post-norm encoder between two of its norms: `h` -> `[h; m_1 w; ..; m_T w; w]` with `w = Q^T h`."""
+
+    Q: Tensor
+
+    def __init__(self, Q: Tensor, tasks: Tasks) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.register_buffer("Q", Q, persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        w = functional.linear(h, self.Q.T)
+        mask = self.tasks.mask_for(h)
+        own = w if mask is None else (w.unsqueeze(-2) * _by_row(mask, h)).flatten(-2)
+        return torch.cat([h, own, w], dim=-1)
+
+
+class PostNorm(nn.Module):
+    """A norm of the residual stream itself, `base`, after a writer's addition: the true residual, its norm, and the next entry.
+
+    It meets `[h + W z; m_k w + S_k z for every task k; w]`, so that `t = S_k z` of a row of task k is the difference of two carried
+    parts, and yields the norm of `h + W z + Q t`.
+    """
+
+    Q: Tensor
+
+    def __init__(self, base: nn.Module, Q: Tensor, entry: PostNormEntry | None, tasks: Tasks) -> None:
+        super().__init__()
+        self.base, self.entry, self.tasks = base, entry, tasks
+        self.register_buffer("Q", Q, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        d, r = self.Q.shape
+        w, t = x[..., -r:], x[..., d:-r]
+        mask = self.tasks.mask_for(x)
+        t = t - w if mask is None else ((_by_task(t, r) - w.unsqueeze(-2)) * _by_row(mask, x)).sum(-2)
+        h: Tensor = self.base(x[..., :d] + functional.linear(t, self.Q))
+        return h if self.entry is None else self.entry(h)
+
+
+def _by_task(parts: Tensor, rank: int) -> Tensor:
+    """`(rows, .., T R)` as `(rows, .., T, R)`."""
+    return parts.reshape(*parts.shape[:-1], -1, rank)
+
+
+def _by_row(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask of tasks `(rows, T)` as a factor of values `(rows, .., T, R)`, in the dtype of x."""
+    return mask.to(x.dtype).view(mask.shape[0], *(1,) * (x.ndim - 2), mask.shape[1], 1)
 
 
 class ExpandedNorm(nn.Module):

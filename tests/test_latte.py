@@ -12,6 +12,10 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -26,6 +30,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
 )
 
 import adapt_convert
@@ -47,6 +57,25 @@ CASES: dict[str, tuple[type, Any]] = {
     "gemma": (GemmaForCausalLM, GemmaConfig(**_GQA, head_dim=8)),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**_TEXT, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
     "opt": (OPTForCausalLM, OPTConfig(**_OPT)),
+}
+_ENCODER = _SIZE | {"intermediate_size": 48, "max_position_embeddings": 64}
+ENCODERS: dict[str, tuple[type, Any]] = {
+    "bert": (BertForMaskedLM, BertConfig(**_ENCODER)),
+    "roberta": (RobertaForMaskedLM, RobertaConfig(**_ENCODER)),
+    "xlm-roberta": (XLMRobertaForMaskedLM, XLMRobertaConfig(**_ENCODER)),
+    "distilbert": (
+        DistilBertForMaskedLM,
+        DistilBertConfig(vocab_size=96, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64, pad_token_id=0),
+    ),
+}
+
+VISION: dict[str, tuple[type, Any]] = {
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8, num_labels=3
+        ),
+    )
 }
 
 
@@ -74,12 +103,14 @@ def plant(model: Any, Q: torch.Tensor, seed: int = 1) -> None:
     for number in range(model.config.num_hidden_layers):
         block = model.get_submodule(layout.block.format(number))
         for norm_name, readers in layout.readers.items():
-            norm = block.get_submodule(norm_name)
-            old = norm.weight.data + offset
-            new = old * (1 + 2 * draw(len(old)))
-            norm.weight.data = new - offset
-            if getattr(norm, "bias", None) is not None:
-                norm.bias.data += draw(len(old))
+            old = new = torch.ones(len(Q))
+            if norm_name:  # else nothing stands between the stream and its readers
+                norm = block.get_submodule(norm_name)
+                old = norm.weight.data + offset
+                new = old * (1 + 2 * draw(len(old)))
+                norm.weight.data = new - offset
+                if getattr(norm, "bias", None) is not None:
+                    norm.bias.data += draw(len(old))
             for reader in map(block.get_submodule, readers):
                 weight = reader.weight.data.T if layout.conv1d else reader.weight.data
                 changed = (weight * old + draw(len(weight), Q.shape[1]) @ Q.T) / new
@@ -94,9 +125,12 @@ def plant(model: Any, Q: torch.Tensor, seed: int = 1) -> None:
         for extra in ("self_attn.q_norm", "self_attn.k_norm"):
             if model.config.model_type == "qwen3":
                 block.get_submodule(extra).weight.data += draw(8)
-    final = model.get_submodule(layout.final_norm)
-    for parameter in final.parameters():
-        parameter.data += draw(len(parameter))
+        for norm_name in layout.post_norms:
+            for parameter in block.get_submodule(norm_name).parameters():
+                parameter.data += draw(len(parameter))
+    if layout.final_norm:
+        for parameter in model.get_submodule(layout.final_norm).parameters():
+            parameter.data += draw(len(parameter))
 
 
 def make_basis(d: int, rank: int, centred: bool, seed: int = 7) -> torch.Tensor:
@@ -105,14 +139,16 @@ def make_basis(d: int, rank: int, centred: bool, seed: int = 7) -> torch.Tensor:
 
 
 def save_planted(directory: Path, name: str, tasks: int = 1, rank: int = RANK, **overrides: Any) -> Planted:
-    model_class, config = CASES[name]
+    model_class, config = (CASES | ENCODERS | VISION)[name]
     config = type(config)(**{**config.to_diff_dict(), **overrides})
     torch.manual_seed(0)
     base = model_class(config).eval()
     for parameter in base.parameters():  # biases and norm gains start as zeros and ones: make them count
         parameter.data += 0.05 * torch.randn_like(parameter)
     base.save_pretrained(directory / "base")
-    planted = Planted(directory, model_class, make_basis(config.hidden_size, rank, centred=LAYOUTS[config.model_type].norm == "layer"))
+    layout = LAYOUTS[config.model_type]
+    centred = layout.norm == "layer" and not layout.post_norms
+    planted = Planted(directory, model_class, make_basis(config.hidden_size, rank, centred))
     for task in range(1, tasks + 1):
         tuned = planted.model()
         plant(tuned, planted.Q, seed=task)
@@ -161,7 +197,35 @@ def test_planted_deltas_run_exactly_on_prefill_and_decoding(name: str, planted: 
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_post_norm_encoders_run_exactly_with_a_basis_for_each_layer(name: str, planted: Callable[[str], Planted]) -> None:
+    """Every layer has a basis of its own, the hidden states behind the last one are the fine-tune's."""
+    case, inputs = planted(name), batch()
+    base, tuned = case.model(), case.model("ft1")
+    expected = logits(tuned, inputs)
+    assert (logits(base, inputs) - expected).abs().max() > 0.1
+    assert len(json.loads((case.directory / "latte" / "latte_config.json").read_text())["segments"]) == 3
+    adapt_convert.load(base, case.directory / "latte")
+    torch.testing.assert_close(logits(base, inputs), expected, atol=1e-4, rtol=0)
+    compiled = torch.compile(base, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, inputs), expected, atol=1e-4, rtol=0)
+    torch._dynamo.reset()
+
+
+def test_a_vision_encoder_runs_exactly_and_unloads(planted: Callable[[str], Planted]) -> None:
+    case = planted("vit")
+    pixels = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))}
+    model, tuned = case.model(), case.model("ft1")
+    with torch.no_grad():
+        before, expected = model(**pixels).logits, tuned(**pixels).logits
+        assert (before - expected).abs().max() > 0.1
+        adapt_convert.load(model, case.directory / "latte")
+        torch.testing.assert_close(model(**pixels).logits, expected, atol=1e-4, rtol=0)
+        adapt_convert.unload(model)
+        assert torch.equal(model(**pixels).logits, before)
+
+
+@pytest.mark.parametrize("name", [*CASES, *ENCODERS])
 def test_unload_restores_the_base_bit_for_bit(name: str, planted: Callable[[str], Planted]) -> None:
     case, inputs = planted(name), batch()
     model = case.model()

@@ -54,6 +54,18 @@ def test_every_row_of_a_mixed_batch_equals_its_own_model(name: str, bundled: Cal
         assert torch.equal(written[row], own.generate(**one, **generation)[0])
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_rows_of_post_norm_encoders_have_their_own_norms_too(name: str, bundled: Callable[[str], Planted]) -> None:
+    case, ids = bundled(name), [3, 0, 8, 1]
+    inputs = batch(rows=len(ids))
+    model = adapt_convert.load(case.model(), case.directory / "bundle")
+    with adapt_convert.task_ids(model, ids), torch.no_grad():
+        mixed = model(**inputs).logits
+    for row, task in enumerate(ids):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        torch.testing.assert_close(mixed[row][one["attention_mask"][0].bool()], logits(alone(case, task), one), atol=1e-4, rtol=0)
+
+
 def test_rows_of_task_0_are_the_base_and_so_is_a_bundle_without_task_ids(bundled: Callable[[str], Planted]) -> None:
     case, inputs = bundled("llama"), batch()
     expected = logits(case.model(), inputs)
