@@ -11,22 +11,26 @@ from torch import nn
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import latte_config_path
-from adapt_convert.formats.location import locate, read_json
-from adapt_convert.formats.peft import CONFIG
+from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.peft import CONFIG, read_lora
 from adapt_convert.formats.source import adapter_config_path
 from adapt_convert.kernels.latte import load_latte
+from adapt_convert.kernels.lora_modules import load_loras
 from adapt_convert.kernels.lorta_modules import load_lorta
 from adapt_convert.kernels.surgery import STATE, Replaced
 
 
-def load(model: nn.Module, adapter: str | Path, revision: str | None = None) -> nn.Module:
+def load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision: str | None = None) -> nn.Module:
     """Add a LoRTA or LatTE directory to `model` in place and return it; `unload` takes it off.
 
-    `model` is the base, loaded by `transformers`. Raises `AdaptError` when the adapter does not fit it; the model is then as
-    it was. A LoRA is loaded by `peft`, its own library.
+    Several PEFT LoRAs at once, as a list, serve mixed batches: `task_ids` then chooses row by row. A single LoRA is loaded by
+    `peft`, its own library. `model` is the base, loaded by `transformers`. Raises `AdaptError` when the adapter does not fit it;
+    the model is then as it was.
     """
     if hasattr(model, STATE):
         raise AdaptError("the model carries an adapter already; call adapt_convert.unload(model) first")
+    if not isinstance(adapter, str | Path):
+        return load_loras(model, [read_lora(_lora_location(path, revision)) for path in adapter])
     location = locate(adapter, revision)
     if latte_config_path(location) is not None:
         return load_latte(model, location)
@@ -37,6 +41,13 @@ def load(model: nn.Module, adapter: str | Path, revision: str | None = None) -> 
     if config.get("peft_type") != "LORTA":
         raise AdaptError(f"{adapter}: is a {config.get('peft_type')} adapter; load it with peft.PeftModel.from_pretrained")
     return load_lorta(model, location, config)
+
+
+def _lora_location(adapter: str | Path, revision: str | None) -> Location:
+    location = locate(adapter, revision)
+    if adapter_config_path(location) is None:
+        raise AdaptError(f"{adapter}: is no LoRA; a list of adapters is for LoRAs, `adapt-convert bundle` makes one LatTE of several")
+    return location
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -50,14 +61,14 @@ def unload(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
-    """Within the block, row i of every batch is of task `ids[i]`: 0 is the base, 1 the first adapter of the bundle, and so on.
+    """Within the block, row i of every batch is of task `ids[i]`: 0 is the base, 1 the first adapter, and so on.
 
-    Without it every row of a single adapter is of task 1, and every row of a bundle is the base's. `generate()` with beams or
+    Without it every row of a single adapter is of task 1, and every row of several is the base's. `generate()` with beams or
     several sequences has more rows than prompts: give one id for each. Raises `AdaptError` when an id is out of range.
     """
     state = getattr(model, STATE, None)
     if state is None or state.tasks is None:
-        raise AdaptError("the model carries no LatTE; load one with adapt_convert.load(model, DIR)")
+        raise AdaptError("the model carries no adapters to choose from; load a LatTE or a list of LoRAs with adapt_convert.load")
     chosen = [int(i) for i in ids]
     count = state.tasks.count
     wrong = [i for i in chosen if not 0 <= i <= count]

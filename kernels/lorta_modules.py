@@ -14,15 +14,14 @@ from adapt_convert.formats.location import Location
 from adapt_convert.formats.lorta import LortaBlock, Slot, read_lorta_blocks
 from adapt_convert.formats.peft import PREFIX
 from adapt_convert.kernels.lorta import lorta_add, lorta_apply
-from adapt_convert.kernels.surgery import STATE, Replaced, weight_of
+from adapt_convert.kernels.surgery import STATE, Replaced, WrappedLayer, shape_of, weight_of
 
 
-class LortaModule(nn.Module):
-    """A linear layer with its slices of a LoRTA added; `base` is the untouched layer. The factors are shared, not copied."""
+class LortaModule(WrappedLayer):
+    """A linear layer with its slices of a LoRTA added. The factors are shared, not copied."""
 
     def __init__(self, base: nn.Module, slices: list[tuple[Slot, Tensor, Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.slices = slices
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,12 +33,6 @@ class LortaModule(nn.Module):
                 added = lorta_apply(x, a, b, heads, reads=slot.transposed)
                 y = torch.cat([y[..., : slot.start], y[..., slot.start : slot.stop] + added, y[..., slot.stop :]], dim=-1)
         return y
-
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # callers that look at `.weight` or `.in_features` mean the layer
-            return getattr(super().__getattr__("base"), name)  # type: ignore[no-any-return]
 
 
 def load_lorta(model: nn.Module, location: Location, config: dict[str, Any]) -> nn.Module:
@@ -71,7 +64,7 @@ def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: Replaced) 
         shared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         for slot in block.slots:
             weight = weight_of(model, slot.module)
-            _check_fits(model, block, slot, weight)
+            _check_fits(block, slot, shape_of(model, slot.module))
             where = (weight.device, weight.dtype)
             a, b = shared.setdefault(where, (f.A.to(*where), f.B.to(*where)))
             heads = (f.C_h[block.group[slot.matrix]] * f.C_l[slot.layer] * f.C_m[slot.matrix]).to(*where)
@@ -80,9 +73,7 @@ def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: Replaced) 
         state.swap(model, name, LortaModule(model.get_submodule(name), parts))
 
 
-def _check_fits(model: nn.Module, block: LortaBlock, slot: Slot, weight: Tensor) -> None:
-    conv1d = type(model.get_submodule(slot.module)).__name__ == "Conv1D"  # GPT-2 stores (in, out)
-    rows, columns = weight.shape[::-1] if conv1d else weight.shape
-    found = block.shape(slot)
+def _check_fits(block: LortaBlock, slot: Slot, shape: tuple[int, int]) -> None:
+    (rows, columns), found = shape, block.shape(slot)
     if found[1] != columns or (found[0] != rows if slot.stop is None else slot.stop > rows):
         raise AdaptError(f"the adapter's delta of {slot.module} is {list(found)}, the model's weight {[rows, columns]}")

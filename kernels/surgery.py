@@ -76,6 +76,26 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
+def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """`(out, in)` of an adapted linear layer; GPT-2's `Conv1D` stores its weight the other way round."""
+    rows, columns = weight_of(model, name).shape
+    return (columns, rows) if type(model.get_submodule(name)).__name__ == "Conv1D" else (rows, columns)
+
+
+class WrappedLayer(nn.Module):
+    """A layer with something added to its output; `base` is the layer, untouched."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # callers that look at `.weight` or `.in_features` mean the layer
+            return getattr(super().__getattr__("base"), name)  # type: ignore[no-any-return]
+
+
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     try:

@@ -136,7 +136,7 @@ def test_task_ids_out_of_range_are_refused(ids: list[int], message: str, bundled
 
 
 def test_task_ids_need_a_latte(bundled: Callable[[str], Planted]) -> None:
-    with pytest.raises(AdaptError, match="carries no LatTE"), adapt_convert.task_ids(bundled("llama").model(), [0]):
+    with pytest.raises(AdaptError, match="carries no adapters to choose from"), adapt_convert.task_ids(bundled("llama").model(), [0]):
         pass
 
 
