@@ -16,9 +16,9 @@ from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_o
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location
-from adapt_convert.kernels.latte_modules import ExitNorm, ExpandedLinear, ExpandedNorm, PostNorm, PostNormEntry, SegmentEdge, TaskNorm
+from adapt_convert.kernels.latte_modules import ExpandedLinear, ExpandedNorm, NormOfResidual, SegmentEntry, SegmentExit, TaskNorm
 from adapt_convert.kernels.latte_score import load_scores
-from adapt_convert.kernels.latte_weights import bias_table, check_blocks, give_back_weight, post_norm_weight, reader_weight, writer_weight
+from adapt_convert.kernels.latte_weights import bias_table, check_blocks, give_back_weight, reader_weight, writer_weight
 from adapt_convert.kernels.surgery import STATE, Replaced, weight_of
 from adapt_convert.kernels.tasks import Tasks
 
@@ -122,16 +122,14 @@ class _Loader:
         self._set_exact()
         segments = self.adapter.segments
         for number, segment in enumerate(segments):
+            before = segments[number - 1] if number else None
             after = segments[number + 1] if number + 1 < len(segments) else None
-            if segment.start == 0 or not self.layout.post_norms:
-                self._enter(segment, segments[number - 1] if number else None)
+            self._open(segment, before)
             for layer in range(segment.start, segment.stop):
-                behind = segment if layer + 1 < segment.stop else after
-                self._expand_layer(layer, segment, behind)
-        if not self.layout.post_norms:
-            name = self.names.of(self.layout.final_norm)
-            norm = self.model.get_submodule(name)
-            self._swap(name, ExitNorm(norm, self._edge(segments[-1], None, _parameter(norm))))
+                self._expand_layer(self.layout.block.format(layer), segment)
+                self._cross_post_norms(self.layout.block.format(layer), segment, segment if layer + 1 < segment.stop else after)
+        if self.layout.final_norm:
+            self._cross(self.layout.final_norm, segments[-1], None)
 
     def _set_exact(self) -> None:
         """Parameters held by value: those of norms by task and row, others for every row, which one adapter alone can ask for."""
@@ -143,7 +141,7 @@ class _Loader:
                 tables = [self._task_table(norm, module, attribute) for attribute in ("weight", "bias")]
                 self._set_values(module)
                 assert tables[0] is not None
-                self._swap(self.names.of(module), TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.tasks))
+                self._swap(module, TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.tasks))
             elif len(tasks) > 1:
                 raise AdaptError(f"{self.origin}: a bundle cannot hold {module}, which is no norm, task by task")
             else:
@@ -167,68 +165,65 @@ class _Loader:
         rows = [value, *(task.exact.get(f"{module}.{attribute}", value) for task in self.adapter.tasks)]
         return torch.stack([row.to(value.device, value.dtype) for row in rows]).detach()
 
-    def _enter(self, segment: Segment, previous: Segment | None) -> None:
+    def _open(self, segment: Segment, before: Segment | None) -> None:
+        """At the start of a segment: enter its basis, after leaving the one before; behind a post-norm that has been done."""
+        if before is not None and self.layout.post_norms:
+            return
         name = self.names.of(self.layout.block.format(segment.start))
         layer = self.model.get_submodule(name)
         like = _parameter(layer)
-        edge = self._post_norm_entry(segment, like) if self.layout.post_norms else self._edge(previous, segment, like)
-        assert edge is not None
-        layer.latte_edge = edge
+        self.tasks.expand(segment.Q, like.device)
+        steps = [self._enter(segment, like)] if before is None else [self._leave(before, like), self._enter(segment, like)]
+        layer.latte_edge = nn.Sequential(*steps)
         self.state.edges[name] = layer.register_forward_pre_hook(_through_edge, with_kwargs=True)
 
-    def _edge(self, leaving: Segment | None, entering: Segment | None, like: Tensor) -> SegmentEdge:
-        out, into = (None if s is None else s.Q.to(like.device, like.dtype) for s in (leaving, entering))
-        return SegmentEdge(out, into, self.tasks)
+    def _leave(self, segment: Segment, like: Tensor) -> SegmentExit:
+        return SegmentExit(segment.Q.to(like.device, like.dtype), self.tasks)
 
-    def _post_norm_entry(self, segment: Segment | None, like: Tensor) -> PostNormEntry | None:
-        return None if segment is None else PostNormEntry(segment.Q.to(like.device, like.dtype), self.tasks)
+    def _enter(self, segment: Segment, like: Tensor) -> SegmentEntry:
+        return SegmentEntry(segment.Q.to(like.device, like.dtype), self.tasks)
 
-    def _expand_layer(self, layer: int, segment: Segment, behind: Segment | None) -> None:
-        """Swap what a layer calls; `behind` is the segment of the next layer, None after the last."""
-        path = self.layout.block.format(layer)
+    def _expand_layer(self, path: str, segment: Segment) -> None:
         for norm_name, readers in self.layout.readers.items():
             norm = self.model.get_submodule(self.names.of(f"{path}.{norm_name}")) if norm_name else None
             gain = None if norm is None else _parameter(norm).float() + (1.0 if self.layout.norm == "gemma" else 0.0)
             for reader in readers:
-                self._expand(f"{path}.{reader}", segment, reads=True, gain=gain)
+                self._expand(f"{path}.{reader}", segment, True, gain)
             if norm is not None:
-                self._swap(self.names.of(f"{path}.{norm_name}"), ExpandedNorm(norm, segment.rank, self.layout.norm, self.tasks))
+                self._swap(f"{path}.{norm_name}", ExpandedNorm(norm, segment.Q, self.layout.norm, self.tasks))
         for writer in self.layout.writers:
-            self._expand(f"{path}.{writer}", segment, reads=False)
-        for norm_name in self.layout.post_norms:
-            entering = behind if norm_name == self.layout.post_norms[-1] else segment
-            name = self.names.of(f"{path}.{norm_name}")
-            norm = self.model.get_submodule(name)
-            like = _parameter(norm)
-            self._swap(name, PostNorm(norm, segment.Q.to(like.device, like.dtype), self._post_norm_entry(entering, like), self.tasks))
+            self._expand(f"{path}.{writer}", segment, False, None)
 
-    def _expand(self, adapted: str, segment: Segment, reads: bool, gain: Tensor | None = None) -> None:
+    def _cross_post_norms(self, path: str, segment: Segment, behind: Segment | None) -> None:
+        """In a post-norm layer: `behind` is the segment of the next layer, None after the last."""
+        for norm_name in self.layout.post_norms:
+            self._cross(f"{path}.{norm_name}", segment, behind if norm_name == self.layout.post_norms[-1] else segment)
+
+    def _cross(self, adapted: str, leaving: Segment, entering: Segment | None) -> None:
+        norm = self.model.get_submodule(self.names.of(adapted))
+        like = _parameter(norm)
+        if entering is not None:
+            self.tasks.expand(entering.Q, like.device)
+        enter = None if entering is None else self._enter(entering, like)
+        self._swap(adapted, NormOfResidual(norm, self._leave(leaving, like), enter))
+
+    def _expand(self, adapted: str, segment: Segment, reads: bool, gain: Tensor | None) -> None:
         """Expand one matrix, by its name in the adapter: a reader behind a norm of this `gain` or behind none, or a writer."""
         name = self.names.of(adapted)
-        module = self.model.get_submodule(name)
-        stored = weight_of(self.model, name)
+        module, stored = self.model.get_submodule(name), weight_of(self.model, name)
         weight = stored.data.T if self.layout.conv1d else stored.data
-        blocks = [(t.readers if reads else t.writers).get(adapted) for t in self.adapter.tasks]
-        check_blocks(blocks, weight, segment, reads, f"{self.origin}: {adapted}")
         Q = segment.Q.to(weight.device)
-        if gain is not None:
-            expanded = reader_weight(weight, Q, blocks, gain)
-        elif self.layout.post_norms:
-            expanded = post_norm_weight(weight, segment.rank, blocks, reads)
-        else:
-            expanded = writer_weight(weight, Q, blocks)
-        carried = None if reads or self.layout.post_norms else Q
-        biases = [t.biases.get(adapted) for t in self.adapter.tasks]
-        table = bias_table(getattr(module, "bias", None), biases, weight, carried, len(expanded))
-        single = table is not None and len(biases) == 1 and self.tasks.count == 1
-        bias = None if table is None else table[1] if single else None
-        swapped = ExpandedLinear(expanded, bias, None if single else table, self.tasks)
+        blocks = [(task.readers if reads else task.writers).get(adapted) for task in self.adapter.tasks]
+        check_blocks(blocks, weight, segment, reads, f"{self.origin}: {adapted}")
+        expanded = reader_weight(weight, Q, blocks, gain) if reads else writer_weight(weight, Q, blocks)
+        biases = [task.biases.get(adapted) for task in self.adapter.tasks]
+        table = bias_table(getattr(module, "bias", None), biases, weight, None if reads else Q)
         self.state.transposed[name] = self.layout.conv1d
-        self._swap(name, swapped)
+        self._swap(adapted, ExpandedLinear(expanded, table, self.tasks))
         stored.data = stored.data.new_empty(0)
 
-    def _swap(self, name: str, module: nn.Module) -> None:
-        self.state.swap(self.model, name, module)
+    def _swap(self, adapted: str, module: nn.Module) -> None:
+        self.state.swap(self.model, self.names.of(adapted), module)
 
 
 def _through_edge(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -21,58 +21,47 @@ def check_blocks(blocks: list[Tensor | None], weight: Tensor, segment: Segment, 
         raise AdaptError(f"{where}: the adapter's residual stream is {segment.Q.shape[0]} wide, the model's {width}")
 
 
-def reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor) -> Tensor:
-    """`[W | B_1 .. B_T | W g Q]`; for one task `[W | B | B + W g Q]`, as its norm yields `w` and not `s = w + t`."""
-    (rows, d), r, count = weight.shape, Q.shape[1], len(blocks)
-    expanded = weight.new_zeros(rows, d + (count + 1) * r)
+def reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor | None) -> Tensor:
+    """`[W | -W g Q | B_1 + W g Q | .. | B_T + W g Q]` for `[h; w; s_1 .. s_T]`, of which a row of task k sees h, w and s_k.
+
+    Together `W g h + W g Q (s_k - w) + B_k s_k`. `gain (d,)` is that of the norm in front; None where there is none.
+    """
+    (rows, d), r = weight.shape, Q.shape[1]
+    expanded = weight.new_empty(rows, d + (len(blocks) + 1) * r)
     expanded[:, :d] = weight
-    carried = weight.float() @ (gain[:, None] * Q)
-    for number, block in enumerate(blocks):
-        if block is not None:
-            expanded[:, d + number * r : d + (number + 1) * r] = block.to(weight.device)
-    if count == 1 and blocks[0] is not None:
-        carried += blocks[0].to(weight.device, torch.float32)
-    expanded[:, d + count * r :] = carried
+    carried = weight.float() @ (Q if gain is None else gain[:, None] * Q)
+    expanded[:, d : d + r] = -carried
+    for number, block in enumerate(blocks, 1):
+        part = carried if block is None else carried + block.to(weight.device, torch.float32)
+        expanded[:, d + number * r : d + (number + 1) * r] = part
     return expanded
 
 
 def writer_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None]) -> Tensor:
-    """`[W; Q^T W; S_1; ..; S_T]`: what it adds to h, to w and to every t."""
+    """`[W; Q^T W; Q^T W + S_1; ..; Q^T W + S_T]`: what it adds to h, to w and to every `s_k`."""
     (d, columns), r = weight.shape, Q.shape[1]
-    expanded = weight.new_zeros(d + (len(blocks) + 1) * r, columns)
+    expanded = weight.new_empty(d + (len(blocks) + 1) * r, columns)
     expanded[:d] = weight
-    expanded[d : d + r] = Q.T @ weight.float()
+    carried = Q.T @ weight.float()
+    expanded[d : d + r] = carried
     for number, block in enumerate(blocks, 1):
-        if block is not None:
-            expanded[d + number * r : d + (number + 1) * r] = block.to(weight.device)
+        part = carried if block is None else carried + block.to(weight.device, torch.float32)
+        expanded[d + number * r : d + (number + 1) * r] = part
     return expanded
 
 
-def post_norm_weight(weight: Tensor, rank: int, blocks: list[Tensor | None], reads: bool) -> Tensor:
-    """`[W | B_1 .. B_T | 0]` of a reader, `[W; S_1; ..; S_T; 0]` of a writer: neither meets the last part of the stream, `w` itself."""
-    if not reads:
-        return post_norm_weight(weight.T, rank, [None if b is None else b.T for b in blocks], True).T.contiguous()
-    (rows, d), count = weight.shape, len(blocks)
-    expanded = weight.new_zeros(rows, d + (count + 1) * rank)
-    expanded[:, :d] = weight
-    for number, block in enumerate(blocks):
-        if block is not None:
-            expanded[:, d + number * rank : d + (number + 1) * rank] = block.to(weight.device)
-    return expanded
+def bias_table(base: Tensor | None, biases: list[Tensor | None], weight: Tensor, Q: Tensor | None) -> Tensor | None:
+    """The expanded bias of the base and of every task, `(T + 1, out ..)`; None where there is none.
 
-
-def bias_table(base: Tensor | None, biases: list[Tensor | None], weight: Tensor, Q: Tensor | None, rows: int) -> Tensor | None:
-    """The expanded bias of the base and of every task, `(T + 1, rows)`; None where there is none.
-
-    `Q` is given for a writer whose stream carries `w = Q^T h`, to which a bias adds as well.
+    `Q` is given for a writer, whose bias adds to w and to every `s_k` as well.
     """
     if base is None and all(bias is None for bias in biases):
         return None
     own = torch.zeros(weight.shape[0], device=weight.device) if base is None else base.detach().float()
     stacked = torch.stack([own, *(own if bias is None else bias.to(weight.device, torch.float32) for bias in biases)])
     if Q is not None:
-        stacked = torch.cat([stacked, stacked @ Q], dim=1)
-    return nn.functional.pad(stacked, (0, rows - stacked.shape[1])).to(weight.dtype)
+        stacked = torch.cat([stacked, (stacked @ Q).repeat(1, len(biases) + 1)], dim=1)
+    return stacked.to(weight.dtype)
 
 
 def give_back_weight(module: nn.Module, swapped: nn.Module, transposed: bool) -> None:

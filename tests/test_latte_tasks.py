@@ -77,8 +77,9 @@ def test_rows_of_task_0_are_the_base_and_so_is_a_bundle_without_task_ids(bundled
         assert (logits(model, inputs) - expected).abs().max() > 0.1
 
 
-def test_a_single_adapter_takes_task_ids_too(bundled: Callable[[str], Planted], tmp_path: Path) -> None:
-    case, inputs = bundled("qwen3"), batch()
+@pytest.mark.parametrize("name", ["qwen3", "llama", "opt"])  # without and with biases, and with rows flattened before the MLP
+def test_a_single_adapter_takes_task_ids_too(name: str, bundled: Callable[[str], Planted], tmp_path: Path) -> None:
+    case, inputs = bundled(name), batch()
     adapt_convert.convert(case.directory / "base", case.directory / "ft1", to="latte", rank=6).save(tmp_path / "latte")
     model = adapt_convert.load(case.model(), tmp_path / "latte")
     base, tuned = case.model(), case.model("ft1")
@@ -126,6 +127,7 @@ def test_a_small_task_is_not_drowned_by_a_large_one(tmp_path: Path) -> None:
         ([-1], r"task_ids: -1 is out of range"),
         ([], r"task_ids: no row is given"),
         ([1, 2], r"task_ids names 2 rows, the batch has 3"),
+        ([1], r"task_ids names 1 rows, the batch has 3"),
     ],
 )
 def test_task_ids_out_of_range_are_refused(ids: list[int], message: str, bundled: Callable[[str], Planted]) -> None:
