@@ -1,15 +1,17 @@
-"""Time per decoded token and per prefill: base, merged, unmerged LoRA in peft, and LatTE with one and eight tasks.
+"""Time per decoded token and per prefill: base, merged, unmerged LoRAs, and LatTE, with one and with eight tasks in the model.
 
-    python bench/latte_decode.py --json latte_decode.json
+    python bench/latte_decode.py --json latte_decode.json --profile
 
 All variants hold the same adapter (planted in one subspace, so that LatTE is exact) on the same random model, Qwen2.5-0.5B-shaped
 by default; no time is reported unless their logits agree first. The variants take turns token by token, so that what else the
-machine does meets all of them alike; reported are medians, and medians of the ratios within a turn.
+machine does meets all of them alike; reported are medians, and medians of the ratios within a turn. `--profile` then says what a
+token is spent on: weights read, operations called, time in matrix products and outside of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import platform
@@ -29,12 +31,15 @@ with warnings.catch_warnings():
     import transformers
 
 import adapt_convert
+from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment
+from adapt_convert.formats.peft import LoraAdapter
 
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 TASKS = 8
-TARGETS = [("LatTE 1 task", "base", 1.04), ("LatTE 1 task", "LoRA (peft, unmerged)", 0.88), ("LatTE 8 tasks", "LatTE 1 task", 1.10)]
+TARGETS = [("LatTE 1 task", "base", 1.04), ("LatTE 1 task", "LoRA 1 task (peft)", 0.88), ("LatTE 8 tasks", "LatTE 1 task", 1.10)]
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv")
 
 
 def make_base(args: argparse.Namespace) -> Any:
@@ -87,16 +92,30 @@ def merged(base: Any, adapter: LatteAdapter) -> Any:
     return model
 
 
-def with_peft(base: Any, adapter: LatteAdapter, rank: int) -> Any:
-    names = [name.rsplit(".", 1)[-1] for name in (*READERS, *WRITERS)]
-    model = peft.get_peft_model(twin(base), peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)).eval()
-    Q, task = adapter.segments[0].Q, adapter.tasks[0]
-    for module in (*task.readers, *task.writers):
-        layer = model.base_model.model.get_submodule(module)
-        A, B = (Q.T, task.readers[module]) if module in task.readers else (task.writers[module], Q)
-        layer.lora_A["default"].weight.data.copy_(A)
-        layer.lora_B["default"].weight.data.copy_(B)
-    return model.requires_grad_(False)
+def write_loras(adapter: LatteAdapter, tasks: int, directory: Path) -> list[Path]:
+    """The same adapters as PEFT LoRAs, one for each of the first `tasks`."""
+    Q, paths = adapter.segments[0].Q, []
+    for task in adapter.tasks[:tasks]:
+        factors = {module: LowRankDelta(block, Q.T.contiguous()) for module, block in task.readers.items()}
+        factors |= {module: LowRankDelta(Q, block) for module, block in task.writers.items()}
+        paths.append(directory / task.name)
+        paths[-1].mkdir()
+        LoraAdapter(factors=factors, all_modules=list(factors)).write(paths[-1])
+    return paths
+
+
+def with_peft(base: Any, adapter: LatteAdapter, tasks: int) -> Any:
+    with tempfile.TemporaryDirectory() as name:
+        first, *others = write_loras(adapter, tasks, Path(name))
+        model = peft.PeftModel.from_pretrained(twin(base), first, adapter_name=adapter.tasks[0].name)
+        for task, path in zip(adapter.tasks[1:], others, strict=False):
+            model.load_adapter(path, task.name)
+    return model.eval().requires_grad_(False)
+
+
+def with_grouped_loras(base: Any, adapter: LatteAdapter, tasks: int) -> Any:
+    with tempfile.TemporaryDirectory() as name:
+        return adapt_convert.load(twin(base), write_loras(adapter, tasks, Path(name)))
 
 
 def with_latte(base: Any, adapter: LatteAdapter, tasks: int) -> Any:
@@ -134,10 +153,14 @@ class Runner:
         self.model, self.ids, self.cache = model, ids, None
 
     def call(self, tokens: torch.Tensor, cache: Any) -> Any:
-        if self.ids is None:
-            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        with adapt_convert.task_ids(self.model, self.ids):
-            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        chosen: Any = contextlib.nullcontext()
+        extra = {}
+        if self.ids is not None and isinstance(self.model, peft.PeftModel):
+            extra = {"adapter_names": [f"task{number}" for number in self.ids]}
+        elif self.ids is not None:
+            chosen = adapt_convert.task_ids(self.model, self.ids)
+        with chosen:
+            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
 
     def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
         out = self.call(tokens, transformers.DynamicCache())
@@ -173,6 +196,41 @@ def check(runners: dict[str, Runner], prompt: torch.Tensor, dtype: str) -> None:
             raise SystemExit(f"{name}: its logits are off by {error:.2e}, the adapter moves them by {float(distance):.2e}; not timed")
 
 
+def profile(runners: dict[str, Runner], token: torch.Tensor, tokens: int = 10) -> list[dict[str, Any]]:
+    """Of one decoded token: weights read, operations called, and milliseconds in products, in other operations and in Python."""
+    rows = []
+    for name, runner in runners.items():
+        for _ in range(2):
+            runner.step(token)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            runner.step(token)
+        wall = (time.perf_counter() - start) * 1000 / tokens
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(tokens):
+                runner.step(token)
+        events = [event for event in profiler.key_averages() if event.key.startswith("aten::")]
+        own = {key: sum(e.self_cpu_time_total for e in events if (e.key in PRODUCTS) == key) / 1000 / tokens for key in (True, False)}
+        rows.append(
+            {
+                "variant": name,
+                "weights": sum(t.numel() for t in (*runner.model.parameters(), *runner.model.buffers())),
+                "operations": sum(event.count for event in events) / tokens,
+                "wall_ms": wall,
+                "products_ms": own[True],
+                "other_operations_ms": own[False],
+            }
+        )
+    return rows
+
+
+def print_profile(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{'one token, batch 1':<24}{'M weights':>11}{'operations':>12}{'ms':>8}{'products':>10}{'other ops':>11}")
+    for row in rows:
+        numbers = f"{row['weights'] / 1e6:>11.1f}{row['operations']:>12.0f}{row['wall_ms']:>8.1f}"
+        print(f"{row['variant']:<24}{numbers}{row['products_ms']:>10.1f}{row['other_operations_ms']:>11.1f}")
+
+
 def summarise(times: dict[str, dict[str, list[float]]], batch: int) -> list[dict[str, Any]]:
     rows = []
     for name, own in times.items():
@@ -206,6 +264,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -213,17 +272,23 @@ def main() -> None:
     with torch.no_grad():
         base = make_base(args)
         adapter = make_adapter(base, args.rank)
-        one, many = with_latte(base, adapter, 1), with_latte(base, adapter, TASKS)
-        models = {"base": base, "merged": merged(base, adapter), "LoRA (peft, unmerged)": with_peft(base, adapter, args.rank)}
-        rows = []
+        single = {"base": base, "merged": merged(base, adapter), "LoRA 1 task (peft)": with_peft(base, adapter, 1)}
+        single["LatTE 1 task"] = with_latte(base, adapter, 1)
+        mixed = {"LoRA 8 tasks (peft)": with_peft(base, adapter, TASKS), "LoRA 8 tasks (grouped)": with_grouped_loras(base, adapter, TASKS)}
+        mixed["LatTE 8 tasks"] = with_latte(base, adapter, TASKS)
+        rows, profiled = [], []
         for batch in (1, TASKS):
-            runners = {name: Runner(model, None) for name, model in models.items()} | {"LatTE 1 task": Runner(one, None)}
-            runners["LatTE 8 tasks"] = Runner(many, list(range(1, batch + 1)))
+            runners = {name: Runner(model, None) for name, model in single.items()}
+            runners |= {name: Runner(model, list(range(1, batch + 1))) for name, model in mixed.items()}
             length = args.prompt if batch == 1 else args.prompt // TASKS
             prompt = torch.randint(0, args.vocab, (batch, length), generator=torch.Generator().manual_seed(2)).to(args.device)
             check(runners, prompt, args.dtype)
             rows += summarise(measure(runners, prompt, args), batch)
+            if args.profile and batch == 1:
+                profiled = profile(runners, prompt[:, :1])
     print_table(rows)
+    if profiled:
+        print_profile(profiled)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     result = {
         "device": device,
@@ -231,6 +296,7 @@ def main() -> None:
         "peft": peft.__version__,
         "arguments": vars(args) | {"json": None},
         "rows": rows,
+        "profile": profiled,
     }
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

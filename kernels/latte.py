@@ -50,7 +50,7 @@ def load_latte(model: nn.Module, location: Location) -> nn.Module:
     """Expand `model`, the base, by the LatTE directory at `location`; the model is unchanged if that raises `AdaptError`.
 
     Inference only: dropout of a training model would act on the carried parts separately. Hidden states that the model records
-    between its layers (`output_hidden_states`) are the carried ones, `[h; w; t ..]`; the last one is not.
+    between its layers (`output_hidden_states`) are the carried ones, `[h; w; s ..]`; the last one is not.
     """
     adapter = read_latte(location)
     config = getattr(model, "config", None)
