@@ -105,6 +105,8 @@ def test_a_lorta_fitted_on_raw_deltas_needs_more_dims_and_gets_exact_with_them(c
     assert narrow.report["captured_energy"] < 0.99999
     assert wide.report["captured_energy"] > 1 - 1e-9
     assert wide.report["latte"]["segments"][0]["rank"] <= 12
+    layered = convert(case.directory / "base", tmp_path / "lorta", to="latte", rank=6, segments=3, dtype="float32")
+    assert layered.report["captured_energy"] > 1 - 1e-9  # within a layer one norm feeds the attention: twice the rank is enough
 
 
 def test_auto_takes_the_cheapest_cut_that_it_tried(tmp_path: Path) -> None:
