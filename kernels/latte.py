@@ -16,9 +16,9 @@ from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_o
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location
+from adapt_convert.kernels.expanded_weights import bias_table, check_blocks, give_back_weight, reader_weight, writer_weight
 from adapt_convert.kernels.latte_modules import ExpandedLinear, ExpandedNorm, NormOfResidual, SegmentEntry, SegmentExit, TaskNorm
 from adapt_convert.kernels.latte_score import load_scores
-from adapt_convert.kernels.latte_weights import bias_table, check_blocks, give_back_weight, reader_weight, writer_weight
 from adapt_convert.kernels.surgery import STATE, Replaced, weight_of
 from adapt_convert.kernels.tasks import Tasks
 
