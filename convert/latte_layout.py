@@ -99,6 +99,7 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("roberta", "xlm-roberta"), _bert("roberta")),
     "distilbert": _DISTILBERT,
 }
+_ROTARY = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
 _WHY_NOT = {
     "gemma2": "it normalises what its writers add, and that norm depends on more than the carried dims",
     "gemma3_text": "it normalises what its writers add, and that norm depends on more than the carried dims",
@@ -142,12 +143,20 @@ class ScoreLayout:
     size: str = "head_dim"
     conv1d: bool = False
 
+    @property
+    def layers(self) -> str:
+        """The path of the list of layers."""
+        return self.block.removesuffix(".{}")
+
 
 SCORE_LAYOUTS: dict[str, ScoreLayout] = {
     "gpt2": ScoreLayout("transformer.h.{}", ("attn.c_attn",), "attn.c_proj", "attn", conv1d=True),
     "opt": ScoreLayout("model.decoder.layers.{}", _ATTENTION, "self_attn.out_proj", "self_attn"),
     "bert": ScoreLayout("bert.encoder.layer.{}", _BERT_INPUTS, "attention.output.dense", _BERT_SELF, "attention_head_size"),
-    "roberta": ScoreLayout("roberta.encoder.layer.{}", _BERT_INPUTS, "attention.output.dense", _BERT_SELF, "attention_head_size"),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta"),
+        ScoreLayout("roberta.encoder.layer.{}", _BERT_INPUTS, "attention.output.dense", _BERT_SELF, "attention_head_size"),
+    ),
     "vit": ScoreLayout("vit.layers.{}", _VIT_INPUTS, "attention.o_proj", "attention"),
 }
 
@@ -157,7 +166,7 @@ def score_layout_of(config: Mapping[str, Any], origin: str) -> ScoreLayout:
     model_type = str(config.get("model_type"))
     if model_type in SCORE_LAYOUTS:
         return SCORE_LAYOUTS[model_type]
-    if model_type in LAYOUTS:
+    if model_type in _ROTARY:
         raise AdaptError(
             f"--construction score: {model_type} rotates queries and keys after their product with the weights, so the low-rank part "
             "of a score is no product of expanded heads; use --construction residual, which is exact with rotary embeddings"

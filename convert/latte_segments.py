@@ -16,6 +16,7 @@ from adapt_convert.convert.latte_basis import cut, find_basis
 from adapt_convert.convert.latte_deltas import Effective, scaled
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.progress import Progress
+from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import Segment
 
 # What a cut costs besides its products, in weights read: the launches of some three small operations, about 10 us, in which a
@@ -69,7 +70,10 @@ def changed(effective: Effective, layers: range) -> Iterator[tuple[bool, Delta]]
 def _norm(effective: Effective, progress: Progress) -> float:
     layers = progress(range(effective.layers), "weighing tasks")
     total = sum(delta.energy() for layer in layers for _, delta in changed(effective, range(layer, layer + 1)))
-    return math.sqrt(max(total, 1e-300))
+    if total == 0:
+        origin = effective.pairs.source.origin
+        raise AdaptError(f"{origin}: none of the targeted matrices changed; leave it out, as rows of task 0 are the base")
+    return math.sqrt(total)
 
 
 def predicted_cost(effective: Effective, segments: Iterable[Segment], tasks: int = 1) -> int:

@@ -80,6 +80,10 @@ class Options:
         given = next((name for name, value in usual.items() if getattr(self, name) != value), "")
         if given and self.to != "latte":
             raise AdaptError(f"--{given} is an option of --to latte")
+        if self.heads != "wider" and self.construction != "score":
+            raise AdaptError("--heads is an option of --construction score: the residual construction changes no head")
+        if self.segments is not None and self.construction == "score":
+            raise AdaptError("--segments is an option of --construction residual: the score construction has no basis to cut")
         if isinstance(self.segments, int) and self.segments < 1:
             raise AdaptError(f"--segments {self.segments}: must be auto or a whole number of at least 1")
         if self.segments == "auto" and self.energy is None:

@@ -28,6 +28,7 @@ from adapt_convert.formats.safetensors_file import LazyTensor, byte_view, write_
 CONFIG = "latte_config.json"
 WEIGHTS = "latte.safetensors"
 _VERSION = 1
+_ORTHONORMAL = 1e-3  # how far Q^T Q may be from the identity
 _SAMPLE = 4096  # entries of a matrix that its fingerprint covers
 _FINGERPRINT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -174,7 +175,7 @@ def read_latte(location: Location) -> LatteAdapter:
         adapter = LatteAdapter(
             model_type=str(config["model_type"]),
             segments=[_segment(store, i, *row) for i, row in enumerate(config["segments"])],
-            tasks=[LatteTask(str(name)) for name in config["tasks"]],
+            tasks=[LatteTask(name) for name in _names(config["tasks"])],
             fingerprints={m: dict(hashes) for m, hashes in config["fingerprints"].items()},
             construction=str(config["construction"]),
             base_model=str(config.get("base_model_name_or_path", "")),
@@ -183,9 +184,16 @@ def read_latte(location: Location) -> LatteAdapter:
         _check_segments(adapter, int(config["hidden_size"]))
         for key in store.infos:
             _place(adapter, store, key)
+        _check_scores(adapter, int(config["hidden_size"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise AdaptError(f"{location.origin}: is not a readable LatTE adapter: {error}") from None
     return adapter
+
+
+def _names(tasks: Any) -> list[str]:
+    if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
+        raise ValueError(f"tasks are {tasks!r}, expected a list of names")
+    return tasks
 
 
 def _segment(store: TensorStore, number: int, start: Any, stop: Any, rank: Any) -> Segment:
@@ -197,12 +205,32 @@ def _segment(store: TensorStore, number: int, start: Any, stop: Any, rank: Any) 
     Q = store.read(name).float()
     if Q.ndim != 2 or Q.shape[1] != rank or not 1 <= Q.shape[1] <= Q.shape[0]:
         raise ValueError(f"{name} has shape {list(Q.shape)}, the config says rank {rank!r}")
+    if not (Q.T @ Q - torch.eye(Q.shape[1])).abs().max() < _ORTHONORMAL:  # so that NaN is refused too
+        raise ValueError(f"the columns of {name} are not orthonormal")
     return Segment(start, stop, Q)
 
 
+def _check_scores(adapter: LatteAdapter, width: int) -> None:
+    """Whether every change of q, k or v has both of its factors, and only in the construction that has them."""
+    scores = adapter.tasks[0].scores
+    if any(task.scores for task in adapter.tasks) != (adapter.construction == "score"):
+        raise ValueError(f"its tensors do not go with the construction {adapter.construction!r}")
+    for name in scores:
+        head, letter = name[:-1], name[-1]
+        other = f"{head}{'B' if letter == 'A' else 'A'}"
+        if other not in scores or scores[f"{head}A"].shape[0] != scores[f"{head}B"].shape[1]:
+            raise ValueError(f"1.score.{name} does not multiply with 1.score.{other}")
+    if any(value.shape[1] != width for name, value in scores.items() if name.endswith("_A")):
+        raise ValueError(f"its scores do not read the {width} channels of hidden_size")
+
+
 def _check_segments(adapter: LatteAdapter, width: int) -> None:
+    if adapter.construction not in ("residual", "score"):
+        raise ValueError(f"the construction {adapter.construction!r} is not known")
     if not adapter.tasks or bool(adapter.segments) != (adapter.construction == "residual"):
         raise ValueError("it has no task, or segments that do not go with its construction")
+    if adapter.construction == "score" and len(adapter.tasks) > 1:
+        raise ValueError("the score construction holds one task")
     stops = [0, *(s.stop for s in adapter.segments)]
     if any(s.start != before for s, before in zip(adapter.segments, stops, strict=False)):
         raise ValueError("its segments do not follow each other")
@@ -215,6 +243,8 @@ def _place(adapter: LatteAdapter, store: TensorStore, key: str) -> None:
     head, _, rest = key.partition(".")
     group, _, name = rest.partition(".")
     if head == "segment":
+        if not (group.isdecimal() and int(group) < len(adapter.segments) and name == "Q"):
+            raise ValueError(f"{key!r} is of no segment in the config")
         return
     number = int(head) if head.isdecimal() else 0
     if number > len(adapter.tasks):
@@ -228,6 +258,6 @@ def _place(adapter: LatteAdapter, store: TensorStore, key: str) -> None:
     if group not in held or not name:
         raise ValueError(f"{key!r} is no tensor of a LatTE")
     value = store.read(key)
-    if group in ("reader", "writer", "score") and value.ndim != 2:
-        raise ValueError(f"{key} has shape {list(value.shape)}, expected a matrix")
+    if group in ("reader", "writer", "score") and (value.ndim != 2 or not value.is_floating_point()):
+        raise ValueError(f"{key} is {list(value.shape)} of {value.dtype}, expected a matrix of floating-point numbers")
     held[group][name] = value

@@ -11,9 +11,9 @@ from torch import nn
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import latte_config_path
-from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.peft import CONFIG, read_lora
-from adapt_convert.formats.source import adapter_config_path
+from adapt_convert.formats.source import Source, adapter_config_path
 from adapt_convert.kernels.latte import load_latte
 from adapt_convert.kernels.lora_modules import load_loras
 from adapt_convert.kernels.lorta_modules import load_lorta
@@ -29,8 +29,16 @@ def load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision:
     """
     if hasattr(model, STATE):
         raise AdaptError("the model carries an adapter already; call adapt_convert.unload(model) first")
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        return _load(model, adapter, revision)
+
+
+def _load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision: str | None) -> nn.Module:
     if not isinstance(adapter, str | Path):
-        return load_loras(model, [read_lora(_lora_location(path, revision)) for path in adapter])
+        if not isinstance(adapter, Sequence) or not all(isinstance(path, str | Path) for path in adapter):
+            raise AdaptError(f"load: {adapter!r} is neither a path or Hub id nor a list of them")
+        return load_loras(model, [_open_lora(path, revision) for path in adapter])
     location = locate(adapter, revision)
     if latte_config_path(location) is not None:
         return load_latte(model, location)
@@ -43,11 +51,12 @@ def load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision:
     return load_lorta(model, location, config)
 
 
-def _lora_location(adapter: str | Path, revision: str | None) -> Location:
+def _open_lora(adapter: str | Path, revision: str | None) -> Source:
     location = locate(adapter, revision)
-    if adapter_config_path(location) is None:
+    path = adapter_config_path(location)
+    if path is None or read_json(path).get("peft_type") != "LORA":
         raise AdaptError(f"{adapter}: is no LoRA; a list of adapters is for LoRAs, `adapt-convert bundle` makes one LatTE of several")
-    return location
+    return read_lora(location)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -60,7 +69,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
+def task_ids(model: nn.Module, ids: Sequence[int] | torch.Tensor) -> Iterator[None]:
     """Within the block, row i of every batch is of task `ids[i]`: 0 is the base, 1 the first adapter, and so on.
 
     Without it every row of a single adapter is of task 1, and every row of several is the base's. `generate()` with beams or
@@ -69,7 +78,10 @@ def task_ids(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
     state = getattr(model, STATE, None)
     if state is None or state.tasks is None:
         raise AdaptError("the model carries no adapters to choose from; load a LatTE or a list of LoRAs with adapt_convert.load")
-    chosen = [int(i) for i in ids]
+    rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not all(type(row) is int for row in rows):
+        raise AdaptError(f"task_ids: {ids!r} is no list of whole numbers, one for each row of the batch")
+    chosen = list(rows)
     count = state.tasks.count
     wrong = [i for i in chosen if not 0 <= i <= count]
     if wrong or not chosen:

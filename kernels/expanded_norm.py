@@ -1,8 +1,9 @@
 """The norm of a LatTE's expanded residual stream, in one pass over the carried values.
 
-The stream carries `[h; w; s_1 .. s_T]`: `h (d)` as the base's weights wrote it, `w = Q^T h (R)`, and for each task `s_k = Q^T h*`, the
-same of the true residual `h* = h + Q (s_k - w)`. Q is orthonormal, so `||h*||^2 = ||h||^2 - ||w||^2 + ||s_k||^2`: a sum of squares with
-signs, from carried values only.
+The stream carries `[h; w; t_1 .. t_T]`: `h (d)` as the base's weights wrote it, `w = Q^T h (R)`, and for each task what its writers
+added along Q. The true residual of a row of task k is `h + Q t_k`, and its square norm is `||h||^2 + t_k . (2 w + t_k)`: carried
+values only, as Q is orthonormal. (`t` is carried and not `w + t`, the same of the true residual: where a channel of h is very large,
+w is, and half precision would leave nothing of the difference.)
 """
 
 from __future__ import annotations
@@ -10,59 +11,71 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-NormKind = Literal["rms", "gemma", "layer"]
+from adapt_convert.convert.latte_layout import NormKind
 
 
 @dataclass(frozen=True)
 class NormShape:
-    """Sizes of an expanded norm: `d` channels of h in a stream of `width`, and the base norm's `kind` and `eps`."""
+    """Sizes of an expanded norm: stream width `d`, basis `rank`, number of `tasks`, and the base norm's `kind` and `eps`."""
 
     d: int
-    width: int
+    rank: int
+    tasks: int
     kind: NormKind
     eps: float
 
+    @property
+    def width(self) -> int:
+        """Width of the carried stream."""
+        return self.d + (1 + self.tasks) * self.rank
 
-def expanded_norm(x: Tensor, gain: Tensor, bias: Tensor | None, signs: Tensor, keeps: Tensor | None, shape: NormShape) -> Tensor:
-    """`x (rows, .., width)` divided by the rms of the true residual, times `gain` and plus `bias`; float32 inside.
 
-    `gain (width,)` is the base's gain followed by ones, `bias` its bias followed by zeros. `signs (rows, width)`, or `(1, width)` for
-    all rows, weigh the squares; `keeps` of the same shape says by 0 and 1 what the readers of a row may see, None that they
-    may see all of it (kernels/tasks.py).
+def expanded_norm(x: Tensor, gain: Tensor, bias: Tensor | None, mask: Tensor | None, shape: NormShape) -> Tensor:
+    """`x (rows, .., d + (1 + T) R)` -> what the expanded readers take, of the same shape.
+
+    One task: `[g h; m w; m t] / rms`, and all rows are its own without a `mask`. More: `[g h; m_1 s; ..; m_T s; t] / rms` with
+    `t = sum_k m_k t_k` and `s = w + t`. `mask (rows, T)` has one row for each row of the first dim of x, 1 at its own task and
+    else 0, so that a row of no task is the base's. `gain (width,)` is the base's gain followed by ones, `bias` its bias
+    followed by zeros. Float32 inside.
     """
     if x.is_cuda and triton_available():
         from adapt_convert.kernels.expanded_norm_triton import expanded_norm_triton
 
-        return expanded_norm_triton(x, gain, bias, signs, keeps, shape)
-    return expanded_norm_reference(x, gain, bias, signs, keeps, shape)
+        with torch.cuda.device(x.device):
+            return expanded_norm_triton(x, gain, bias, mask, shape)
+    return expanded_norm_reference(x, gain, bias, mask, shape)
 
 
-def expanded_norm_reference(x: Tensor, gain: Tensor, bias: Tensor | None, signs: Tensor, keeps: Tensor | None, shape: NormShape) -> Tensor:
+def expanded_norm_reference(x: Tensor, gain: Tensor, bias: Tensor | None, mask: Tensor | None, shape: NormShape) -> Tensor:
     """`expanded_norm` in plain PyTorch."""
+    d, r = shape.d, shape.rank
     wide = x.float()
+    h, w, t = torch.split(wide, [d, r, shape.tasks * r], dim=-1)
     if shape.kind == "layer":
-        h = wide[..., : shape.d]
-        wide = torch.cat([h - h.mean(-1, keepdim=True), wide[..., shape.d :]], dim=-1)
-    squares = wide * wide
-    square = squares @ signs[0] if len(signs) == 1 else torch.linalg.vecdot(squares, by_row(signs, x))
+        h = h - h.mean(-1, keepdim=True)
+    if mask is not None:
+        m = by_row(mask, x)
+        t = (t.reshape(*t.shape[:-1], shape.tasks, r) * m.unsqueeze(-1)).sum(-2)
+        tail = [w * m, t] if shape.tasks == 1 else [((w + t).unsqueeze(-2) * m.unsqueeze(-1)).flatten(-2), t]
+        wide = torch.cat([h, *tail], dim=-1)
+    elif shape.kind == "layer":
+        wide = torch.cat([h, w, t], dim=-1)
+    square = torch.linalg.vecdot(h, h) + torch.linalg.vecdot(t, torch.add(t, w, alpha=2.0))
     # The cancellation of rounding errors may leave a tiny negative number where the true residual is nearly zero.
-    scale = torch.rsqrt(square.clamp_min_(0.0).div_(shape.d).add_(shape.eps)).unsqueeze(-1)
+    scale = torch.rsqrt(square.clamp_min_(0.0).div_(d).add_(shape.eps)).unsqueeze(-1)
     if shape.kind == "rms":  # Llama's order: round, then multiply by the gain
-        normed = (wide * scale).to(x.dtype) * gain.to(x.dtype)
-    else:
-        normed = wide * scale * gain.float()
-        normed = (normed if bias is None else normed + bias.float()).to(x.dtype)
-    return normed if keeps is None else normed * by_row(keeps, x).to(x.dtype)
+        return (wide * scale).to(x.dtype) * gain.to(x.dtype)
+    normed = wide * scale * gain.float()
+    return (normed if bias is None else normed + bias.float()).to(x.dtype)
 
 
-def by_row(factors: Tensor, x: Tensor) -> Tensor:
-    """`(rows, width)` as a factor of `x (rows, .., width)`."""
-    return factors.view(len(factors), *(1,) * (x.ndim - 2), factors.shape[1])
+def by_row(mask: Tensor, x: Tensor) -> Tensor:
+    """`(rows, T)` as a factor of values `(rows, .., T)`."""
+    return mask.view(len(mask), *(1,) * (x.ndim - 2), mask.shape[1])
 
 
 @cache

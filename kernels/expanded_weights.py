@@ -6,62 +6,76 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.latte import Segment
 from adapt_convert.kernels.latte_modules import ExpandedLinear
 
 
-def check_blocks(blocks: list[Tensor | None], weight: Tensor, segment: Segment, reads: bool, where: str) -> None:
-    """Whether an adapter's blocks fit the `weight (out, in)` that they expand. Raises `AdaptError`."""
-    expected = (weight.shape[0], segment.rank) if reads else (segment.rank, weight.shape[1])
-    for block in blocks:
-        if block is not None and tuple(block.shape) != expected:
-            raise AdaptError(f"{where}: has a block of {list(block.shape)}, the model needs {list(expected)}: made for another base")
-    width = weight.shape[1 if reads else 0]
-    if segment.Q.shape[0] != width:
-        raise AdaptError(f"{where}: the adapter's residual stream is {segment.Q.shape[0]} wide, the model's {width}")
+def check_block(block: Tensor | None, expected: tuple[int, ...], where: str) -> None:
+    """Whether a tensor of the adapter fits the matrix that it expands. Raises `AdaptError`."""
+    if block is not None and tuple(block.shape) != expected:
+        raise AdaptError(f"{where}: has a block of {list(block.shape)}, the model needs {list(expected)}: made for another base")
 
 
-def reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor | None) -> Tensor:
-    """`[W | -W g Q | B_1 + W g Q | .. | B_T + W g Q]` for `[h; w; s_1 .. s_T]`, of which a row of task k sees h, w and s_k.
-
-    Together `W g h + W g Q (s_k - w) + B_k s_k`. `gain (d,)` is that of the norm in front; None where there is none.
-    """
-    (rows, d), r = weight.shape, Q.shape[1]
-    expanded = weight.new_empty(rows, d + (len(blocks) + 1) * r)
-    expanded[:, :d] = weight
-    carried = weight.float() @ (Q if gain is None else gain[:, None] * Q)
-    expanded[:, d : d + r] = -carried
-    for number, block in enumerate(blocks, 1):
-        part = carried if block is None else carried + block.to(weight.device, torch.float32)
-        expanded[:, d + number * r : d + (number + 1) * r] = part
-    return expanded
+def reader_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None], gain: Tensor) -> Tensor:
+    """`[W | B_1 .. B_T | W g Q]` behind a norm of that `gain`; for one task `[W | B | B + W g Q]` for w and t."""
+    d, r, count = weight.shape[1], Q.shape[1], len(blocks)
+    carried = weight.float() @ (gain[:, None] * Q)
+    if count == 1 and blocks[0] is not None:
+        carried += blocks[0].to(weight.device, torch.float32)
+    return _beside(weight, d + (count + 1) * r, [*_placed(blocks, d, r), (d + count * r, carried)])
 
 
 def writer_weight(weight: Tensor, Q: Tensor, blocks: list[Tensor | None]) -> Tensor:
-    """`[W; Q^T W; Q^T W + S_1; ..; Q^T W + S_T]`: what it adds to h, to w and to every `s_k`."""
-    (d, columns), r = weight.shape, Q.shape[1]
-    expanded = weight.new_empty(d + (len(blocks) + 1) * r, columns)
-    expanded[:d] = weight
+    """`[W; Q^T W; S_1; ..; S_T]`: what it adds to h, to w and to every t."""
+    d, r = weight.shape[0], Q.shape[1]
     carried = Q.T @ weight.float()
-    expanded[d : d + r] = carried
-    for number, block in enumerate(blocks, 1):
-        part = carried if block is None else carried + block.to(weight.device, torch.float32)
-        expanded[d + number * r : d + (number + 1) * r] = part
+    return _below(weight, d + (len(blocks) + 1) * r, [(d, carried), *_placed(blocks, d + r, r)])
+
+
+def post_norm_weight(weight: Tensor, rank: int, blocks: list[Tensor | None], reads: bool) -> Tensor:
+    """`[W | B_1 .. B_T | 0]`, which sees every `m_k w` of the stream and no t, or `[W; 0; S_1; ..; S_T]`, which adds to every t alone."""
+    d, count = weight.shape[1 if reads else 0], len(blocks)
+    width = d + 2 * count * rank
+    if reads:
+        return _beside(weight, width, _placed(blocks, d, rank))
+    return _below(weight, width, _placed(blocks, d + count * rank, rank))
+
+
+_Placed = tuple[int, Tensor]  # a block and the row or column at which it begins
+
+
+def _placed(blocks: list[Tensor | None], start: int, rank: int) -> list[_Placed]:
+    return [(start + number * rank, block) for number, block in enumerate(blocks) if block is not None]
+
+
+def _beside(weight: Tensor, width: int, parts: list[_Placed]) -> Tensor:
+    """`weight (out, in)` followed by columns up to `width`, zero where no part says otherwise."""
+    expanded = weight.new_zeros(weight.shape[0], width)
+    expanded[:, : weight.shape[1]] = weight
+    for start, part in parts:
+        expanded[:, start : start + part.shape[1]] = part.to(weight.device)
     return expanded
 
 
-def bias_table(base: Tensor | None, biases: list[Tensor | None], weight: Tensor, Q: Tensor | None) -> Tensor | None:
-    """The expanded bias of the base and of every task, `(T + 1, out ..)`; None where there is none.
+def _below(weight: Tensor, height: int, parts: list[_Placed]) -> Tensor:
+    expanded = weight.new_zeros(height, weight.shape[1])
+    expanded[: weight.shape[0]] = weight
+    for start, part in parts:
+        expanded[start : start + part.shape[0]] = part.to(weight.device)
+    return expanded
 
-    `Q` is given for a writer, whose bias adds to w and to every `s_k` as well.
+
+def bias_table(base: Tensor | None, biases: list[Tensor | None], weight: Tensor, Q: Tensor | None, rows: int) -> Tensor | None:
+    """The expanded bias of the base and of every task, `(T + 1, rows)`; None where there is none.
+
+    `Q` is given for a writer whose stream carries `w = Q^T h`, to which its bias adds as well.
     """
     if base is None and all(bias is None for bias in biases):
         return None
     own = torch.zeros(weight.shape[0], device=weight.device) if base is None else base.detach().float()
     stacked = torch.stack([own, *(own if bias is None else bias.to(weight.device, torch.float32) for bias in biases)])
     if Q is not None:
-        stacked = torch.cat([stacked, (stacked @ Q).repeat(1, len(biases) + 1)], dim=1)
-    return stacked.to(weight.dtype)
+        stacked = torch.cat([stacked, stacked @ Q], dim=1)
+    return nn.functional.pad(stacked, (0, rows - stacked.shape[1])).to(weight.dtype)
 
 
 def give_back_weight(module: nn.Module, swapped: nn.Module, transposed: bool) -> None:

@@ -1,4 +1,4 @@
-"""LatTE on a live `transformers` model: expand it by swapping modules, choose tasks row by row, and take it all off again.
+"""LatTE on a live `transformers` model: expand it by swapping modules, and take it all off again.
 
 The decoder layers stay as they are; what they call is swapped (kernels/latte_modules.py). The expanded weights hold the base's in
 their first block and replace them in memory, so that a loaded LatTE costs its extra blocks and no second copy of the base.
@@ -16,10 +16,25 @@ from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_o
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location
-from adapt_convert.kernels.expanded_weights import bias_table, check_blocks, give_back_weight, reader_weight, writer_weight
-from adapt_convert.kernels.latte_modules import ExpandedLinear, ExpandedNorm, NormOfResidual, SegmentEntry, SegmentExit, TaskNorm
+from adapt_convert.kernels.expanded_weights import (
+    bias_table,
+    check_block,
+    give_back_weight,
+    post_norm_weight,
+    reader_weight,
+    writer_weight,
+)
+from adapt_convert.kernels.latte_modules import (
+    ExpandedLinear,
+    ExpandedNorm,
+    NormOfResidual,
+    PostNormEntry,
+    SegmentEntry,
+    SegmentExit,
+    TaskNorm,
+)
 from adapt_convert.kernels.latte_score import load_scores
-from adapt_convert.kernels.surgery import STATE, Replaced, weight_of
+from adapt_convert.kernels.surgery import Replaced, weight_of
 from adapt_convert.kernels.tasks import Tasks
 
 
@@ -36,56 +51,69 @@ class LatteState(Replaced):
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
 
     def restore(self, model: nn.Module) -> nn.Module:
+        self.refuse_cast(model)
         for name, handle in self.edges.items():
             handle.remove()
             delattr(model.get_submodule(name), "latte_edge")
         for owner, attribute, size in self.attributes:
             setattr(owner, attribute, size)
-        for name, transposed in self.transposed.items():
-            give_back_weight(self.modules[name], model.get_submodule(name), transposed)
         return super().restore(model)
+
+    def put_back(self, model: nn.Module, name: str, module: nn.Module) -> None:
+        expanded = model.get_submodule(name)
+        super().put_back(model, name, module)
+        if name in self.transposed:  # one at a time: two copies of the whole model may not fit
+            give_back_weight(module, expanded, self.transposed[name])
 
 
 def load_latte(model: nn.Module, location: Location) -> nn.Module:
     """Expand `model`, the base, by the LatTE directory at `location`; the model is unchanged if that raises `AdaptError`.
 
     Inference only: dropout of a training model would act on the carried parts separately. Hidden states that the model records
-    between its layers (`output_hidden_states`) are the carried ones, `[h; w; s ..]`; the last one is not.
+    between its layers (`output_hidden_states`) are the carried ones, `[h; w; t ..]`; the last one is not.
     """
     adapter = read_latte(location)
     config = getattr(model, "config", None)
+    if config is None or adapter.model_type != config.model_type:
+        own = "not a transformers model" if config is None else config.model_type
+        raise AdaptError(f"{location.origin}: is made for {adapter.model_type}, the model is {own}")
     find = score_layout_of if adapter.construction == "score" else layout_of
-    layout = find(config.to_dict() if config is not None else {}, type(model).__name__)
-    names = _Names(model, layout.block.removesuffix(".{}"))
+    layout = find(config.to_dict(), type(model).__name__)
+    names = Names(model, layout.layers, adapter)
     _check(model, adapter, names, location.origin)
-    state, tasks = LatteState(), Tasks(len(adapter.tasks))
-    state.tasks = tasks
-    setattr(model, STATE, state)
-    try:
-        with torch.no_grad():
-            if isinstance(layout, Layout):
-                _Loader(model, adapter, layout, names, state, tasks, location.origin).run()
-            else:
-                load_scores(model, adapter, layout, names.of, state)
-    except BaseException:
-        state.restore(model)
-        raise
-    return model
+    state = LatteState(tasks=Tasks(len(adapter.tasks)))
+
+    def put_on() -> None:
+        if isinstance(layout, Layout):
+            _Loader(model, adapter, layout, names, state, location.origin).run()
+        else:
+            load_scores(model, adapter, layout, names, state, location.origin)
+
+    return state.fill(model, put_on)
 
 
-class _Names:
-    """Names of the adapter in the live model, of which a bare backbone lacks the prefix; `blocks` is its list of layers."""
+class Names:
+    """Names of matrices in the adapter and in the live model: a bare backbone, as base of either, lacks the prefix of the layout's."""
 
-    def __init__(self, model: nn.Module, layers: str) -> None:
-        self.prefix = "" if _has(model, layers) else layers.split(".")[0] + "."
-        if not _has(model, self.of(layers)):
+    def __init__(self, model: nn.Module, layers: str, adapter: LatteAdapter) -> None:
+        self._prefix = layers.split(".")[0] + "."
+        self._bare_model = not _has(model, layers)
+        self._bare_adapter = any(not name.startswith(self._prefix) for name in adapter.fingerprints)
+        if self._bare_model and not _has(model, layers.removeprefix(self._prefix)):
             raise AdaptError(f"this {type(model).__name__} has no {layers}")
-        blocks = model.get_submodule(self.of(layers))
+        blocks = model.get_submodule(layers.removeprefix(self._prefix) if self._bare_model else layers)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
 
-    def of(self, name: str) -> str:
-        return name.removeprefix(self.prefix) if self.prefix else name
+    def live(self, name: str) -> str:
+        """A name of the layout or the adapter as the model has it."""
+        if self._bare_model:
+            return name.removeprefix(self._prefix)
+        return self._prefix + name if self._bare_adapter and not name.startswith(self._prefix) else name
+
+    def held(self, name: str) -> str:
+        """A name of the layout as the adapter has it."""
+        return name.removeprefix(self._prefix) if self._bare_adapter else name
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -96,27 +124,30 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _check(model: nn.Module, adapter: LatteAdapter, names: _Names, origin: str) -> None:
-    """Whether the adapter was made for this base: architecture, shapes, and a fingerprint of every expanded matrix."""
-    own = str(getattr(getattr(model, "config", None), "model_type", None))
-    if adapter.model_type != own:
-        raise AdaptError(f"{origin}: is made for {adapter.model_type}, the model is {own}")
+def _check(model: nn.Module, adapter: LatteAdapter, names: Names, origin: str) -> None:
+    """Whether the adapter was made for this base: its depth, and a fingerprint of every expanded matrix."""
     if adapter.segments and adapter.segments[-1].stop != len(names.blocks):
         raise AdaptError(f"{origin}: covers {adapter.segments[-1].stop} layers, the model has {len(names.blocks)}: made for another base")
     for module, hashes in adapter.fingerprints.items():
-        weight = weight_of(model, names.of(module))
+        weight = weight_of(model, names.live(module))
         if not matches_fingerprint(weight, hashes):
             raise AdaptError(f"{origin}: made for another base: {module}.weight has other values here; load it onto {adapter.base_model}")
 
 
 class _Loader:
-    """The swaps of one load, in the order in which they can be undone."""
+    """The swaps of one load. `left` are the tensors of the adapter that have found no place yet, by group, task and name."""
 
-    def __init__(
-        self, model: nn.Module, adapter: LatteAdapter, layout: Layout, names: _Names, state: LatteState, tasks: Tasks, origin: str
-    ) -> None:
-        self.model, self.adapter, self.layout, self.names = model, adapter, layout, names
-        self.state, self.tasks, self.origin = state, tasks, origin
+    def __init__(self, model: nn.Module, adapter: LatteAdapter, layout: Layout, names: Names, state: LatteState, origin: str) -> None:
+        self.model, self.adapter, self.layout, self.names, self.state, self.origin = model, adapter, layout, names, state, origin
+        assert state.tasks is not None
+        self.tasks = state.tasks
+        groups = {"reader": "readers", "writer": "writers", "bias": "biases"}
+        self.left = {
+            (group, number, name)
+            for group, held in groups.items()
+            for number, t in enumerate(adapter.tasks, 1)
+            for name in getattr(t, held)
+        }
 
     def run(self) -> None:
         self._set_exact()
@@ -130,22 +161,33 @@ class _Loader:
                 self._cross_post_norms(self.layout.block.format(layer), segment, segment if layer + 1 < segment.stop else after)
         if self.layout.final_norm:
             self._cross(self.layout.final_norm, segments[-1], None)
+        for group, number, name in sorted(self.left):
+            raise AdaptError(f"{self.origin}: {number}.{group}.{name} is of no matrix that a LatTE of {self.adapter.model_type} expands")
 
     def _set_exact(self) -> None:
         """Parameters held by value: those of norms by task and row, others for every row, which one adapter alone can ask for."""
         tasks = self.adapter.tasks
         for module in sorted({name.rpartition(".")[0] for task in tasks for name in task.exact}):
-            norm = self.model.get_submodule(self.names.of(module))
+            live = self.names.live(module)
+            if live in self._in_front():
+                raise AdaptError(f"{self.origin}: holds {module} by value, which its matrices contain: the file was changed")
+            norm = self.model.get_submodule(live) if _has(self.model, live) else None
             weight = getattr(norm, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim == 1:
+            if norm is not None and isinstance(weight, Tensor) and weight.ndim == 1:
                 tables = [self._task_table(norm, module, attribute) for attribute in ("weight", "bias")]
                 self._set_values(module)
                 assert tables[0] is not None
-                self._swap(module, TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.tasks))
+                self._swap(live, TaskNorm(norm, tables[0], tables[1], self.layout.norm, self.tasks))
             elif len(tasks) > 1:
                 raise AdaptError(f"{self.origin}: a bundle cannot hold {module}, which is no norm, task by task")
             else:
                 self.state.for_all_rows += self._set_values(module)
+
+    def _in_front(self) -> set[str]:
+        """The norms whose gains and biases the readers' matrices contain, and the matrices themselves."""
+        layout, layers = self.layout, range(len(self.names.blocks))
+        inside = [*filter(None, layout.readers), *(r for readers in layout.readers.values() for r in readers), *layout.writers]
+        return {self.names.live(f"{layout.block.format(layer)}.{name}") for layer in layers for name in inside}
 
     def _set_values(self, module: str) -> list[str]:
         """Without task ids a single adapter's values hold for all rows; a bundle is the base then, and nothing is set."""
@@ -154,7 +196,7 @@ class _Loader:
         for name in names:
             value = held[name]
             assert isinstance(value, Tensor)
-            self.state.set_parameter(self.model, self.names.of(name), value)
+            self.state.set_parameter(self.model, self.names.live(name), value)
         return names
 
     def _task_table(self, norm: nn.Module, module: str, attribute: str) -> Tensor | None:
@@ -163,34 +205,38 @@ class _Loader:
         if value is None:
             return None
         rows = [value, *(task.exact.get(f"{module}.{attribute}", value) for task in self.adapter.tasks)]
+        if any(row.shape != value.shape for row in rows):
+            raise AdaptError(f"{self.origin}: {module}.{attribute} has another shape than the model's {list(value.shape)}")
         return torch.stack([row.to(value.device, value.dtype) for row in rows]).detach()
 
     def _open(self, segment: Segment, before: Segment | None) -> None:
         """At the start of a segment: enter its basis, after leaving the one before; behind a post-norm that has been done."""
         if before is not None and self.layout.post_norms:
             return
-        name = self.names.of(self.layout.block.format(segment.start))
+        name = self.names.live(self.layout.block.format(segment.start))
         layer = self.model.get_submodule(name)
         like = _parameter(layer)
-        self.tasks.expand(segment.Q, like.device)
-        steps = [self._enter(segment, like)] if before is None else [self._leave(before, like), self._enter(segment, like)]
-        layer.latte_edge = nn.Sequential(*steps)
+        enter = self._enter(segment, like)
+        layer.latte_edge = enter if before is None else nn.Sequential(self._leave(before, like), enter)
         self.state.edges[name] = layer.register_forward_pre_hook(_through_edge, with_kwargs=True)
 
-    def _leave(self, segment: Segment, like: Tensor) -> SegmentExit:
-        return SegmentExit(segment.Q.to(like.device, like.dtype), self.tasks)
+    def _enter(self, segment: Segment, like: Tensor) -> nn.Module:
+        entry = PostNormEntry if self.layout.post_norms else SegmentEntry
+        return entry(segment.Q.to(like.device, like.dtype), self.tasks)
 
-    def _enter(self, segment: Segment, like: Tensor) -> SegmentEntry:
-        return SegmentEntry(segment.Q.to(like.device, like.dtype), self.tasks)
+    def _leave(self, segment: Segment, like: Tensor) -> SegmentExit:
+        Q = segment.Q.to(like.device, like.dtype)
+        parts = 2 * self.tasks.count if self.layout.post_norms else 1 + self.tasks.count
+        return SegmentExit(Q, len(Q) + parts * segment.rank, self.tasks)
 
     def _expand_layer(self, path: str, segment: Segment) -> None:
         for norm_name, readers in self.layout.readers.items():
-            norm = self.model.get_submodule(self.names.of(f"{path}.{norm_name}")) if norm_name else None
+            norm = self.model.get_submodule(self.names.live(f"{path}.{norm_name}")) if norm_name else None
             gain = None if norm is None else _parameter(norm).float() + (1.0 if self.layout.norm == "gemma" else 0.0)
             for reader in readers:
                 self._expand(f"{path}.{reader}", segment, True, gain)
             if norm is not None:
-                self._swap(f"{path}.{norm_name}", ExpandedNorm(norm, segment.Q, self.layout.norm, self.tasks))
+                self._swap(self.names.live(f"{path}.{norm_name}"), ExpandedNorm(norm, segment.rank, self.layout.norm, self.tasks))
         for writer in self.layout.writers:
             self._expand(f"{path}.{writer}", segment, False, None)
 
@@ -199,31 +245,51 @@ class _Loader:
         for norm_name in self.layout.post_norms:
             self._cross(f"{path}.{norm_name}", segment, behind if norm_name == self.layout.post_norms[-1] else segment)
 
-    def _cross(self, adapted: str, leaving: Segment, entering: Segment | None) -> None:
-        norm = self.model.get_submodule(self.names.of(adapted))
+    def _cross(self, norm_name: str, leaving: Segment, entering: Segment | None) -> None:
+        name = self.names.live(norm_name)
+        norm = self.model.get_submodule(name)
         like = _parameter(norm)
-        if entering is not None:
-            self.tasks.expand(entering.Q, like.device)
         enter = None if entering is None else self._enter(entering, like)
-        self._swap(adapted, NormOfResidual(norm, self._leave(leaving, like), enter))
+        self._swap(name, NormOfResidual(norm, self._leave(leaving, like), enter))
 
-    def _expand(self, adapted: str, segment: Segment, reads: bool, gain: Tensor | None) -> None:
-        """Expand one matrix, by its name in the adapter: a reader behind a norm of this `gain` or behind none, or a writer."""
-        name = self.names.of(adapted)
+    def _expand(self, path: str, segment: Segment, reads: bool, gain: Tensor | None) -> None:
+        """Expand one matrix, by its name in the layout: a reader behind a norm of this `gain` or behind none, or a writer."""
+        name, adapted = self.names.live(path), self.names.held(path)
+        if adapted not in self.adapter.fingerprints:
+            raise AdaptError(f"{self.origin}: has no fingerprint of {adapted}: the file was changed")
         module, stored = self.model.get_submodule(name), weight_of(self.model, name)
         weight = stored.data.T if self.layout.conv1d else stored.data
         Q = segment.Q.to(weight.device)
-        blocks = [(task.readers if reads else task.writers).get(adapted) for task in self.adapter.tasks]
-        check_blocks(blocks, weight, segment, reads, f"{self.origin}: {adapted}")
-        expanded = reader_weight(weight, Q, blocks, gain) if reads else writer_weight(weight, Q, blocks)
-        biases = [task.biases.get(adapted) for task in self.adapter.tasks]
-        table = bias_table(getattr(module, "bias", None), biases, weight, None if reads else Q)
+        blocks = self._take("reader" if reads else "writer", adapted)
+        biases = self._take("bias", adapted)
+        sizes = (weight.shape[0], segment.rank) if reads else (segment.rank, weight.shape[1])
+        for tensor, expected in (*((block, sizes) for block in blocks), *((bias, weight.shape[:1]) for bias in biases)):
+            check_block(tensor, tuple(expected), f"{self.origin}: {adapted}")
+        if len(Q) != weight.shape[1 if reads else 0]:
+            raise AdaptError(f"{self.origin}: its residual stream is {len(Q)} wide, that of {adapted} {weight.shape[1 if reads else 0]}")
+        if self.layout.post_norms:
+            expanded = post_norm_weight(weight, segment.rank, blocks, reads)
+        elif reads:
+            assert gain is not None
+            expanded = reader_weight(weight, Q, blocks, gain)
+        else:
+            expanded = writer_weight(weight, Q, blocks)
+        carried = None if reads or self.layout.post_norms else Q
+        table = bias_table(getattr(module, "bias", None), biases, weight, carried, len(expanded))
+        self._swap(name, ExpandedLinear(expanded, table, self.tasks))
         self.state.transposed[name] = self.layout.conv1d
-        self._swap(adapted, ExpandedLinear(expanded, table, self.tasks))
         stored.data = stored.data.new_empty(0)
 
-    def _swap(self, adapted: str, module: nn.Module) -> None:
-        self.state.swap(self.model, self.names.of(adapted), module)
+    def _take(self, group: str, name: str) -> list[Tensor | None]:
+        """What each task holds for a matrix."""
+        found: list[Tensor | None] = []
+        for number, task in enumerate(self.adapter.tasks, 1):
+            self.left.discard((group, number, name))
+            found.append({"reader": task.readers, "writer": task.writers, "bias": task.biases}[group].get(name))
+        return found
+
+    def _swap(self, name: str, module: nn.Module) -> None:
+        self.state.swap(self.model, name, module)
 
 
 def _through_edge(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The modules that a LatTE swaps into a model: entry and exit of a segment, expanded norms, expanded matrices.
 
-Between entry and exit the layer's own `residual + hidden` carries `[h; w; s_1 .. s_T]` (kernels/expanded_norm.py), because every
+Between entry and exit the layer's own `residual + hidden` carries `[h; w; t_1 .. t_T]` (kernels/expanded_norm.py), because every
 matrix that writes to the residual stream yields all of it and every norm reads all of it. Attention, MLP and cache between them
 see what they always see. In post-norm encoders, whose norms act on the stream itself, every norm is an exit and the next entry.
 """
@@ -11,50 +11,64 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapt_convert.convert.latte_layout import NormKind
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.kernels.expanded_norm import NormKind, NormShape, by_row, expanded_norm
+from adapt_convert.kernels.expanded_norm import NormShape, by_row, expanded_norm
 from adapt_convert.kernels.tasks import Tasks
 
 
-class SegmentExit(nn.Module):
-    """The true residual `h + Q (s_k - w)` of every row's task k: LatTE's f_out, one thin product."""
+class SegmentEntry(nn.Module):
+    """`h` -> `[h; w; 0 ..]` with `w = Q^T h`: LatTE's f_in, one thin product."""
+
+    Q: Tensor
+
+    def __init__(self, Q: Tensor, tasks: Tasks) -> None:
+        super().__init__()
+        self.zeros = tasks.count * Q.shape[1]
+        self.register_buffer("Q", Q, persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.to(self.Q.device)  # a layer on another device than the one before moves its inputs only after this
+        return functional.pad(torch.cat([h, functional.linear(h, self.Q.T)], dim=-1), (0, self.zeros))
+
+
+class PostNormEntry(nn.Module):
+    """`h` -> `[h; m_1 w; ..; m_T w; 0 ..]`: the entry of a post-norm encoder, whose readers read the stream as it is."""
 
     Q: Tensor
 
     def __init__(self, Q: Tensor, tasks: Tasks) -> None:
         super().__init__()
         self.tasks = tasks
-        self.width = stream_width(Q, tasks)
+        self.register_buffer("Q", Q, persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.to(self.Q.device)
+        w, mask = functional.linear(h, self.Q.T), self.tasks.mask_for(h)
+        own = w if mask is None else (w.unsqueeze(-2) * by_row(mask, h).unsqueeze(-1).to(w.dtype)).flatten(-2)
+        return functional.pad(torch.cat([h, own], dim=-1), (0, own.shape[-1]))
+
+
+class SegmentExit(nn.Module):
+    """The true residual `h + Q t_k` of every row's task k: LatTE's f_out, one thin product. The `t_k` are the last of `width`."""
+
+    Q: Tensor
+
+    def __init__(self, Q: Tensor, width: int, tasks: Tasks) -> None:
+        super().__init__()
+        self.width, self.tasks = width, tasks
         self.register_buffer("Q", Q, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.Q.device)
         d, r = self.Q.shape
         if x.shape[-1] != self.width:
             raise AdaptError(f"the residual stream is {x.shape[-1]} wide where a LatTE of width {d} and rank {r} ends")
-        signs = self.tasks.factors(x, d, r).signs[:, d:]
-        carried = (x[..., d:] * by_row(signs, x).to(x.dtype)).reshape(*x.shape[:-1], -1, r)
-        return x[..., :d] + functional.linear(carried.sum(-2), self.Q)
-
-
-class SegmentEntry(nn.Module):
-    """`h` -> `[h; w; s_1 .. s_T]`, all of them `Q^T h` where the row may see them: LatTE's f_in, one thin product."""
-
-    copies: Tensor
-
-    def __init__(self, Q: Tensor, tasks: Tasks) -> None:
-        super().__init__()
-        self.tasks, self.sizes = tasks, (Q.shape[0], Q.shape[1])
-        self.register_buffer("copies", Q.T.repeat(tasks.count + 1, 1), persistent=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        x = torch.cat([h, functional.linear(h, self.copies)], dim=-1)
-        keeps = self.tasks.factors(h, *self.sizes).keeps
-        return x if keeps is None else x * by_row(keeps, x).to(x.dtype)
-
-
-def stream_width(Q: Tensor, tasks: Tasks) -> int:
-    """Channels of the stream that a basis `Q (d, R)` carries for some tasks."""
-    return Q.shape[0] + (tasks.count + 1) * Q.shape[1]
+        t, mask = x[..., self.width - self.tasks.count * r :], self.tasks.mask_for(x)
+        if mask is not None:
+            by_task = t.reshape(*t.shape[:-1], self.tasks.count, r)
+            t = (by_task * by_row(mask, x).unsqueeze(-1).to(x.dtype)).sum(-2)
+        return x[..., :d] + functional.linear(t, self.Q)
 
 
 class ExpandedNorm(nn.Module):
@@ -63,28 +77,27 @@ class ExpandedNorm(nn.Module):
     gain: Tensor
     bias: Tensor | None
 
-    def __init__(self, base: nn.Module, Q: Tensor, kind: NormKind, tasks: Tasks) -> None:
+    def __init__(self, base: nn.Module, rank: int, kind: NormKind, tasks: Tasks) -> None:
         super().__init__()
-        self.base, self.tasks, self.rank = base, tasks, Q.shape[1]
+        self.base, self.tasks = base, tasks
         weight = base.weight
         assert isinstance(weight, Tensor)
         weight = weight.detach()
-        self.shape = NormShape(len(weight), stream_width(Q, tasks), kind, norm_eps(base))
-        gain = weight.float() + 1.0 if kind == "gemma" else weight
+        self.shape = NormShape(len(weight), rank, tasks.count, kind, norm_eps(base))
         extra = self.shape.width - len(weight)
+        gain = weight.float() + 1.0 if kind == "gemma" else weight
         self.register_buffer("gain", functional.pad(gain, (0, extra), value=1.0), persistent=False)
         bias = getattr(base, "bias", None)
         self.register_buffer("bias", None if bias is None else functional.pad(bias.detach(), (0, extra)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.tasks.factors(x, self.shape.d, self.rank)
-        return expanded_norm(x, self.gain, self.bias, rows.signs, rows.keeps, self.shape)
+        return expanded_norm(x, self.gain, self.bias, self.tasks.mask_for(x), self.shape)
 
 
 class NormOfResidual(nn.Module):
     """The norm `base` of the true residual, and the entry of the matrices behind it: the final norm, and those of post-norm encoders."""
 
-    def __init__(self, base: nn.Module, leave: SegmentExit, enter: SegmentEntry | None) -> None:
+    def __init__(self, base: nn.Module, leave: SegmentExit, enter: nn.Module | None) -> None:
         super().__init__()
         self.base, self.leave, self.enter = base, leave, enter
 
@@ -94,28 +107,27 @@ class NormOfResidual(nn.Module):
 
 
 class TaskNorm(nn.Module):
-    """A plain norm whose gain, and bias, differ from task to task: `gains (T + 1, d)`, row 0 the base's."""
+    """A plain norm whose gain, and bias, differ from task to task: `gains (T + 1, d)`, row 0 the base's, as the norm multiplies."""
 
     gains: Tensor
     biases: Tensor | None
-    ones: Tensor
 
     def __init__(self, base: nn.Module, gains: Tensor, biases: Tensor | None, kind: NormKind, tasks: Tasks) -> None:
         super().__init__()
-        self.base, self.tasks = base, tasks
-        self.shape = NormShape(gains.shape[1], gains.shape[1], kind, norm_eps(base))
-        self.register_buffer("gains", gains + 1.0 if kind == "gemma" else gains, persistent=False)
+        self.base, self.tasks, self.kind, self.eps = base, tasks, kind, norm_eps(base)
+        self.register_buffer("gains", gains.float() + 1.0 if kind == "gemma" else gains, persistent=False)
         self.register_buffer("biases", biases, persistent=False)
-        self.register_buffer("ones", torch.ones_like(gains[:1], dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         ids = self.tasks.ids_for(x)
         if ids is None:
             return self.base(x)  # type: ignore[no-any-return]
-        normed = expanded_norm(x, self.ones[0], None, self.ones, None, self.shape)
-        shape = (len(ids), *(1,) * (x.ndim - 2), -1)
-        scaled = normed * self.gains[ids].view(shape).to(x.dtype)
-        return scaled if self.biases is None else scaled + self.biases[ids].view(shape).to(x.dtype)
+        gains = by_row(self.gains[ids], x)
+        if self.kind == "layer":
+            normed = functional.layer_norm(x.float(), x.shape[-1:], eps=self.eps) * gains.float()
+            return (normed if self.biases is None else normed + by_row(self.biases[ids], x).float()).to(x.dtype)
+        normed = functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return normed.to(x.dtype) * gains if self.kind == "rms" else (normed * gains).to(x.dtype)  # Llama rounds first
 
 
 def norm_eps(norm: nn.Module) -> float:

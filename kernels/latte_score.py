@@ -6,7 +6,7 @@ stays that of the base, which the stock attention keeps in a field of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter
 
 if TYPE_CHECKING:
-    from adapt_convert.kernels.latte import LatteState
+    from adapt_convert.kernels.latte import LatteState, Names
 
 
 class ScoreLinear(nn.Module):
@@ -88,19 +88,19 @@ class FusedScore(nn.Module):
         return torch.cat([self.parts[letter](x) for letter in "qkv"], dim=-1)
 
 
-def load_scores(model: nn.Module, adapter: LatteAdapter, layout: ScoreLayout, live: Callable[[str], str], state: LatteState) -> None:
-    """Widen the heads of every attention that the adapter changes and set everything else by value; `state` learns how to undo it.
-
-    `live` leads from the adapter's names to the model's.
-    """
+def load_scores(model: nn.Module, adapter: LatteAdapter, layout: ScoreLayout, names: Names, state: LatteState, origin: str) -> None:
+    """Widen the heads of every attention that the adapter changes and set everything else by value; `state` learns how to undo it."""
     task = adapter.tasks[0]
     for name, value in task.exact.items():
         assert isinstance(value, Tensor)
-        state.set_parameter(model, live(name), value)
+        state.set_parameter(model, names.live(name), value)
     state.for_all_rows = ["the attention"]
-    adapted = sorted({name.rpartition(".")[0].removesuffix(f".{layout.owner}") for name in task.scores})
-    for path in adapted:
-        block, prefix = live(path), f"{path}.{layout.owner}."
+    owners = {name.rpartition(".")[0] for name in task.scores}
+    known = {names.held(f"{layout.block.format(layer)}.{layout.owner}") for layer in range(len(names.blocks))}
+    if owners - known:
+        raise AdaptError(f"{origin}: has scores of {min(owners - known)}, which is no attention of {adapter.model_type}")
+    for path in sorted(owners):
+        block, prefix = names.live(path.removesuffix(f".{layout.owner}")), f"{path}."
         factors = {name.removeprefix(prefix): value for name, value in task.scores.items() if name.startswith(prefix)}
         swaps, attributes = swaps_of(model.get_submodule(block), layout, factors)
         for name, module in swaps.items():

@@ -11,7 +11,7 @@ from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.source import Source
 from adapt_convert.kernels.grouped import grouped_lora_add
-from adapt_convert.kernels.surgery import STATE, Replaced, WrappedLayer, shape_of, weight_of
+from adapt_convert.kernels.surgery import Replaced, WrappedLayer, shape_of, weight_of
 from adapt_convert.kernels.tasks import Tasks
 
 
@@ -45,8 +45,8 @@ def load_loras(model: nn.Module, sources: Sequence[Source]) -> nn.Module:
     factors = [_factors(source) for source in sources]
     tasks = Tasks(len(sources))
     state = Replaced(tasks=tasks)
-    setattr(model, STATE, state)
-    try:
+
+    def put_on() -> None:
         for module in dict.fromkeys(name for held in factors for name in held):
             weight, shape = weight_of(model, module), shape_of(model, module)
             deltas = [held.get(module) for held in factors]
@@ -55,10 +55,8 @@ def load_loras(model: nn.Module, sources: Sequence[Source]) -> nn.Module:
                     raise AdaptError(f"{source.origin}: its delta of {module} is {list(delta.shape)}, the model's weight {list(shape)}")
             A, B = _stacked(deltas)
             state.swap(model, module, GroupedLora(model.get_submodule(module), A.to(weight), B.to(weight), tasks))
-    except BaseException:
-        state.restore(model)
-        raise
-    return model
+
+    return state.fill(model, put_on)
 
 
 def _factors(source: Source) -> dict[str, LowRankDelta]:

@@ -14,19 +14,25 @@ from adapt_convert.formats.location import Location
 from adapt_convert.formats.lorta import LortaBlock, Slot, read_lorta_blocks
 from adapt_convert.formats.peft import PREFIX
 from adapt_convert.kernels.lorta import lorta_add, lorta_apply
-from adapt_convert.kernels.surgery import STATE, Replaced, WrappedLayer, shape_of, weight_of
+from adapt_convert.kernels.surgery import Replaced, WrappedLayer, shape_of, weight_of
+
+_FACTORS = ("A", "B", "heads")
 
 
 class LortaModule(WrappedLayer):
-    """A linear layer with its slices of a LoRTA added. The factors are shared, not copied."""
+    """A linear layer with its slices of a LoRTA added; `A` and `B` are shared by all layers until the model is moved."""
 
     def __init__(self, base: nn.Module, slices: list[tuple[Slot, Tensor, Tensor, Tensor]]) -> None:
         super().__init__(base)
-        self.slices = slices
+        self.slots = [slot for slot, *_ in slices]
+        for number, (_, *factors) in enumerate(slices):
+            for name, factor in zip(_FACTORS, factors, strict=True):
+                self.register_buffer(f"{name}{number}", factor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        for slot, a, b, heads in self.slices:
+        for number, slot in enumerate(self.slots):
+            a, b, heads = (self.get_buffer(f"{name}{number}") for name in _FACTORS)
             if slot.start is None:
                 y = lorta_add(y, x, a, b, heads, reads=slot.transposed)
             else:
@@ -41,15 +47,13 @@ def load_lorta(model: nn.Module, location: Location, config: dict[str, Any]) -> 
     blocks = read_lorta_blocks(location, store, config, reference_slots([name for name, _ in model.named_modules()], _config_of(model)))
     names = {key.removeprefix(PREFIX): key for key in store.infos if not key.rsplit(".", 1)[-1].startswith("lora_")}
     state = Replaced()
-    setattr(model, STATE, state)
-    try:
+
+    def put_on() -> None:
         for name, key in names.items():
             state.set_parameter(model, name, store.read(key))
         _attach_slices(model, blocks, state)
-    except BaseException:
-        state.restore(model)
-        raise
-    return model
+
+    return state.fill(model, put_on)
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:

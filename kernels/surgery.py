@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,29 +16,60 @@ STATE = "_adapt_convert"  # the attribute in which a model that carries an adapt
 
 @dataclass
 class Replaced:
-    """What was taken out of a model: modules, former values of overwritten parameters, and parameters that were only tied.
+    """What was taken out of a model: modules by name, the former values of overwritten tensors, and parameters that were only tied.
 
-    `tasks` chooses adapters row by row, where there is a choice; `for_all_rows` names values that no row can have for itself.
+    `untied` has the module, the attribute and the parameter that it shared. `tasks` chooses adapters row by row, where there is a choice; `for_all_rows` names values that no row can have for itself.
     """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    untied: dict[str, nn.Parameter] = field(default_factory=dict)
+    values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    untied: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
     tasks: Tasks | None = None
     for_all_rows: list[str] = field(default_factory=list)
+    guard: Any = None
+
+    def fill(self, model: nn.Module, put_on: Callable[[], None]) -> nn.Module:
+        """Mark the model as carrying an adapter and put that on; if it fails, the model is as it was."""
+        setattr(model, STATE, self)
+        try:
+            put_on()
+        except BaseException:
+            self.restore(model)
+            raise
+        self.guard = model.register_state_dict_pre_hook(_refuse_saving)  # type: ignore[no-untyped-call]
+        return model
 
     def restore(self, model: nn.Module) -> nn.Module:
-        """Every module and value as before, bit for bit; the model carries no adapter then."""
+        """Every module and value as before, bit for bit, on the device where the model is now; it carries no adapter then.
+
+        Raises `AdaptError`, and leaves the model alone, when it was cast to another dtype meanwhile: the bits are gone.
+        """
+        self.refuse_cast(model)
+        if self.guard is not None:
+            self.guard.remove()
         for name, module in self.modules.items():
-            set_module(model, name, module)
-        for name, parameter in self.untied.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, parameter)
-        for name, value in self.values.items():
-            _tensor(model, name).data = value
-        if hasattr(model, STATE):
-            delattr(model, STATE)
+            self.put_back(model, name, module)
+        for owner, attribute, parameter in self.untied:
+            setattr(owner, attribute, parameter)
+        for tensor, value in reversed(self.values):
+            tensor.data = value.to(tensor.device)
+        delattr(model, STATE)
         return model
+
+    def refuse_cast(self, model: nn.Module) -> None:
+        """Raises `AdaptError` when something that was put in has another dtype than what it stands for."""
+        pairs = [(_dtype(model.get_submodule(name)), _dtype(module)) for name, module in self.modules.items()]
+        pairs += [(tensor.dtype, value.dtype) for tensor, value in self.values]
+        for now, before in pairs:
+            if now != before and now is not None and before is not None:
+                raise AdaptError(f"the model was cast from {before} to {now} while it carried the adapter; load the base anew instead")
+
+    def put_back(self, model: nn.Module, name: str, module: nn.Module) -> None:
+        """The module that was called `name`, on the device of the one in its place."""
+        now = next((t.device for t in (*_own(model.get_submodule(name)),)), None)
+        if now is not None and any(t.device != now for t in _own(module)):
+            module.to(now)
+        set_module(model, name, module)
 
     def swap(self, model: nn.Module, name: str, module: nn.Module) -> None:
         """Put `module` in the place of the one called `name`."""
@@ -51,13 +84,26 @@ class Replaced:
         value = value.to(old.device, old.dtype)
         is_owner = any(own == name for own, _ in (*model.named_parameters(), *model.named_buffers()))
         if is_owner:
-            self.values[name] = old.data
+            self.values.append((old, old.data))
             old.data = value
         else:
             assert isinstance(old, nn.Parameter)
-            self.untied[name] = old
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=old.requires_grad))
+            path, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(path)
+            self.untied.append((owner, attribute, old))
+            setattr(owner, attribute, nn.Parameter(value, requires_grad=old.requires_grad))
+
+
+def _refuse_saving(*_: object) -> None:
+    raise AdaptError("the model carries an adapter and would be saved with its parts missing; call adapt_convert.unload(model) first")
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+
+
+def _dtype(module: nn.Module) -> Any:
+    return next((tensor.dtype for tensor in _own(module)), None)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

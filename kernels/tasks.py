@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from adapt_convert.formats.errors import AdaptError
-
-
-@dataclass(frozen=True)
-class RowFactors:
-    """How rows of a LatTE's stream `[h; w; s_1 .. s_T]` enter its norms, by channel: `(rows, width)`, or `(1, width)` for all rows.
-
-    The true residual of a row of task k has the square norm `||h||^2 - ||w||^2 + ||s_k||^2`: `signs` are these weights of the squares.
-    `keeps` is 1 for what readers of the row may see, else 0; None where they may see everything. A row of no task keeps h alone.
-    """
-
-    signs: Tensor
-    keeps: Tensor | None
 
 
 class Tasks:
@@ -32,40 +18,23 @@ class Tasks:
     def __init__(self, count: int) -> None:
         self.count = count
         self.ids: Tensor | None = None
-        self._factors: dict[tuple[int, int], RowFactors] = {}
-
-    def expand(self, Q: Tensor, device: torch.device) -> None:
-        """Prepare for a stream with the basis `Q (d, R)`."""
-        d, rank = Q.shape
-        self._factors[d, rank] = self._make(d, rank, device)
+        self._mask: Tensor | None = None  # (rows, count), 1 at a row's own task
 
     def set(self, ids: Tensor | None) -> None:
         self.ids = ids
-        self._factors = {key: self._make(*key, old.signs.device) for key, old in self._factors.items()}
+        self._mask = None if ids is None else functional.one_hot(ids, self.count + 1)[:, 1:].float()
 
-    def factors(self, x: Tensor, d: int, rank: int) -> RowFactors:
-        """The factors of the rows of `x (rows, ..)`, on its device."""
-        found = self._factors[d, rank]
-        if self.ids is None:  # the same for all rows
-            return RowFactors(found.signs.to(x.device), None if found.keeps is None else found.keeps.to(x.device))
-        assert found.keeps is not None
-        return RowFactors(_spread(found.signs, x), _spread(found.keeps, x))
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask with one row for each row of x's first dim; None when all rows are of the only task."""
+        if self._mask is not None:
+            return _spread(self._mask, x)
+        return None if self.count == 1 else x.new_zeros(x.shape[0], self.count, dtype=torch.float32)
 
     def ids_for(self, x: Tensor) -> Tensor | None:
-        """One id for each row of x's first dim; None when all rows are of the only task."""
-        if self.ids is None:
-            return None if self.count == 1 else torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        return _spread(self.ids, x)
-
-    def _make(self, d: int, rank: int, device: torch.device) -> RowFactors:
-        if self.ids is None:
-            mask = torch.full((1, self.count), float(self.count == 1), device=device)
-        else:
-            mask = functional.one_hot(self.ids.to(device), self.count + 1)[:, 1:].float()
-        own = mask.sum(1, keepdim=True)
-        signs, keeps = (torch.cat([first, mask], dim=1).repeat_interleave(rank, dim=1) for first in (-own, own))
-        whole = self.ids is None and self.count == 1
-        return RowFactors(functional.pad(signs, (d, 0), value=1.0), None if whole else functional.pad(keeps, (d, 0), value=1.0))
+        """The ids in the same way; None as in `mask_for`, zeros for several adapters whose tasks are not set."""
+        if self.ids is not None:
+            return _spread(self.ids, x)
+        return None if self.count == 1 else torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
 
 def _spread(rows: Tensor, x: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from adapt_convert.kernels.grouped import grouped_lora_add_reference
 from adapt_convert.kernels.grouped_triton import grouped_lora_add_triton
 from adapt_convert.kernels.lorta import lorta_apply
 from adapt_convert.kernels.lorta_triton import lorta_add_triton
-from adapt_convert.kernels.tasks import Tasks
 
 DTYPES = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 
@@ -56,43 +55,37 @@ def padded(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ((3, 2), 1027, 3, 4, True),
         ((5,), 64, 1, 2, True),
         ((2, 2, 3), 8, 0, 1, False),
-        ((3, 2), 700, 40, 8, True),
     ],
 )
 def test_expanded_norm(lead: tuple[int, ...], d: int, rank: int, tasks: int, masked: bool, kind: Any, dtype: torch.dtype) -> None:
-    shape = NormShape(d, d + (tasks + 1) * rank, kind, 1e-6)
+    shape = NormShape(d, rank, tasks, kind, 1e-6)
     x, gain = padded(*lead, shape.width, dtype=dtype), padded(shape.width, dtype=dtype)
     gain[d:] = 1.0
     bias = None
     if kind == "layer":
         bias = padded(shape.width, dtype=dtype)
         bias[d:] = 0.0
-    if rank:  # w and every s_k are projections of h and of what comes near it: the square norm is positive
-        x[..., d:] *= 0.1
-    choice = Tasks(tasks)
-    choice.expand(torch.empty(d, rank), x.device)
+    mask = None
     if masked:
-        choice.set(torch.arange(lead[0]) % (tasks + 1))
-    rows = choice.factors(x, d, rank)
-    signs, keeps = (None if t is None else padded(*t.shape).copy_(t) for t in (rows.signs, rows.keeps))
-    assert signs is not None
-    expected = expanded_norm_reference(x, gain, bias, signs, keeps, shape)
+        mask = torch.nn.functional.one_hot(torch.arange(lead[0]) % (tasks + 1), tasks + 1)[:, 1:].float().contiguous()
+    expected = expanded_norm_reference(x, gain, bias, mask, shape)
     assert torch.isfinite(expected).all()
-    torch.testing.assert_close(expanded_norm_triton(x, gain, bias, signs, keeps, shape), expected, **DTYPES[dtype])
+    torch.testing.assert_close(expanded_norm_triton(x, gain, bias, mask, shape), expected, **DTYPES[dtype])
 
 
 def test_expanded_norm_addresses_beyond_32_bits(tmp_path: Path) -> None:
     """Rows 2^30 elements apart, in a file with holes: the third starts at 2^31, where 32-bit offsets turn negative."""
-    stride, shape = 2**30, NormShape(8, 12, "rms", 1e-6)
+    stride, shape = 2**30, NormShape(8, 2, 1, "rms", 1e-6)
     far = torch.from_file(str(tmp_path / "holes"), shared=True, size=2 * stride + 64, dtype=torch.bfloat16)
     rows = torch.randn(3, shape.width).bfloat16()
     for number, row in enumerate(rows):
         far[number * stride : number * stride + shape.width] = row
-    gain, signs, out = torch.ones(12).bfloat16(), torch.ones(1, 12), torch.empty(3, 12, dtype=torch.bfloat16)
+    gain, out = torch.ones(shape.width).bfloat16(), torch.empty(3, shape.width, dtype=torch.bfloat16)
     expanded_norm_kernel[(3,)](
-        far, gain, far, signs, signs, out, 3, 8, 12, stride, 1e-6, KIND=0, HAS_BIAS=False, MASKED=False, BLOCK=8,
+        far, gain, far, far, out, 3, 8, 2, stride, shape.width, 1e-6,
+        TASKS=1, KIND=0, HAS_BIAS=False, MASKED=False, BLOCK=8, BLOCK_R=2,
     )  # fmt: skip
-    torch.testing.assert_close(out, expanded_norm_reference(rows, gain, None, signs, None, shape), **DTYPES[torch.bfloat16])
+    torch.testing.assert_close(out, expanded_norm_reference(rows, gain, None, None, shape), **DTYPES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,21 +15,20 @@ import torch
 from adapt_convert.kernels.expanded_norm import NormShape, expanded_norm
 from adapt_convert.kernels.grouped import grouped_lora_add
 from adapt_convert.kernels.lorta import lorta_add
-from adapt_convert.kernels.tasks import Tasks
 
 HERE = Path(__file__).parent
 BLOCKS = {"BLOCK": 1024, "BLOCK_R": 16, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}
 COMPILED = [
-    ("expanded_norm_triton", "expanded_norm_kernel", {"KIND": 0, "HAS_BIAS": False, "MASKED": False}),
-    ("expanded_norm_triton", "expanded_norm_kernel", {"KIND": 0, "HAS_BIAS": False, "MASKED": True}),
-    ("expanded_norm_triton", "expanded_norm_kernel", {"KIND": 1, "HAS_BIAS": False, "MASKED": True}),
-    ("expanded_norm_triton", "expanded_norm_kernel", {"KIND": 2, "HAS_BIAS": True, "MASKED": False}),
+    ("expanded_norm_triton", "expanded_norm_kernel", {"TASKS": 1, "KIND": 0, "HAS_BIAS": False, "MASKED": False}),
+    ("expanded_norm_triton", "expanded_norm_kernel", {"TASKS": 8, "KIND": 0, "HAS_BIAS": False, "MASKED": True}),
+    ("expanded_norm_triton", "expanded_norm_kernel", {"TASKS": 2, "KIND": 1, "HAS_BIAS": False, "MASKED": True}),
+    ("expanded_norm_triton", "expanded_norm_kernel", {"TASKS": 1, "KIND": 2, "HAS_BIAS": True, "MASKED": False}),
     ("lorta_triton", "heads_expand_kernel", {}),
     ("lorta_triton", "heads_shrink_kernel", {}),
     ("grouped_triton", "grouped_shrink_kernel", {}),
     ("grouped_triton", "grouped_expand_kernel", {}),
 ]
-_TYPES = {"signs": "*fp32", "keeps": "*fp32", "ids": "*i64", "eps": "fp32"}
+_TYPES = {"mask": "*fp32", "ids": "*i64", "eps": "fp32"}
 _POINTERS = ("x", "y", "gain", "bias", "out", "inner", "A", "B", "heads")
 
 
@@ -74,26 +73,18 @@ def test_kernels_compile_ahead_of_time(module: str, kernel: str, constants: dict
     assert compiled.metadata.shared <= 99 * 1024  # what every GPU of these generations grants a block
 
 
-def signs(d: int, rank: int) -> torch.Tensor:
-    """Of the only task of a stream."""
-    tasks = Tasks(1)
-    tasks.expand(torch.empty(d, rank), torch.device("cpu"))
-    return tasks.factors(torch.empty(1, d + 2 * rank), d, rank).signs
-
-
 def test_the_expanded_norm_is_the_norm_of_the_true_residual() -> None:
-    """By definition, in float64: carry [h; w; s], norm h + Q (s - w)."""
+    """By definition, in float64: carry [h; w; t], norm h + Q t."""
     torch.manual_seed(0)
     d, rank = 24, 5
     Q = torch.linalg.qr(torch.randn(d, rank)).Q
     h, t, gain = torch.randn(3, 2, d), torch.randn(3, 2, rank), torch.randn(d)
     true = (h + t @ Q.T).double()
     rms = (true.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    x = torch.cat([h, h @ Q, h @ Q + t], -1)
-    out = expanded_norm(x, torch.cat([gain, torch.ones(2 * rank)]), None, signs(d, rank), None, NormShape(d, d + 2 * rank, "rms", 1e-6))
-    moved = (out[..., d + rank :] - out[..., d : d + rank]).double() @ Q.double().T
-    torch.testing.assert_close(out[..., :d].double(), gain * h / rms, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out[..., :d] + gain * moved, gain * true / rms, atol=1e-5, rtol=1e-5)
+    x = torch.cat([h, h @ Q, t], -1)
+    out = expanded_norm(x, torch.cat([gain, torch.ones(2 * rank)]), None, None, NormShape(d, rank, 1, "rms", 1e-6)).double()
+    torch.testing.assert_close(out[..., :d], gain * h / rms, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[..., :d] + gain * (out[..., d + rank :] @ Q.double().T), gain * true / rms, atol=1e-5, rtol=1e-5)
 
 
 def test_a_residual_that_cancels_to_nothing_has_a_finite_norm() -> None:
@@ -102,10 +93,10 @@ def test_a_residual_that_cancels_to_nothing_has_a_finite_norm() -> None:
     Q = torch.linalg.qr(torch.randn(64, 8)).Q
     t = 100 * torch.randn(1000, 8)
     h = -(t @ Q.T)
-    x = torch.cat([h, h @ Q, h @ Q + t], -1)
-    out = expanded_norm(x, torch.ones(80), None, signs(64, 8), None, NormShape(64, 80, "rms", 1e-6))
+    out = expanded_norm(torch.cat([h, h @ Q, t], -1), torch.ones(80), None, None, NormShape(64, 8, 1, "rms", 1e-6))
     assert torch.isfinite(out).all()
-    assert ((x * x) @ signs(64, 8)[0] < 0).any()  # else this test would show nothing
+    square = h.square().sum(-1) + (t * (2 * (h @ Q) + t)).sum(-1)
+    assert (square < 0).any()  # else this test would show nothing
 
 
 def test_lorta_add_equals_the_dense_product() -> None:

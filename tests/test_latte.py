@@ -317,6 +317,55 @@ def test_bfloat16_stays_within_its_own_rounding(planted: Callable[[str], Planted
     assert (logits(case.model(dtype=torch.bfloat16), inputs) - exact).norm() > 10 * own
 
 
+def test_a_large_channel_costs_no_accuracy_in_bfloat16(tmp_path: Path) -> None:
+    """Real models have channels of the residual stream a thousand times the others'; here one lies in the span of Q."""
+    case = save_planted(tmp_path, "llama", attention_bias=False)
+    base = case.model()
+    base.model.embed_tokens.weight.data[:, 5] = 300.0
+    base.save_pretrained(tmp_path / "base")
+    tuned = case.model()
+    plant(tuned, torch.linalg.qr(torch.cat([torch.eye(32)[:, 5:6], case.Q[:, :3]], dim=1)).Q)
+    tuned.save_pretrained(tmp_path / "ft1")
+    convert(tmp_path / "base", tmp_path / "ft1", to="latte", rank=4, dtype="float32").save(tmp_path / "latte")
+    inputs, exact = batch(), logits(tuned, batch())
+    own = (logits(case.model("ft1", dtype=torch.bfloat16), inputs) - exact).norm()
+    model = adapt_convert.load(case.model(dtype=torch.bfloat16), tmp_path / "latte")
+    assert (logits(model, inputs) - exact).norm() < 1.5 * own
+    assert (logits(case.model(), inputs) - exact).norm() > 3 * own
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_a_base_that_is_a_bare_backbone_serves_both_forms_of_the_model(name: str, tmp_path: Path) -> None:
+    """Its checkpoint, and so the adapter, has no prefix; one that finds no place for a block must not run without it."""
+    case, inputs = save_planted(tmp_path, name), batch()
+    for side in ("base", "ft1"):
+        case.model(side).base_model.save_pretrained(tmp_path / f"bare-{side}")
+    convert(tmp_path / "bare-base", tmp_path / "bare-ft1", to="latte", rank=RANK).save(tmp_path / "latte")
+    expected = case.model("ft1").base_model(**inputs).last_hidden_state
+    real = inputs["attention_mask"].bool()
+    for model in (transformers.AutoModel.from_pretrained(tmp_path / "bare-base").eval(), case.model()):
+        adapt_convert.load(model, tmp_path / "latte")
+        with torch.no_grad():
+            found = model.base_model(**inputs).last_hidden_state
+        torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=0)
+
+
+def test_a_model_that_carries_an_adapter_is_neither_saved_nor_given_back_in_another_dtype(
+    planted: Callable[[str], Planted], tmp_path: Path
+) -> None:
+    case = planted("llama")
+    model = adapt_convert.load(case.model(), case.directory / "latte")
+    with pytest.raises(AdaptError, match=r"would be saved with its parts missing; call adapt_convert\.unload"):
+        model.save_pretrained(tmp_path / "saved")
+    before = logits(adapt_convert.load(case.model(), case.directory / "latte").bfloat16(), batch())
+    model.bfloat16()
+    with pytest.raises(AdaptError, match=r"was cast from torch\.float32 to torch\.bfloat16 while it carried the adapter"):
+        adapt_convert.unload(model)
+    assert torch.equal(logits(model, batch()), before)  # a refusal changes nothing
+    model = adapt_convert.load(case.model(), case.directory / "latte").to("meta")
+    assert all(parameter.is_meta for parameter in adapt_convert.unload(model).parameters())  # moved, not cast
+
+
 def test_torch_compile_traces_the_expanded_model_whole(planted: Callable[[str], Planted]) -> None:
     case, inputs = planted("llama"), batch()
     model = adapt_convert.load(case.model(), case.directory / "latte")
@@ -352,6 +401,19 @@ def test_changed_embeddings_and_head_are_stored_exactly(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, inputs), logits(tuned, inputs), atol=1e-4, rtol=0)
 
 
+def _changed(case: Planted, out: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> Any:
+    """The model with a LatTE whose config and tensors were changed by hand."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((case.directory / "latte" / "latte_config.json").read_text())
+    tensors = load_file(case.directory / "latte" / "latte.safetensors")
+    change(config, tensors)
+    (out / "changed").mkdir()
+    (out / "changed" / "latte_config.json").write_text(json.dumps(config))
+    save_file(tensors, out / "changed" / "latte.safetensors")
+    return adapt_convert.load(case.model(), out / "changed")
+
+
 REFUSALS: dict[str, tuple[Callable[[Planted, Path], Any], str]] = {
     "rank above d": (
         lambda case, out: convert(case.directory / "base", case.directory / "ft1", to="latte", rank=33),
@@ -377,6 +439,35 @@ REFUSALS: dict[str, tuple[Callable[[Planted, Path], Any], str]] = {
         lambda case, out: adapt_convert.load(MistralForCausalLM(CASES["mistral"][1]), case.directory / "latte"),
         r"is made for llama, the model is mistral",
     ),
+    "a block of no matrix": (
+        lambda case, out: _changed(case, out, lambda c, t: t.update({"1.reader.model.layers.9.mlp.up_proj": torch.ones(48, RANK)})),
+        r"1\.reader\.model\.layers\.9\.mlp\.up_proj is of no matrix that a LatTE of llama expands",
+    ),
+    "a bias of another length": (
+        lambda case, out: _changed(case, out, lambda c, t: t.update({"1.bias.model.layers.0.self_attn.q_proj": torch.ones(7)})),
+        r"has a block of \[7\], the model needs \[32\]",
+    ),
+    "no fingerprint": (
+        lambda case, out: _changed(case, out, lambda c, t: c["fingerprints"].pop("model.layers.1.mlp.up_proj")),
+        r"has no fingerprint of model\.layers\.1\.mlp\.up_proj: the file was changed",
+    ),
+    "a norm in front of readers by value": (
+        lambda case, out: _changed(case, out, lambda c, t: t.update({"1.exact.model.layers.0.input_layernorm.weight": torch.ones(32)})),
+        r"holds model\.layers\.0\.input_layernorm by value, which its matrices contain",
+    ),
+    "a value of nothing": (
+        lambda case, out: _changed(case, out, lambda c, t: t.update({"1.exact.foo.bar": torch.ones(3)})),
+        r"the adapter holds foo\.bar, which this LlamaForCausalLM does not have",
+    ),
+    "a norm of another size": (
+        lambda case, out: _changed(case, out, lambda c, t: t.update({"1.exact.model.norm.weight": torch.ones(3)})),
+        r"model\.norm\.weight has another shape than the model's \[32\]",
+    ),
+    "no transformers model": (
+        lambda case, out: adapt_convert.load(torch.nn.Linear(2, 2), case.directory / "latte"),
+        r"is made for llama, the model is not a transformers model",
+    ),
+    "no path": (lambda case, out: adapt_convert.load(case.model(), 3), r"load: 3 is neither a path or Hub id nor a list of them"),
     "twice": (
         lambda case, out: adapt_convert.load(adapt_convert.load(case.model(), case.directory / "latte"), case.directory / "latte"),
         r"carries an adapter already",

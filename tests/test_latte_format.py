@@ -64,7 +64,18 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
     "no basis": (lambda c, t: t.pop("segment.1.Q"), r"segment\.1\.Q is missing"),
     "a task too many": (lambda c, t: t.update({"3.reader.m.q": torch.ones(3, 1)}), r"'3\.reader\.m\.q' is of task 3, the config names 2"),
     "a name of no kind": (lambda c, t: t.update({"1.other.m.q": torch.ones(3, 1)}), r"'1\.other\.m\.q' is no tensor of a LatTE"),
-    "no matrix": (lambda c, t: t.update({"1.reader.m.q": torch.ones(3)}), r"1\.reader\.m\.q has shape \[3\], expected a matrix"),
+    "no matrix": (lambda c, t: t.update({"1.reader.m.q": torch.ones(3)}), r"1\.reader\.m\.q is \[3\] of torch\.float32, expected a matrix"),
+    "a segment too many": (lambda c, t: t.update({"segment.2.Q": torch.eye(2)}), r"'segment\.2\.Q' is of no segment in the config"),
+    "basis of NaN": (lambda c, t: t["segment.1.Q"].fill_(float("nan")), r"the columns of segment\.1\.Q are not orthonormal"),
+    "skew basis": (lambda c, t: t["segment.1.Q"].fill_(0.5), r"the columns of segment\.1\.Q are not orthonormal"),
+    "integers": (
+        lambda c, t: t.update({"1.reader.m.q": torch.ones(3, 1, dtype=torch.int32)}),
+        r"1\.reader\.m\.q is \[3, 1\] of torch\.int32, expected",
+    ),
+    "construction": (lambda c, t: c.update(construction="other"), r"the construction 'other' is not known"),
+    "scores in a residual": (lambda c, t: t.update({"1.score.m.q_A": torch.ones(1, 2)}), r"do not go with the construction 'residual'"),
+    "two tasks with scores": (lambda c, t: c.update(construction="score", segments=[]), r"the score construction holds one task"),
+    "tasks as a text": (lambda c, t: c.update(tasks="ab"), r"tasks are 'ab', expected a list of names"),
     "no tasks": (lambda c, t: c.pop("tasks"), r"not a readable LatTE adapter: 'tasks'"),
 }
 

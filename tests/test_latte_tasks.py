@@ -128,13 +128,33 @@ def test_a_small_task_is_not_drowned_by_a_large_one(tmp_path: Path) -> None:
         ([], r"task_ids: no row is given"),
         ([1, 2], r"task_ids names 2 rows, the batch has 3"),
         ([1], r"task_ids names 1 rows, the batch has 3"),
+        ([[0, 1, 2]], r"task_ids: \[\[0, 1, 2\]\] is no list of whole numbers"),
+        ("012", r"task_ids: '012' is no list of whole numbers"),
+        (3, r"task_ids: 3 is no list of whole numbers"),
+        ([1.5, 0, 0], r"task_ids: \[1\.5, 0, 0\] is no list of whole numbers"),
     ],
 )
-def test_task_ids_out_of_range_are_refused(ids: list[int], message: str, bundled: Callable[[str], Planted]) -> None:
+def test_task_ids_out_of_range_are_refused(ids: Any, message: str, bundled: Callable[[str], Planted]) -> None:
     case = bundled("llama")
     model = adapt_convert.load(case.model(), case.directory / "bundle")
     with pytest.raises(AdaptError, match=message), adapt_convert.task_ids(model, ids):
         model(**batch())
+
+
+def test_a_bundle_refuses_a_source_that_is_the_base(tmp_path: Path) -> None:
+    case = save_planted(tmp_path, "llama")
+    with pytest.raises(AdaptError, match=r"base: none of the targeted matrices changed; leave it out, as rows of task 0 are the base"):
+        bundle(tmp_path / "base", [tmp_path / "ft1", case.directory / "base"], rank=6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
+def test_rows_of_task_0_are_the_base_in_bfloat16_too(name: str, bundled: Callable[[str], Planted]) -> None:
+    """The same operations as the base's, so that nothing but the shape of the products differs."""
+    case, inputs = bundled(name), batch()
+    expected = logits(case.model(dtype=torch.bfloat16), inputs)
+    model = adapt_convert.load(case.model(dtype=torch.bfloat16), case.directory / "bundle")
+    with adapt_convert.task_ids(model, torch.tensor([0, 0, 0])):
+        torch.testing.assert_close(logits(model, inputs), expected, atol=2**-6 * float(expected.abs().max()), rtol=0)
 
 
 def test_task_ids_need_a_latte(bundled: Callable[[str], Planted]) -> None:
