@@ -9,13 +9,12 @@ w is, and half precision would leave nothing of the difference.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from adapt_convert.convert.latte_layout import NormKind
+from adapt_convert.kernels.dispatch import runs_on_triton
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def expanded_norm(x: Tensor, gain: Tensor, bias: Tensor | None, mask: Tensor | N
     else 0, so that a row of no task is the base's. `gain (width,)` is the base's gain followed by ones, `bias` its bias
     followed by zeros. Float32 inside.
     """
-    if x.is_cuda and triton_available():
+    if runs_on_triton(x):
         from adapt_convert.kernels.expanded_norm_triton import expanded_norm_triton
 
         with torch.cuda.device(x.device):
@@ -76,9 +75,3 @@ def expanded_norm_reference(x: Tensor, gain: Tensor, bias: Tensor | None, mask: 
 def by_row(mask: Tensor, x: Tensor) -> Tensor:
     """`(rows, T)` as a factor of values `(rows, .., T)`."""
     return mask.view(len(mask), *(1,) * (x.ndim - 2), mask.shape[1])
-
-
-@cache
-def triton_available() -> bool:
-    """Whether there is a Triton to import; asked of the import system without importing it."""
-    return find_spec("triton") is not None

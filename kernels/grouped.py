@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapt_convert.kernels.expanded_norm import triton_available
+from adapt_convert.kernels.dispatch import runs_on_triton
 
 
 def grouped_lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
@@ -14,10 +14,11 @@ def grouped_lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, ids: Tensor) ->
     `x (rows, .., in)`, `y (rows, .., out)`, `A (T, r, in)`, `B (T, out, r)` with all scaling folded in, `ids (rows,)` from 0 to T.
     Returns `y`, which may have been overwritten.
     """
-    if x.is_cuda and triton_available():
+    if runs_on_triton(x, A.shape[1]):
         from adapt_convert.kernels.grouped_triton import grouped_lora_add_triton
 
-        return grouped_lora_add_triton(y, x, A, B, ids)
+        with torch.cuda.device(x.device):
+            return grouped_lora_add_triton(y, x, A, B, ids)
     return grouped_lora_add_reference(y, x, A, B, ids)
 
 

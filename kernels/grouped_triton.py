@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapt_convert.kernels.dispatch import precision_for
+
 _TOKENS = 16  # the least that tl.dot takes; decoding has one
 _BLOCK = 64
 
@@ -14,7 +16,7 @@ _BLOCK = 64
 @triton.jit
 def grouped_shrink_kernel(  # type: ignore[no-untyped-def]
     x, A, ids, inner, tokens, rank, width,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`inner[i, m, :] = A[ids[i] - 1] x[i, m, :]`, zeros where there is no adapter."""
     row = tl.program_id(0).to(tl.int64)
@@ -29,7 +31,7 @@ def grouped_shrink_kernel(  # type: ignore[no-untyped-def]
             left = tl.load(x + (row * tokens + m[:, None]) * width + k[None, :], mask=inside, other=0.0).to(tl.float32)
             held = (r[None, :] < rank) & (k[:, None] < width)
             right = tl.load(A + ((task - 1) * rank + r[None, :]) * width + k[:, None], mask=held, other=0.0).to(tl.float32)
-            total += tl.dot(left, right, input_precision="ieee")
+            total += tl.dot(left, right, input_precision=PRECISION)
     inside = (m[:, None] < tokens) & (r[None, :] < rank)
     tl.store(inner + (row * tokens + m[:, None]) * rank + r[None, :], total, mask=inside)
 
@@ -37,7 +39,7 @@ def grouped_shrink_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def grouped_expand_kernel(  # type: ignore[no-untyped-def]
     inner, B, ids, y, tokens, rank, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`y[i, m, :] += B[ids[i] - 1] inner[i, m, :]`; rows without an adapter are not touched."""
     row = tl.program_id(0).to(tl.int64)
@@ -53,7 +55,7 @@ def grouped_expand_kernel(  # type: ignore[no-untyped-def]
         where = y + (row * tokens + m[:, None]) * width + n[None, :]
         inside = (m[:, None] < tokens) & (n[None, :] < width)
         old = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-        tl.store(where, (old + tl.dot(left, right, input_precision="ieee")).to(y.dtype.element_ty), mask=inside)
+        tl.store(where, (old + tl.dot(left, right, input_precision=PRECISION)).to(y.dtype.element_ty), mask=inside)
 
 
 def grouped_lora_add_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
@@ -66,9 +68,20 @@ def grouped_lora_add_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, ids: Ten
     inner = torch.empty(rows, tokens, rank, dtype=torch.float32, device=x.device)
     block_r, blocks = max(16, triton.next_power_of_2(rank)), triton.cdiv(tokens, _TOKENS)
     grouped_shrink_kernel[(rows, blocks)](
-        x, A, ids, inner, tokens, rank, x.shape[-1], BLOCK_M=_TOKENS, BLOCK_K=_BLOCK, BLOCK_R=block_r
+        x, A, ids, inner, tokens, rank, x.shape[-1], BLOCK_M=_TOKENS, BLOCK_K=_BLOCK, BLOCK_R=block_r,
+        PRECISION=precision_for(x.dtype),
     )  # fmt: skip
     grouped_expand_kernel[(rows, blocks, triton.cdiv(y.shape[-1], _BLOCK))](
-        inner, B, ids, y, tokens, rank, y.shape[-1], BLOCK_M=_TOKENS, BLOCK_N=_BLOCK, BLOCK_R=block_r
+        inner,
+        B,
+        ids,
+        y,
+        tokens,
+        rank,
+        y.shape[-1],
+        BLOCK_M=_TOKENS,
+        BLOCK_N=_BLOCK,
+        BLOCK_R=block_r,
+        PRECISION=precision_for(x.dtype),
     )
     return y

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from adapt_convert.kernels.expanded_norm import triton_available
+from adapt_convert.kernels.dispatch import runs_on_triton
 
 
 def lorta_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, heads: Tensor, reads: bool) -> Tensor:
@@ -12,10 +13,11 @@ def lorta_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, heads: Tensor, reads: 
 
     Returns `y`, which may have been overwritten.
     """
-    if y.is_cuda and triton_available():
+    if runs_on_triton(y, A.shape[1]):
         from adapt_convert.kernels.lorta_triton import lorta_add_triton
 
-        return lorta_add_triton(y, x, A, B, heads, reads)
+        with torch.cuda.device(y.device):
+            return lorta_add_triton(y, x, A, B, heads, reads)
     return y + lorta_apply(x, A, B, heads, reads)
 
 

@@ -7,13 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapt_convert.kernels.dispatch import precision_for
+
 _ROWS = 16  # the least that tl.dot takes; decoding has fewer
 
 
 @triton.jit
 def heads_expand_kernel(  # type: ignore[no-untyped-def]
     inner, B, heads, y, rows, rank, head_size, y_width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`y[m, h * d_h + j] += sum_r inner[m, r] heads[h, r] B[j, r]`."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -26,13 +28,13 @@ def heads_expand_kernel(  # type: ignore[no-untyped-def]
     where = y + m[:, None] * y_width + head * head_size + j[None, :]
     inside = (m[:, None] < rows) & (j[None, :] < head_size)
     old = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    tl.store(where, (old + tl.dot(left, right, input_precision="ieee")).to(y.dtype.element_ty), mask=inside)
+    tl.store(where, (old + tl.dot(left, right, input_precision=PRECISION)).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def heads_shrink_kernel(  # type: ignore[no-untyped-def]
     x, B, heads, inner, rows, rank, head_count, head_size, x_width,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`inner[m, r] = sum_h heads[h, r] sum_j x[m, h * d_h + j] B[j, r]`."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -47,7 +49,7 @@ def heads_shrink_kernel(  # type: ignore[no-untyped-def]
             left = tl.load(x + m[:, None] * x_width + head * head_size + j[None, :], mask=inside, other=0.0).to(tl.float32)
             held = (j[:, None] < head_size) & (r[None, :] < rank)
             right = tl.load(B + j[:, None] * rank + r[None, :], mask=held, other=0.0).to(tl.float32)
-            part += tl.dot(left, right, input_precision="ieee")
+            part += tl.dot(left, right, input_precision=PRECISION)
         total += part * tl.load(heads + head * rank + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
     inside = (m[:, None] < rows) & (r[None, :] < rank)
     tl.store(inner + m[:, None] * rank + r[None, :], total.to(inner.dtype.element_ty), mask=inside)
@@ -66,11 +68,24 @@ def lorta_add_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, heads: Tensor, 
         inner = (flat @ A).contiguous()
         grid = (triton.cdiv(rows, _ROWS), head_count, triton.cdiv(head_size, block))
         heads_expand_kernel[grid](
-            inner, B, heads, y, rows, rank, head_size, y.shape[-1], BLOCK_M=_ROWS, BLOCK_N=block, BLOCK_R=block_r
+            inner, B, heads, y, rows, rank, head_size, y.shape[-1], BLOCK_M=_ROWS, BLOCK_N=block, BLOCK_R=block_r,
+        PRECISION=precision_for(x.dtype),
         )  # fmt: skip
         return y
     inner = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     heads_shrink_kernel[(triton.cdiv(rows, _ROWS),)](
-        flat, B, heads, inner, rows, rank, head_count, head_size, flat.shape[-1], BLOCK_M=_ROWS, BLOCK_K=block, BLOCK_R=block_r
+        flat,
+        B,
+        heads,
+        inner,
+        rows,
+        rank,
+        head_count,
+        head_size,
+        flat.shape[-1],
+        BLOCK_M=_ROWS,
+        BLOCK_K=block,
+        BLOCK_R=block_r,
+        PRECISION=precision_for(x.dtype),
     )
     return y.add_((inner @ A.T).view(y.shape))

@@ -18,7 +18,8 @@ STATE = "_adapt_convert"  # the attribute in which a model that carries an adapt
 class Replaced:
     """What was taken out of a model: modules by name, the former values of overwritten tensors, and parameters that were only tied.
 
-    `untied` has the module, the attribute and the parameter that it shared. `tasks` chooses adapters row by row, where there is a choice; `for_all_rows` names values that no row can have for itself.
+    `untied` has the module, the attribute and the parameter that it shared. `tasks` chooses adapters row by row, where there is a
+    choice; `for_all_rows` names values that no row can have for itself.
     """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)

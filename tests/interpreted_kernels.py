@@ -16,9 +16,9 @@ import torch
 from adapt_convert.kernels.expanded_norm import NormShape, expanded_norm_reference
 from adapt_convert.kernels.expanded_norm_triton import expanded_norm_kernel, expanded_norm_triton
 from adapt_convert.kernels.grouped import grouped_lora_add_reference
-from adapt_convert.kernels.grouped_triton import grouped_lora_add_triton
+from adapt_convert.kernels.grouped_triton import grouped_expand_kernel, grouped_lora_add_triton, grouped_shrink_kernel
 from adapt_convert.kernels.lorta import lorta_apply
-from adapt_convert.kernels.lorta_triton import lorta_add_triton
+from adapt_convert.kernels.lorta_triton import heads_expand_kernel, heads_shrink_kernel, lorta_add_triton
 
 DTYPES = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 
@@ -86,6 +86,39 @@ def test_expanded_norm_addresses_beyond_32_bits(tmp_path: Path) -> None:
         TASKS=1, KIND=0, HAS_BIAS=False, MASKED=False, BLOCK=8, BLOCK_R=2,
     )  # fmt: skip
     torch.testing.assert_close(out, expanded_norm_reference(rows, gain, None, None, shape), **DTYPES[torch.bfloat16])
+
+
+def holes(path: Path, size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor of zeros as large as an address space needs, in a file that takes no room."""
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+def test_lorta_addresses_beyond_32_bits(tmp_path: Path) -> None:
+    """The third row of y, and of x, starts at 2^31."""
+    stride, head_size, rank = 2**30, 16, 3
+    B, heads, inner = torch.randn(head_size, rank), torch.randn(1, rank), torch.randn(3, rank)
+    blocks = {"BLOCK_M": 16, "BLOCK_R": 16, "PRECISION": "ieee"}
+    y = holes(tmp_path / "y", 2 * stride + 64, torch.float32)
+    heads_expand_kernel[(1, 1, 1)](inner, B, heads, y, 3, rank, head_size, stride, BLOCK_N=16, **blocks)
+    torch.testing.assert_close(y[2 * stride :][:head_size], (inner[2] * heads[0]) @ B.T)
+    x, out = holes(tmp_path / "x", 2 * stride + 64, torch.float32), torch.empty(3, rank)
+    x[2 * stride :][:head_size] = torch.arange(head_size).float()
+    heads_shrink_kernel[(1,)](x, B, heads, out, 3, rank, 1, head_size, stride, BLOCK_K=16, **blocks)
+    torch.testing.assert_close(out[2], (torch.arange(head_size).float() @ B) * heads[0])
+
+
+def test_grouped_lora_addresses_beyond_32_bits(tmp_path: Path) -> None:
+    """Rows of 2^28 tokens of 8 channels: the third starts at 2^32; its first tokens are looked at."""
+    tokens, width, rank = 2**28, 8, 8
+    A, B, ids = torch.randn(1, rank, width), torch.randn(1, width, rank), torch.tensor([0, 0, 1])
+    x, y = (holes(tmp_path / name, 3 * tokens * width, torch.float32) for name in "xy")
+    inner = holes(tmp_path / "inner", 3 * tokens * rank, torch.float32)
+    start = 2 * tokens * width
+    x[start:][:width] = torch.arange(width).float()
+    blocks = {"BLOCK_M": 16, "BLOCK_R": 16, "PRECISION": "ieee"}
+    grouped_shrink_kernel[(3, 1)](x, A, ids, inner, tokens, rank, width, BLOCK_K=16, **blocks)
+    grouped_expand_kernel[(3, 1, 1)](inner, B, ids, y, tokens, rank, width, BLOCK_N=16, **blocks)
+    torch.testing.assert_close(y[start:][:width], B[0] @ (A[0] @ torch.arange(width).float()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from adapt_convert.kernels.dispatch import MAX_RANK
 from adapt_convert.kernels.expanded_norm import NormShape, expanded_norm
 from adapt_convert.kernels.grouped import grouped_lora_add
 from adapt_convert.kernels.lorta import lorta_add
 
 HERE = Path(__file__).parent
-BLOCKS = {"BLOCK": 1024, "BLOCK_R": 16, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}
+BLOCKS = {"BLOCK": 1024, "BLOCK_R": MAX_RANK, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}
 COMPILED = [
     ("expanded_norm_triton", "expanded_norm_kernel", {"TASKS": 1, "KIND": 0, "HAS_BIAS": False, "MASKED": False}),
     ("expanded_norm_triton", "expanded_norm_kernel", {"TASKS": 8, "KIND": 0, "HAS_BIAS": False, "MASKED": True}),
@@ -59,6 +60,8 @@ def test_kernels_compile_ahead_of_time(module: str, kernel: str, constants: dict
 
     function = getattr(import_module(f"adapt_convert.kernels.{module}"), kernel)
     constants = constants | {name: BLOCKS[name] for name in function.arg_names if name in BLOCKS}
+    if "PRECISION" in function.arg_names:
+        constants["PRECISION"] = {"fp32": "ieee", "bf16": "tf32"}[dtype]
 
     def type_of(name: str) -> str:
         if name in constants:
@@ -71,6 +74,8 @@ def test_kernels_compile_ahead_of_time(module: str, kernel: str, constants: dict
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
     assert f".target sm_{capability}" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= 99 * 1024  # what every GPU of these generations grants a block
+    if dtype == "bf16" and "PRECISION" in function.arg_names:
+        assert "mma" in compiled.asm["ptx"]  # half precision runs on tensor cores
 
 
 def test_the_expanded_norm_is_the_norm_of_the_true_residual() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import adapt_convert
-from adapt_convert.convert import latte_basis
+from adapt_convert.convert import latte_basis, latte_segments
 from adapt_convert.convert.conversion import convert, open_pair
 from adapt_convert.convert.cp import CPShape, Slab, fit_cp
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta
@@ -109,8 +109,10 @@ def test_a_lorta_fitted_on_raw_deltas_needs_more_dims_and_gets_exact_with_them(c
     assert layered.report["captured_energy"] > 1 - 1e-9  # within a layer one norm feeds the attention: twice the rank is enough
 
 
-def test_auto_takes_the_cheapest_cut_that_it_tried(tmp_path: Path) -> None:
-    """Every layer has a subspace of its own: one basis for all would need three times the dims."""
+@pytest.mark.parametrize(("overhead", "best"), [(0, 3), (50_000, 1)])
+def test_auto_takes_the_cheapest_cut_that_it_tried(overhead: int, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer has a subspace of its own: one basis for all needs three times the dims, which only costly cuts outweigh."""
+    monkeypatch.setattr(latte_segments, "_CUT_OVERHEAD", overhead)
     case = save_planted(tmp_path, "llama", attention_bias=False)
     tuned = case.model()
     for number, layer in enumerate(tuned.model.layers):
@@ -124,6 +126,7 @@ def test_auto_takes_the_cheapest_cut_that_it_tried(tmp_path: Path) -> None:
     assert rows[1]["ranks"] == [6]
     assert rows[3]["ranks"] == [2, 2, 2]
     chosen = len(report["latte"]["segments"])
+    assert chosen == best
     assert rows[chosen]["predicted_cost"] == min(row["predicted_cost"] for row in rows.values())
     assert report["captured_energy"] > 0.9999 - 1e-6
     with pytest.raises(AdaptError, match=r"--segments auto looks for .*: give --energy"):
@@ -142,8 +145,19 @@ def test_the_report_sizes_a_lora_of_equal_energy(case: Planted, tmp_path: Path) 
     conversion = convert(case.directory / "base", case.directory / "ft1", to="latte", rank=3, dtype="float32")
     conversion.save(tmp_path / "latte")
     latte = json.loads((tmp_path / "latte" / "conversion.json").read_text())["latte"]
-    lora = latte["lora_of_equal_energy"]
-    assert 1 <= lora["mean_rank"] <= lora["largest_rank"] <= 3
+    ranks, numbers = [], 0
+    for matrix in effective_of(case, case.directory / "ft1").matrices:  # the least ranks, from the whole spectrum
+        delta = effective_of(case, case.directory / "ft1").delta(matrix).dense()  # type: ignore[union-attr]
+        shares = torch.linalg.svdvals(delta.double()).square().cumsum(0) / delta.double().square().sum()
+        captured = conversion.report["tensors"][f"{matrix.module}.weight"]["captured_energy"]
+        ranks.append(int((shares < captured * (1 - 1e-6)).sum()) + 1)
+        numbers += ranks[-1] * sum(delta.shape)
+    assert min(ranks) < max(ranks)  # else any of them would do
+    assert latte["lora_of_equal_energy"] == {
+        "parameters": numbers,
+        "mean_rank": sum(ranks) / len(ranks),
+        "largest_rank": max(ranks),
+    }
     from safetensors.torch import load_file
 
     assert latte["parameters"] == sum(t.numel() for t in load_file(tmp_path / "latte" / "latte.safetensors").values())
