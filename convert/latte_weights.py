@@ -58,9 +58,8 @@ class LatteWeights:
                 continue
             rows, columns = next(iter(parts.values())).shape
             whole = [parts.get(x, LowRankDelta(torch.zeros(rows, 0), torch.zeros(0, columns))) for x in "qkv"]
-            self.matrices[block + layout.inputs[0]] = LowRankDelta(
-                torch.block_diag(*(part.B for part in whole)), torch.cat([part.A for part in whole])
-            )
+            B: Tensor = torch.block_diag(*(part.B for part in whole))  # type: ignore[no-untyped-call]
+            self.matrices[block + layout.inputs[0]] = LowRankDelta(B, torch.cat([part.A for part in whole]))
 
     @property
     def values(self) -> frozenset[str]:
@@ -79,7 +78,7 @@ class LatteWeights:
         return held.rank if held else None
 
     def against(self, pairs: Pairs, plan: Plan) -> Iterator[tuple[Matrix, Delta, LowRankDelta | None]]:
-        """Every matrix whose effective delta of the fine-tune, opened by `pairs` and `plan`, is not zero, with that delta and the LatTE's."""
+        """The effective deltas of the fine-tune that `pairs` and `plan` opened, each with the LatTE's."""
         effective = Effective(pairs, plan)
         for matrix in effective.matrices:
             delta = effective.delta(matrix)

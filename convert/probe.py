@@ -14,6 +14,7 @@ from adapt_convert.convert.outputs import Batch, predictions_of, run
 from adapt_convert.convert.reference_outputs import ReferenceOutputs, total_divergence
 
 PROBE_TOKENS = 256  # of the first rows: enough for stable ratios, and a 7 B model's outputs stay near 1 GB on the disk
+PROBE_IMAGES = 8
 PREDICTIONS = "probe-predictions"  # the name under which the fine-tune's are kept
 
 
@@ -44,16 +45,16 @@ class ProbeErrors:
 
 
 def probe_batch(batches: list[Batch]) -> Batch:
-    """The first rows, as many of one length as hold `PROBE_TOKENS` tokens and at least one; of images, the first batch."""
+    """The first rows, as many of one length as hold `PROBE_TOKENS` tokens and at least one, or `PROBE_IMAGES` images."""
     first = batches[0]
-    value = first.inputs.get("input_ids")
-    if value is None:
-        return first
-    rows = max(1, PROBE_TOKENS // value.shape[1])
-    alike = [batch for batch in batches[:rows] if batch.inputs["input_ids"].shape[1] == value.shape[1]]
-    inputs = {name: torch.cat([batch.inputs[name] for batch in alike])[:rows, :PROBE_TOKENS] for name in first.inputs}
-    scored = torch.cat([batch.scored for batch in alike if batch.scored is not None]) if first.scored is not None else None
-    return Batch(inputs, None, None if scored is None else scored[:rows, :PROBE_TOKENS])
+    ids = first.inputs.get("input_ids")
+    rows = PROBE_IMAGES if ids is None else max(1, PROBE_TOKENS // ids.shape[1])
+    alike = [batch for batch in batches[:rows] if ids is None or batch.inputs["input_ids"].shape[1] == ids.shape[1]]
+    inputs = {name: torch.cat([batch.inputs[name] for batch in alike])[:rows] for name in first.inputs}
+    scored = torch.cat([batch.scored for batch in alike if batch.scored is not None])[:rows] if first.scored is not None else None
+    if ids is not None:
+        inputs = {name: value[:, :PROBE_TOKENS] for name, value in inputs.items()}
+    return Batch(inputs, None, None if scored is None else scored[:, :PROBE_TOKENS])
 
 
 def probe_modules(root: nn.Module, vocabulary: int | None) -> list[str]:

@@ -105,7 +105,7 @@ class ReferenceOutputs:
 
 def total_divergence(reference: Tensor, mine: Tensor) -> float:
     """`KL(reference || mine)` of full logits `(items, classes)`, in nats, summed over the items."""
-    pieces = zip(reference.split(CHUNK), mine.split(CHUNK), strict=True)
+    pieces = zip(torch.split(reference, CHUNK), torch.split(mine, CHUNK), strict=True)
     return sum(float(_compare_full(a.double(), b.double())[0].sum()) for a, b in pieces)
 
 

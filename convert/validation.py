@@ -283,7 +283,6 @@ class _Run:
             passed=None if contender == self.base else not reasons,
         )
 
-
     def _attribution(self, removed: dict[str, float] | str | None, found: ProbeErrors, base: ProbeErrors) -> Attribution | str | None:
         if not isinstance(removed, dict) or not base.kl or found.kl is None:
             return None if isinstance(removed, dict) else removed
