@@ -61,7 +61,7 @@ class Attribution:
         """Why the shares should not be shown; None when they explain what was measured."""
         if abs(self.total - self.measured) <= _AGREEMENT * abs(self.measured):
             return None
-        return f"the shares of single matrices sum to {self.total:.1%} of the base's KL, measured are {self.measured:.1%}: left out"
+        return f"the shares of single matrices sum to {self.total:.1%} of the base's KL, where {self.measured:.1%} was measured"
 
 
 @torch.enable_grad()

@@ -49,7 +49,8 @@ def probe_batch(batches: list[Batch]) -> Batch:
     first = batches[0]
     ids = first.inputs.get("input_ids")
     rows = PROBE_IMAGES if ids is None else max(1, PROBE_TOKENS // ids.shape[1])
-    alike = [batch for batch in batches[:rows] if ids is None or batch.inputs["input_ids"].shape[1] == ids.shape[1]]
+    shapes = [{name: value.shape[1:] for name, value in batch.inputs.items()} for batch in batches[:rows]]
+    alike = [batch for batch, shape in zip(batches, shapes, strict=False) if shape == shapes[0]]
     inputs = {name: torch.cat([batch.inputs[name] for batch in alike])[:rows] for name in first.inputs}
     scored = torch.cat([batch.scored for batch in alike if batch.scored is not None])[:rows] if first.scored is not None else None
     if ids is not None:

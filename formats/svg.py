@@ -146,8 +146,8 @@ def lines(
     return svg(WIDTH, HEIGHT + 8 + 20 * math.ceil(len(series) / 3), parts + legend + dots, f"{titles[1]} by {titles[0]}")
 
 
-def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], columns: Sequence[int], label: str) -> str:
-    """A square for each `(row, column)`: the stronger, the nearer to 1; negative values in the warning colour."""
+def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], columns: Sequence[int], label: str, full: float = 1.0) -> str:
+    """A square for each `(row, column)`: the stronger, the nearer to `full`; negative values in the warning colour."""
     cell, left, top = (20 if len(columns) <= 18 else 13), 64, 4
     middle = cell / 2 + 4
     parts = []
@@ -157,8 +157,9 @@ def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], column
             value = cells.get((row, column))
             if value is None:
                 continue
-            fill, opacity = ("var(--heat)", max(value, 0.03)) if value >= 0 else ("var(--bad)", min(0.25 - value, 1.0))
-            title = f"<title>{escape(row)}, layer {column}: {value:.1%}</title>"
+            depth = value / full
+            fill, opacity = ("var(--heat)", max(depth, 0.03)) if value >= 0 else ("var(--bad)", 0.25 - depth)
+            title = f"<title>{escape(row)}, layer {column}: {value:.{1 if full == 1 else 2}%}</title>"
             place = f'x="{left + c * cell}" y="{top + r * cell}" width="{cell - 2}" height="{cell - 2}" rx="2"'
             parts.append(f'<rect {place} fill="{fill}" fill-opacity="{min(opacity, 1.0):.3f}" class="cell">{title}</rect>')
     every = max(1, math.ceil(len(columns) / 16))

@@ -143,13 +143,8 @@ def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
     """Heat maps by layer and matrix, hidden states by layer, and where energy and function disagree."""
     parts = []
     for row in data["candidates"]:
-        matrices = row["details"]["matrices"]
-        maps = [
-            ("captured energy of the weights", _cells(matrices, "captured_energy")),
-            ("recovered output of the matrix, run in place", _cells(matrices, "recovered_output")),
-        ]
-        drawn = [f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div>" for title, cells in maps if cells]
-        if drawn:
+        drawn = [_energy_map(row["details"]), _kl_map(row["details"])]
+        if any(drawn):
             apart = _apart(row["details"]["disagreements"])
             parts.append(f"<div class=card><p class=wrap><b>{escape(label(row))}</b></p>{''.join(drawn)}{apart}</div>")
     hidden = [(label(row), _by_layer(row["details"]["hidden_recovered"])) for row in data["candidates"]]
@@ -157,8 +152,37 @@ def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
     if hidden:
         curves = lines(hidden, ("layer", "recovered hidden state"), log_y=False, marks={}, share=True, numbers=numbers)
         parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}</div>")
-    scale = "<p class=soft>The deeper the colour, the nearer to 100 %; red is below 0 %, farther from the fine-tune than the base.</p>"
-    return f"<h2>By layer and matrix</h2>{scale}<div class=grid2>{''.join(parts)}</div>" if parts else ""
+    return f"<h2>By layer and matrix</h2><div class=grid2>{''.join(parts)}</div>" if parts else ""
+
+
+def _energy_map(details: Mapping[str, Any]) -> str:
+    cells = _cells(details["matrices"], "captured_energy")
+    if not cells:
+        return ""
+    note = f" {escape(details['weights_note'].capitalize())}." if details["weights_note"] else ""
+    title = "Captured energy of the weights"
+    return (
+        f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div><p class='soft wrap'>The full colour is 100 %; "
+        f"red is below 0 %, farther from the fine-tune than the base.{note}</p>"
+    )
+
+
+def _kl_map(details: Mapping[str, Any]) -> str:
+    """Whose share of the base's KL each matrix removes, with the sum beside what was measured."""
+    found = details["attribution"]
+    cells = _cells(details["matrices"], "recovered_kl")
+    title = "Recovered KL by matrix"
+    if not found or not cells:
+        note = found["note"] if found else None
+        return f"<h3>{title}</h3><p class='soft wrap'>Left out: {escape(note)}.</p>" if note else ""
+    full = max(abs(share) for share in cells.values()) or 1.0
+    role, layer = max(cells, key=lambda place: cells[place])
+    return (
+        f"<h3>{title}</h3><div class=scroll>{_map(cells, title, full)}</div><p class='soft wrap'>The full colour is {full:.2%} of the "
+        f"base's KL, red adds to it; {escape(role)} of layer {layer} removes most. With {_percent(found['sum'] - sum(cells.values()))} from "
+        f"embeddings, norms and biases, all sum to {_percent(found['sum'])}; measured {_percent(found['measured'])} on the same "
+        f"{found['rows']} rows (integrated gradients, {found['nodes']} nodes).</p>"
+    )
 
 
 def _cells(matrices: Mapping[str, Mapping[str, Any]], key: str) -> dict[tuple[str, int], float]:
@@ -169,10 +193,10 @@ def _cells(matrices: Mapping[str, Mapping[str, Any]], key: str) -> dict[tuple[st
     }
 
 
-def _map(cells: dict[tuple[str, int], float], title: str) -> str:
+def _map(cells: dict[tuple[str, int], float], title: str, full: float = 1.0) -> str:
     order = {role: number for number, role in enumerate(("q", "k", "v", "qkv", "o", "gate", "up", "down"))}
     roles = sorted({role for role, _ in cells}, key=lambda role: order.get(role, len(order)))
-    return heat_map(cells, roles, sorted({layer for _, layer in cells}), title)
+    return heat_map(cells, roles, sorted({layer for _, layer in cells}), title, full)
 
 
 def _by_layer(recovered: Mapping[str, float | None]) -> list[tuple[float, float]]:

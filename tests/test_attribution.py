@@ -113,7 +113,7 @@ def test_shares_that_do_not_sum_are_left_out(pairs: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(attribution, "_hook_for", lambda *arguments: lambda module, inputs, output: output)
     row = run(pair, lora).candidates[0]
     details = row.to_json()["details"]
-    assert "left out" in details["attribution"]["note"]
+    assert "sum to 0.0% of the base's KL" in details["attribution"]["note"]
     assert {matrix["recovered_kl"] for matrix in details["matrices"].values()} == {None}
 
 
