@@ -176,10 +176,11 @@ def _kl_map(details: Mapping[str, Any]) -> str:
         note = found["note"] if found else None
         return f"<h3>{title}</h3><p class='soft wrap'>Left out: {escape(note)}.</p>" if note else ""
     full = max(abs(share) for share in cells.values()) or 1.0
+    others = _percent(found["sum"] - sum(cells.values()))
     role, layer = max(cells, key=lambda place: cells[place])
     return (
         f"<h3>{title}</h3><div class=scroll>{_map(cells, title, full)}</div><p class='soft wrap'>The full colour is {full:.2%} of the "
-        f"base's KL, red adds to it; {escape(role)} of layer {layer} removes most. With {_percent(found['sum'] - sum(cells.values()))} from "
+        f"base's KL, red adds to it; {escape(role)} of layer {layer} removes most. With {others} from "
         f"embeddings, norms and biases, all sum to {_percent(found['sum'])}; measured {_percent(found['measured'])} on the same "
         f"{found['rows']} rows (integrated gradients, {found['nodes']} nodes).</p>"
     )
