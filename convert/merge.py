@@ -41,7 +41,7 @@ def merge(
 
     Sums are taken in float32 and rounded once. Returns what was written: `output`, `bytes`, `shards`, `changed`, and
     `rounding_loss`: of all tensors that were rounded together, the energy `||written - sum||^2` over that of their change, as half
-    precision loses a small change in part; `rounded_to` is the dtype. Raises `AdaptError`.
+    precision loses a small change in part; `rounded_to` is the dtype, if any was rounded. Raises `AdaptError`.
     """
     opened_base, source = open_pair(base, adapter, revision, base_revision)
     if source.kind == "checkpoint":
@@ -66,7 +66,7 @@ def merge(
         size, shards = write_checkpoint(staging, _watched(tensors, progress))
         copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added), dtype=dtype)
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
-        summary |= {"rounding_loss": rounding.loss, "rounded_to": rounding.worst}
+        summary |= {"rounding_loss": rounding.loss} | ({"rounded_to": rounding.worst} if rounding.worst else {})
         (staging / "conversion.json").write_text(
             json.dumps({"target": "merged", "base": str(base), "adapter": str(adapter), **summary}, indent=1) + "\n"
         )

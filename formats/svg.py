@@ -112,7 +112,8 @@ def bars(rows: Sequence[tuple[str, float, float, float]], unit: str, label: str,
         parts.append(text(4, y + 12, name, "start", "name"))
         parts.append(f'<rect x="4" y="{y + 18}" width="{max(x(median) - 4, 1):.1f}" height="16" rx="2" fill="{colour(numbers[name])}"/>')
         parts.append(f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y + 26}" y2="{y + 26}" class="whisker"/>')
-        parts.append(text(x(high) + 8, y + 31, f"{median:.4g} {unit}", "start", "name"))
+        number_text = f"{median:,.0f}" if median >= 1000 else f"{median:.4g}"
+        parts.append(text(x(high) + 8, y + 31, f"{number_text} {unit}", "start", "name"))
     return svg(WIDTH, top + len(rows) * line, parts, label)
 
 

@@ -26,7 +26,7 @@ h3{font-size:1rem;margin:1.1em 0 .3em}.card h3:first-child{margin-top:0}p{margin
 svg{width:100%;height:auto;display:block}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;white-space:normal}
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;white-space:normal;min-width:6em}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;white-space:pre-wrap;overflow-wrap:anywhere;
 font-size:.88rem}
 .tick{font-size:12px;fill:var(--soft)}.axis{font-size:13px;fill:var(--soft)}.name{font-size:13px;fill:var(--ink)}
@@ -151,20 +151,23 @@ def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
     hidden = [(name, points) for name, points in hidden if len(points) > 1]
     if hidden:
         curves = lines(hidden, ("layer", "recovered hidden state"), log_y=False, marks={}, share=True, numbers=numbers)
-        parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}</div>")
-    return f"<h2>By layer and matrix</h2><div class=grid2>{''.join(parts)}</div>" if parts else ""
+        others = [label(row) for row in data["candidates"] if label(row) not in dict(hidden)]
+        note = f"<p class='soft wrap'>Not compared, their states have another width: {escape(', '.join(others))}.</p>" if others else ""
+        parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}{note}</div>")
+    scale = (
+        "<p class=soft>Energy: the full colour is 100 %; red is below 0 %, farther from the fine-tune than the base. KL: the full "
+        "colour is the largest share of the map; red adds to the base's KL.</p>"
+    )
+    return f"<h2>By layer and matrix</h2>{scale}<div class=grid2>{''.join(parts)}</div>" if parts else ""
 
 
 def _energy_map(details: Mapping[str, Any]) -> str:
     cells = _cells(details["matrices"], "captured_energy")
     if not cells:
         return ""
-    note = f" {escape(details['weights_note'].capitalize())}." if details["weights_note"] else ""
+    note = f"<p class='soft wrap'>{escape(details['weights_note'].capitalize())}.</p>" if details["weights_note"] else ""
     title = "Captured energy of the weights"
-    return (
-        f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div><p class='soft wrap'>The full colour is 100 %; "
-        f"red is below 0 %, farther from the fine-tune than the base.{note}</p>"
-    )
+    return f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div>{note}"
 
 
 def _kl_map(details: Mapping[str, Any]) -> str:
@@ -178,11 +181,11 @@ def _kl_map(details: Mapping[str, Any]) -> str:
     full = max(abs(share) for share in cells.values()) or 1.0
     others = _percent(found["sum"] - sum(cells.values()))
     role, layer = max(cells, key=lambda place: cells[place])
+    rows = "row" if found["rows"] == 1 else f"{found['rows']} rows"
     return (
-        f"<h3>{title}</h3><div class=scroll>{_map(cells, title, full)}</div><p class='soft wrap'>The full colour is {full:.2%} of the "
-        f"base's KL, red adds to it; {escape(role)} of layer {layer} removes most. With {others} from "
-        f"embeddings, norms and biases, all sum to {_percent(found['sum'])}; measured {_percent(found['measured'])} on the same "
-        f"{found['rows']} rows (integrated gradients, {found['nodes']} nodes).</p>"
+        f"<h3>{title}</h3><div class=scroll>{_map(cells, title, full)}</div><p class='soft wrap'>{escape(role)} of layer {layer} "
+        f"removes most, {cells[role, layer]:.2%} of the base's KL. With {others} from embeddings, norms and biases, all sum to "
+        f"{_percent(found['sum'])}; {_percent(found['measured'])} was measured on the same {rows}.</p>"
     )
 
 
