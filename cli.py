@@ -297,8 +297,12 @@ def validate(
       adapt-convert validate ./base ./ft ./ft-lora-r16 --text heldout.txt --min-recovered 0.9 -o ./report --html report.html
     """
     from adapt_convert.convert.validation import validate as run
+    from adapt_convert.convert.validation_result import FILE
     from adapt_convert.convert.verdict import Thresholds
+    from adapt_convert.formats.atomic import check_file
 
+    for path in ([output / FILE] if output else []) + ([html] if html else []):
+        check_file(path)
     limits = {name: options.pop(name) for name in ("min_recovered", "max_kl", "min_top1", "max_slowdown")}
     tasks = [name.strip() for value in options.pop("tasks") for name in value.split(",") if name.strip()]
     with progress(quiet=as_json) as track:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.live_model import load_model, quiet, release
+from adapt_convert.convert.live_model import load_model, quiet, read_config, release, vocabulary_of
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
@@ -56,6 +56,29 @@ def open_contender(origin: str | Path, kind: str | None = None, task: str | None
     except OSError as error:
         raise AdaptError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return Contender(str(origin), kind or "merged", location, size, task)
+
+
+def contenders_of(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
+    """A candidate, or those tasks of a bundle that are named: it holds the adapters of several fine-tunes. Raises `AdaptError`."""
+    contender = open_contender(path)
+    held = tasks_of(contender)
+    if len(held) < 2:
+        return [contender]
+    if not tasks:
+        raise AdaptError(f"{path}: is a bundle of {', '.join(held)}; say with --tasks which of them is the fine-tune's")
+    chosen = [replace(contender, task=task) for task in tasks]
+    for each in chosen:
+        task_number(each)
+    return chosen
+
+
+def check_vocabularies(checkpoints: Sequence[Contender]) -> None:
+    """Refuse models whose logits cannot be compared."""
+    sizes = {contender.path: vocabulary_of(read_config(contender.location)) for contender in checkpoints}
+    first, *others = sizes.items()
+    for path, size in others:
+        if size != first[1]:
+            raise AdaptError(f"{path} has a vocabulary of {size}, {first[0]} one of {first[1]}: their outputs cannot be compared")
 
 
 class Stage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from adapt_convert.convert.adapter_weights import Holdings, changes_of, measure_weights
 from adapt_convert.convert.attribution import Attribution, quadrature, removed_kl
-from adapt_convert.convert.candidates import Contender, Stage, open_contender, staged, task_number, tasks_of
+from adapt_convert.convert.candidates import Contender, Stage, check_vocabularies, contenders_of, open_contender, staged
 from adapt_convert.convert.fidelity import Fidelity, RowSums, Tally, summarise
 from adapt_convert.convert.live_model import Task, model_class_of, read_config, require_run_extra, task_of, vocabulary_of
 from adapt_convert.convert.options import DTYPES, Options
@@ -52,7 +52,7 @@ class ValidationOptions:
             raise AdaptError(f"--batch {self.batch}: must be at least 1")
         if self.max_tokens < 2:
             raise AdaptError(f"--max-tokens {self.max_tokens}: must be at least 2")
-        Options(dtype=self.dtype, device=self.device)  # refuses an unknown dtype or device
+        Options(dtype=self.dtype, device=self.device, seed=self.seed)  # refuses an unknown dtype or device, a seed out of range
 
     @property
     def torch_device(self) -> torch.device:
@@ -81,8 +81,11 @@ def validate(
     require_run_extra()
     if not candidates:
         raise AdaptError("no candidate was given; name at least one adapter or merged checkpoint")
+    limits = thresholds or Thresholds()
+    if limits.max_slowdown is not None and not chosen.speed:
+        raise AdaptError("--max-slowdown and --no-speed contradict each other; give one")
     with _memory_errors(chosen):
-        return _Run(base, reference, candidates, text, token_ids, tasks, thresholds or Thresholds(), chosen, progress).validate()
+        return _Run(base, reference, candidates, text, token_ids, tasks, limits, chosen, progress).validate()
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,13 @@ class _Run:
     ) -> None:
         self.base = open_contender(base, "base")
         self.fine_tune = open_contender(reference, "fine-tune")
-        self.candidates = [c for path in candidates for c in _with_tasks(path, tasks)]
+        self.candidates = [c for path in candidates for c in contenders_of(path, tasks)]
+        if tasks and not any(candidate.task for candidate in self.candidates):
+            raise AdaptError(f"--tasks {','.join(tasks)}: no candidate is a bundle of several tasks")
         self.options, self.thresholds, self.progress = options, thresholds, progress
         class_location = self.base.location if self.fine_tune.is_adapter else self.fine_tune.location
         self.config = read_config(class_location)
-        _check_vocabularies([c for c in (self.base, self.fine_tune, *self.candidates) if not c.is_adapter])
+        check_vocabularies([c for c in (self.base, self.fine_tune, *self.candidates) if not c.is_adapter])
         model_class = model_class_of(class_location)
         self.task: Task = task_of(model_class, self.config)
         dtype = DTYPES[options.dtype] if options.dtype else None
@@ -289,28 +294,6 @@ class _Run:
         shares = {name: nats / base.kl for name, nats in removed.items()}
         ids = self.probe.inputs.get("input_ids")
         return Attribution(shares, 1 - found.kl / base.kl, self.probe.rows, ids.numel() if ids is not None else self.probe.rows)
-
-
-def _with_tasks(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
-    """A bundle holds the adapters of several fine-tunes: which of them are candidates has to be said."""
-    contender = open_contender(path)
-    held = tasks_of(contender)
-    if len(held) < 2:
-        return [contender]
-    if not tasks:
-        raise AdaptError(f"{path}: is a bundle of {', '.join(held)}; say with --tasks which of them is the fine-tune's")
-    chosen = [replace(contender, task=task) for task in tasks]
-    for each in chosen:
-        task_number(each)
-    return chosen
-
-
-def _check_vocabularies(checkpoints: Sequence[Contender]) -> None:
-    sizes = {contender.path: vocabulary_of(read_config(contender.location)) for contender in checkpoints}
-    first, *others = sizes.items()
-    for path, size in others:
-        if size != first[1]:
-            raise AdaptError(f"{path} has a vocabulary of {size}, {first[0]} one of {first[1]}: their outputs cannot be compared")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -121,6 +122,13 @@ REFUSALS = [
     ({"token_ids": IDS, "batch": 0}, r"--batch 0"),
     ({"token_ids": IDS, "dtype": "int8"}, r"--dtype int8"),
     ({"token_ids": IDS, "thresholds": {"min_recovered": 2.0}}, r"--min-recovered 2.0"),
+    ({"token_ids": IDS, "thresholds": {"min_recovered": math.nan}}, r"--min-recovered nan"),
+    ({"token_ids": IDS, "thresholds": {"min_top1": -0.5}}, r"--min-top1 -0.5"),
+    ({"token_ids": IDS, "thresholds": {"max_kl": math.inf}}, r"--max-kl inf"),
+    ({"token_ids": IDS, "thresholds": {"max_slowdown": 1.5}}, r"--max-slowdown and --no-speed contradict"),
+    ({"token_ids": IDS, "seed": -1}, r"--seed -1"),
+    ({"token_ids": IDS, "seed": 2**64}, r"--seed 18446744073709551616"),
+    ({"token_ids": IDS, "tasks": ("x",)}, r"--tasks x: no candidate is a bundle"),
 ]
 
 
