@@ -100,6 +100,7 @@ class Stage:
         self._checkpoint: Contender | None = None
         self._current: Contender | None = None
         self._detach: Callable[[], object] | None = None
+        self._missing: frozenset[str] | None = None  # what the fine-tune, the first to be loaded, does not store either
         self.ignored: dict[Contender, tuple[str, ...]] = {}  # tensors of an adapter that its library did not load
 
     def show(self, contender: Contender) -> float:
@@ -130,9 +131,15 @@ class Stage:
 
     def _load(self, contender: Contender) -> None:
         like = self.fine_tune.location if contender.kind == "base" and not self.fine_tune.is_adapter else None
-        self.root = self.model = load_model(contender.location, self._class, self.device, self.dtype, like)
+        self.model, missing = load_model(contender.location, self._class, self.device, self.dtype, like)
+        self.root = self.model
         self.dtype = self.dtype or next(self.root.parameters()).dtype
         self._checkpoint = contender
+        if self._missing is None:
+            self._missing = missing
+        elif contender.kind == "merged" and (lacking := sorted(missing - self._missing)):
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise AdaptError(f"{contender.path}: lacks {lacking[0]}{more}, which transformers would fill with random numbers")
 
     def _put_on(self, contender: Contender) -> None:
         if contender.kind in OURS:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapt_convert.convert import reference_outputs
 from adapt_convert.convert.live_model import require_run_extra
@@ -147,6 +148,17 @@ def test_malformed_token_ids_name_the_line(pairs: Any, tmp_path: Path, line: str
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [4, 5, 6]}\n' + line + "\n")
     with pytest.raises(AdaptError, match=r"ids.jsonl, line 2"):
         validate(pair.base, pair.ft, pair.ft, token_ids=tmp_path / "ids.jsonl", speed=False)
+
+
+def test_a_checkpoint_with_a_hole_is_refused(pairs: Any, tmp_path: Path) -> None:
+    """transformers fills it with random numbers, and what is left may still recover enough to pass."""
+    pair = pairs("llama")
+    shutil.copytree(pair.ft, tmp_path / "merged")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.layers.1.mlp.gate_proj.weight"]
+    save_file(weights, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdaptError, match=r"merged: lacks model.layers.1.mlp.gate_proj.weight and 1 more"):
+        validate(pair.base, pair.ft, tmp_path / "merged", token_ids=IDS, speed=False)
 
 
 def test_different_vocabularies_are_refused(pairs: Any, make_pair: Any, tmp_path: Path) -> None:
