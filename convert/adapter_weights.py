@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapt_convert.convert.architectures import place_of
-from adapt_convert.convert.attribution import Change
+from adapt_convert.convert.attribution import Change, parameter_of
 from adapt_convert.convert.candidates import Contender
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
@@ -137,17 +137,33 @@ def measure_weights(
     return holdings, spectra
 
 
-def changes_of(base: Contender, fine_tune: Contender, candidate: Contender) -> list[Change]:
-    """Every parameter that a candidate changes, as `attribution` takes it. Raises `AdaptError` for one that cannot be read so."""
+def changes_of(base: Contender, fine_tune: Contender, candidate: Contender, root: nn.Module) -> list[Change]:
+    """Every parameter that a candidate changes, as `attribution` takes it; `root` is the base, live.
+
+    Raises `AdaptError` for a candidate that cannot be read so.
+    """
     if candidate.kind == "latte":
-        return LatteWeights(candidate, *_open(base, fine_tune)).changes()
+        return LatteWeights(candidate, *_open(base, fine_tune)).changes(root)
     pairs, plan = _open(base, candidate)
     found = []
     for entry in plan.entries:
         change = _change(pairs, entry) if entry.base_key and not entry.rows_lost else None
         if change is not None and change.energy():
             found.append(Change(entry.name, functools.partial(_change_again, pairs, entry), shared=plan.follows_ties))
+        elif change is None and entry.part.kind == "replace" and entry.part.dtype.startswith(("F", "BF")):
+            found += _against_live(root, entry)
     return found
+
+
+def _against_live(root: nn.Module, entry: Entry) -> list[Change]:
+    """A parameter that the base does not store, such as a new head: the live base has random numbers in its place."""
+    live = parameter_of(root, entry.name)
+    if live is None or live.shape != entry.part.shape:
+        return []
+    value = entry.part.load()
+    assert isinstance(value, Tensor)
+    change = DenseDelta((value.float() - live.detach().cpu().float()).reshape(len(value), -1))
+    return [Change(entry.name, lambda: change)]
 
 
 def _change_again(pairs: Pairs, entry: Entry) -> Delta:

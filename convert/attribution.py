@@ -129,8 +129,8 @@ def _gated(root: nn.Module, changes: Sequence[Change], gates: Tensor) -> Iterato
             hook = _hook_for(module, attribute, change, gate, normed)
             if hook is not None:
                 handles.append(module.register_forward_hook(hook))
-            elif isinstance(getattr(module, attribute, None), Tensor):
-                value = replaced.get(target, getattr(module, attribute))
+            elif (own := parameter_of(root, target)) is not None:
+                value = replaced.get(target, own)
                 replaced[target] = (value.float() + gate * _shaped(change.load(), value)).to(value.dtype)
     try:
         yield _Replaced(root, replaced)
@@ -238,3 +238,10 @@ def _submodule(root: nn.Module, name: str) -> nn.Module | None:
         return root.get_submodule(name)
     except AttributeError:
         return None
+
+
+def parameter_of(root: nn.Module, name: str) -> Tensor | None:
+    """A parameter by its name, None where the model has none of that name."""
+    module = _submodule(root, name.rpartition(".")[0])
+    value = getattr(module, name.rpartition(".")[2], None)
+    return value if isinstance(value, Tensor) else None

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapt_convert.convert.attribution import Change
+from adapt_convert.convert.attribution import Change, parameter_of
 from adapt_convert.convert.candidates import Contender, task_number
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.latte import approximation
@@ -85,8 +85,8 @@ class LatteWeights:
             if delta is not None:
                 yield matrix, delta, self.matrices.get(matrix.module)
 
-    def changes(self) -> list[Change]:
-        """The same as a live base takes them: matrices, biases, and the parameters held by value."""
+    def changes(self, root: nn.Module) -> list[Change]:
+        """The same as `root`, the live base, takes them: matrices, biases, and the parameters held by value."""
         found = [
             Change(f"{module}.weight", lambda delta=delta: delta, norm=self._norms.get(module))  # type: ignore[misc]
             for module, delta in self.matrices.items()
@@ -94,7 +94,9 @@ class LatteWeights:
         values = {f"{module}.bias": bias for module, bias in self.task.biases.items()} | dict(self.task.exact)
         for name, value in values.items():
             assert isinstance(value, Tensor)
-            delta = self._difference(name, value)
+            live = parameter_of(root, name)
+            change = value.float() if live is None else value.float() - live.detach().cpu().float()
+            delta = DenseDelta(change.reshape(len(change), -1))
             found.append(Change(name, lambda delta=delta: delta, shared=True))  # type: ignore[misc]
         return found
 

@@ -215,7 +215,7 @@ class _Run:
         if not base.kl or reference is None:
             return "the outputs are no distribution"
         try:
-            changes = changes_of(self.base, self.fine_tune, candidate)
+            changes = changes_of(self.base, self.fine_tune, candidate, self.stage.root)
             nodes = self.progress(quadrature()[0], f"{Path(candidate.path).name} by matrix")
             return removed_kl(self.stage.root, self.probe, reference, changes, list(nodes))
         except (AdaptError, MemoryError, RuntimeError) as error:

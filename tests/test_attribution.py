@@ -117,6 +117,18 @@ def test_shares_that_do_not_sum_are_left_out(pairs: Any, tmp_path: Path, monkeyp
     assert {matrix["recovered_kl"] for matrix in details["matrices"].values()} == {None}
 
 
+def test_a_head_that_the_base_lacks_has_its_share(pairs: Any, tmp_path: Path) -> None:
+    """The base is a bare backbone, as published; the classifier that it runs with is random, and most of the KL."""
+    pair = pairs("roberta")
+    shutil.copytree(pair.base, tmp_path / "base")
+    weights = load_file(pair.base / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "classifier" not in k}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    lora = adapt_convert.convert(tmp_path / "base", pair.ft, rank=8).save(tmp_path / "lora")
+    found = validate(tmp_path / "base", pair.ft, lora, token_ids=IDS, speed=False).candidates[0].attribution
+    assert found.total == pytest.approx(found.measured, rel=1e-2)
+    assert any("classifier" in name for name in found.removed)
+
+
 def test_models_without_a_distribution_have_none(make_pair: Any, pairs: Any, tmp_path: Path) -> None:
     pair = pairs("bert")
     for name in ("base", "ft"):
