@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapt_convert.terminal import console, emit, fail, print_demo, print_plan, print_summary, progress, report_validation
+from adapt_convert.terminal import console, emit, fail, print_demo, print_merge, print_plan, print_summary, progress, report_validation
 
 if TYPE_CHECKING:
     from adapt_convert.convert.validation_result import Validation
@@ -185,6 +185,7 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
 @main.command()
 @click.argument("base")
 @click.argument("adapter")
+@click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 for all weights; the base's own by default.")
 @OUT
 @OVERWRITE
 @REVISION
@@ -193,6 +194,7 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
 def merge(
     base: str,
     adapter: str,
+    dtype: str | None,
     output: Path | None,
     overwrite: bool,
     revision: str | None,
@@ -200,6 +202,8 @@ def merge(
     as_json: bool,
 ) -> None:
     """Fold ADAPTER (LoRA or LoRTA) into BASE and write a checkpoint that runs without adapter code.
+
+    Half precision rounds a small change away in part; how much was lost is said, and --dtype float32 keeps it.
 
     \b
     Example:
@@ -213,8 +217,8 @@ def merge(
     check_destination(directory, overwrite, (base, adapter))
     with progress(quiet=as_json) as track:
         revisions = {"revision": revision, "base_revision": base_revision}
-        summary = merge_adapter(base, adapter, directory, **revisions, overwrite=overwrite, progress=track)
-    emit(summary, as_json)
+        summary = merge_adapter(base, adapter, directory, **revisions, dtype=dtype, overwrite=overwrite, progress=track)
+    print_merge(summary, as_json)
 
 
 @main.command()
@@ -295,8 +299,12 @@ def validate(
       adapt-convert validate ./base ./ft ./ft-lora-r16 --text heldout.txt --min-recovered 0.9 -o ./report --html report.html
     """
     from adapt_convert.convert.validation import validate as run
+    from adapt_convert.convert.validation_result import FILE
     from adapt_convert.convert.verdict import Thresholds
+    from adapt_convert.formats.atomic import check_file
 
+    for path in ([output / FILE] if output else []) + ([html] if html else []):
+        check_file(path)
     limits = {name: options.pop(name) for name in ("min_recovered", "max_kl", "min_top1", "max_slowdown")}
     tasks = [name.strip() for value in options.pop("tasks") for name in value.split(",") if name.strip()]
     with progress(quiet=as_json) as track:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapt_convert.convert.conversion import Conversion
     from adapt_convert.convert.validation_result import Validation
 
+MATERIAL = 0.01  # share of an adapter's energy whose loss in a merge is worth a line
 FAILED = 3  # exit code of a candidate that is not the fine-tune
 
 
@@ -96,6 +97,18 @@ def emit(result: dict[str, Any], as_json: bool) -> None:
         return
     for key, value in result.items():
         click.echo(f"{key}: {value if not isinstance(value, list | dict) else json.dumps(value)}")
+
+
+def print_merge(summary: dict[str, Any], as_json: bool) -> None:
+    """What a merge wrote, and on standard error what half precision lost of it."""
+    emit(summary, as_json)
+    loss = summary["rounding_loss"]
+    if loss > MATERIAL:
+        click.echo(
+            f"Note: rounding to {summary['rounded_to']} lost {loss:.1%} of what the adapter changes (energy); "
+            "--dtype float32 keeps it, and so does running the adapter unmerged",
+            err=True,
+        )
 
 
 def print_demo(result: dict[str, Any]) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapt_convert.convert.architectures import place_of
+from adapt_convert.convert.attribution import Change, parameter_of
 from adapt_convert.convert.candidates import Contender
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.latte_weights import LatteWeights
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
@@ -22,6 +25,7 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import read_json
 
 RECORD = "conversion.json"
+EFFECTIVE = "energies are of the effective matrices, with the norms' gains folded in"
 SPECTRUM_VALUES = 64
 _SPECTRA = 7  # matrices whose singular values are computed: those of one layer in the middle
 _RECORD_TOLERANCE = 0.02  # of captured energy; what was measured when the adapter was written repeats to rounding
@@ -53,8 +57,8 @@ class MatrixShare:
 
 @dataclass
 class Holdings:
-    """Everything that one candidate holds; `note` says why it could not be measured, and `recorded` is then the captured energy
-    by tensor that the `conversion.json` beside it states."""
+    """Everything that one candidate holds. `note` says what its energies are of when they are not of the plain weights, or why they
+    could not be measured; `recorded` is then the captured energy by tensor that the `conversion.json` beside it states."""
 
     shares: list[MatrixShare] = field(default_factory=list)
     recorded: dict[str, float] = field(default_factory=dict)
@@ -106,33 +110,100 @@ def measure_weights(
         pairs, plan = _open(base, fine_tune)
     except AdaptError as error:
         return {candidate: Holdings(note=str(error)) for candidate in holdings}, {}
-    opened: dict[Contender, tuple[Pairs, dict[str, Entry]]] = {}
-    for candidate in holdings:
+    opened: dict[Contender, _Adapter | LatteWeights] = {}
+    for candidate, held in holdings.items():
         try:
-            its_pairs, its_plan = _open(base, candidate)
-            opened[candidate] = its_pairs, {entry.name: entry for entry in its_plan.entries}
+            opened[candidate] = LatteWeights(candidate, pairs, plan) if candidate.kind == "latte" else _Adapter(*_open(base, candidate))
+            if isinstance(weights := opened[candidate], LatteWeights) and weights.is_effective:
+                held.shares, held.note = _effective_shares(weights, base, fine_tune, plan, progress), EFFECTIVE
         except AdaptError as error:
-            holdings[candidate].note = str(error)
-            holdings[candidate].recorded = _recorded(candidate)
+            opened.pop(candidate, None)
+            held.note, held.recorded = str(error), _recorded(candidate)
     spectra: dict[str, list[float]] = {}
     wanted = _spectrum_entries(plan)
     for entry in progress([e for e in plan.entries if e.base_key and not e.tied_to and not e.rows_lost], "weights"):
         change = _change(pairs, entry)
         if change is None or not (energy := change.energy()):
             continue
-        for candidate, (its_pairs, entries) in opened.items():
-            holdings[candidate].shares.append(_share(entry, plan, change, energy, its_pairs, entries.get(entry.name)))
+        for candidate, weights in opened.items():
+            if not weights.is_effective or entry.name in weights.values:
+                mine, rank = weights.delta(entry), weights.rank(entry)
+                holdings[candidate].shares.append(_share(entry.name, entry.module, plan, change, energy, mine, rank, entry.part.shape))
         if entry in wanted:
             rank = min(SPECTRUM_VALUES, *change.shape)
             spectra[entry.name] = factorise(change, rank, torch.Generator().manual_seed(seed)).values[:rank].tolist()
-    for candidate, (its_pairs, _) in opened.items():
-        holdings[candidate].record_errors = _against_record(candidate, holdings[candidate], pairs, its_pairs)
+    for candidate in opened:
+        holdings[candidate].record_errors = _against_record(candidate, holdings[candidate], pairs)
     return holdings, spectra
 
 
-def _open(base: Contender, other: Contender) -> tuple[Pairs, Plan]:
+def changes_of(base: Contender, fine_tune: Contender, candidate: Contender, root: nn.Module) -> list[Change]:
+    """Every parameter that a candidate changes, as `attribution` takes it; `root` is the base, live.
+
+    Raises `AdaptError` for a candidate that cannot be read so.
+    """
+    if candidate.kind == "latte":
+        return LatteWeights(candidate, *_open(base, fine_tune)).changes(root)
+    pairs, plan = _open(base, candidate)
+    found = []
+    for entry in plan.entries:
+        change = _change(pairs, entry) if entry.base_key and not entry.rows_lost else None
+        if change is not None and change.energy():
+            found.append(Change(entry.name, functools.partial(_change_again, pairs, entry), shared=plan.follows_ties))
+        elif change is None and entry.part.kind == "replace" and entry.part.dtype.startswith(("F", "BF")):
+            found += _against_live(root, entry)
+    return found
+
+
+def _against_live(root: nn.Module, entry: Entry) -> list[Change]:
+    """A parameter that the base does not store, such as a new head: the live base has random numbers in its place."""
+    live = parameter_of(root, entry.name)
+    if live is None or live.shape != entry.part.shape:
+        return []
+    value = entry.part.load()
+    assert isinstance(value, Tensor)
+    change = DenseDelta((value.float() - live.detach().cpu().float()).reshape(len(value), -1))
+    return [Change(entry.name, lambda: change)]
+
+
+def _change_again(pairs: Pairs, entry: Entry) -> Delta:
+    change = _change(pairs, entry)
+    assert change is not None
+    return change
+
+
+class _Adapter:
+    """A candidate that is read as changes of the plain weights."""
+
+    is_effective = False
+    values: frozenset[str] = frozenset()
+
+    def __init__(self, pairs: Pairs, plan: Plan) -> None:
+        self._pairs, self._entries = pairs, plan.by_name
+
+    def delta(self, entry: Entry) -> Delta | None:
+        theirs = self._entries.get(entry.name)
+        return _change(self._pairs, theirs) if theirs else None
+
+    def rank(self, entry: Entry) -> int | None:
+        theirs = self._entries.get(entry.name)
+        return theirs.part.rank if theirs else None
+
+
+def _open(base: Contender, other: Contender, options: Options | None = None) -> tuple[Pairs, Plan]:
     opened_base, source = open_pair(base.path, other.path)
-    return Pairs(opened_base, source, torch.device("cpu")), make_plan(opened_base, source, Options())
+    return Pairs(opened_base, source, torch.device("cpu")), make_plan(opened_base, source, options or Options())
+
+
+def _effective_shares(
+    weights: LatteWeights, base: Contender, fine_tune: Contender, plan: Plan, progress: Callable[[Iterable[Any], str], Iterable[Any]]
+) -> list[MatrixShare]:
+    found = []
+    for matrix, change, mine in progress(weights.against(*_open(base, fine_tune, Options(to="latte", rank=1))), "effective weights"):
+        if energy := change.energy():
+            rank = mine.rank if mine else None
+            found.append(_share(f"{matrix.module}.weight", matrix.module, plan, change, energy, mine, rank, change.shape))
+    return found
 
 
 def _change(pairs: Pairs, entry: Entry) -> Delta | None:
@@ -154,13 +225,13 @@ def _change(pairs: Pairs, entry: Entry) -> Delta | None:
     return DenseDelta(value.float().reshape(len(value) if value.ndim else 1, -1))
 
 
-def _share(entry: Entry, plan: Plan, change: Delta, energy: float, pairs: Pairs, theirs: Entry | None) -> MatrixShare:
-    place = place_of(entry.module, plan.family) if plan.family else None
-    role = place.role if place else entry.name.rpartition(".")[0].rsplit(".", 1)[-1]
-    mine = _change(pairs, theirs) if theirs else None
+def _share(
+    name: str, module: str, plan: Plan, change: Delta, energy: float, mine: Delta | None, rank: int | None, shape: tuple[int, ...]
+) -> MatrixShare:
+    place = place_of(module, plan.family) if plan.family else None
+    role = place.role if place else module.rsplit(".", 1)[-1]
     inner, norm = (_inner(change, mine), mine.energy()) if mine is not None and mine.shape == change.shape else (0.0, 0.0)
-    rank = theirs.part.rank if theirs else None
-    return MatrixShare(entry.name, role, place.layer if place else None, energy, inner, norm, rank, entry.part.shape)
+    return MatrixShare(name, role, place.layer if place else None, energy, inner, norm, rank, shape)
 
 
 def _inner(a: Delta, b: Delta) -> float:
@@ -191,7 +262,7 @@ def _recorded(candidate: Contender) -> dict[str, float]:
     return {name: row["captured_energy"] for name, row in rows if isinstance(row.get("captured_energy"), float)}
 
 
-def _against_record(candidate: Contender, holdings: Holdings, pairs: Pairs, its_pairs: Pairs) -> list[str]:
+def _against_record(candidate: Contender, holdings: Holdings, pairs: Pairs) -> list[str]:
     """Tensors that hold something else than the `conversion.json` beside them says; only for the pair that it was made from."""
     path = Path(candidate.location.directory) / RECORD
     if not candidate.is_adapter or not path.is_file():

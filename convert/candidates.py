@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.live_model import load_model, quiet, release
+from adapt_convert.convert.live_model import load_model, quiet, read_config, release, vocabulary_of
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
@@ -58,6 +58,29 @@ def open_contender(origin: str | Path, kind: str | None = None, task: str | None
     return Contender(str(origin), kind or "merged", location, size, task)
 
 
+def contenders_of(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
+    """A candidate, or those tasks of a bundle that are named: it holds the adapters of several fine-tunes. Raises `AdaptError`."""
+    contender = open_contender(path)
+    held = tasks_of(contender)
+    if len(held) < 2:
+        return [contender]
+    if not tasks:
+        raise AdaptError(f"{path}: is a bundle of {', '.join(held)}; say with --tasks which of them is the fine-tune's")
+    chosen = [replace(contender, task=task) for task in tasks]
+    for each in chosen:
+        task_number(each)
+    return chosen
+
+
+def check_vocabularies(checkpoints: Sequence[Contender]) -> None:
+    """Refuse models whose logits cannot be compared."""
+    sizes = {contender.path: vocabulary_of(read_config(contender.location)) for contender in checkpoints}
+    first, *others = sizes.items()
+    for path, size in others:
+        if size != first[1]:
+            raise AdaptError(f"{path} has a vocabulary of {size}, {first[0]} one of {first[1]}: their outputs cannot be compared")
+
+
 class Stage:
     """Holds one model: the base, bare or wearing one adapter, or a whole checkpoint loaded in its place.
 
@@ -77,6 +100,7 @@ class Stage:
         self._checkpoint: Contender | None = None
         self._current: Contender | None = None
         self._detach: Callable[[], object] | None = None
+        self._missing: frozenset[str] | None = None  # what the fine-tune, the first to be loaded, does not store either
         self.ignored: dict[Contender, tuple[str, ...]] = {}  # tensors of an adapter that its library did not load
 
     def show(self, contender: Contender) -> float:
@@ -107,9 +131,15 @@ class Stage:
 
     def _load(self, contender: Contender) -> None:
         like = self.fine_tune.location if contender.kind == "base" and not self.fine_tune.is_adapter else None
-        self.root = self.model = load_model(contender.location, self._class, self.device, self.dtype, like)
+        self.model, missing = load_model(contender.location, self._class, self.device, self.dtype, like)
+        self.root = self.model
         self.dtype = self.dtype or next(self.root.parameters()).dtype
         self._checkpoint = contender
+        if self._missing is None:
+            self._missing = missing
+        elif contender.kind == "merged" and (lacking := sorted(missing - self._missing)):
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise AdaptError(f"{contender.path}: lacks {lacking[0]}{more}, which transformers would fill with random numbers")
 
     def _put_on(self, contender: Contender) -> None:
         if contender.kind in OURS:

@@ -73,11 +73,13 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
     return int(size) if isinstance(size, int) else None
 
 
-def load_model(location: Location, model_class: Any, device: torch.device, dtype: torch.dtype | None, like: Location | None = None) -> Any:
-    """A model in evaluation mode on `device`.
+def load_model(
+    location: Location, model_class: Any, device: torch.device, dtype: torch.dtype | None, like: Location | None = None
+) -> tuple[Any, frozenset[str]]:
+    """A model in evaluation mode on `device`, and the parameters that its checkpoint lacks, which are random from a fixed seed.
 
-    `dtype` None is the checkpoint's own. `like` lends the number and names of classes to a base whose head is another one;
-    weights that the checkpoint lacks are then random, from a fixed seed. Raises `AdaptError` for what cannot be loaded.
+    `dtype` None is the checkpoint's own. `like` lends the number and names of classes to a base whose head is another one. Raises
+    `AdaptError` for what cannot be loaded.
     """
     config = model_class.config_class.from_pretrained(location.directory, local_files_only=True)
     if like is not None:
@@ -89,12 +91,13 @@ def load_model(location: Location, model_class: Any, device: torch.device, dtype
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             # A head of another shape in the base is replaced like one that it lacks.
-            options = {"ignore_mismatched_sizes": True} if like is not None else {}
-            loaded = model_class.from_pretrained(location.directory, config=config, dtype=dtype or "auto", local_files_only=True, **options)
+            options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True}
+            options |= {"ignore_mismatched_sizes": True} if like is not None else {}
+            loaded, report = model_class.from_pretrained(location.directory, **options)
     except (OSError, ValueError, KeyError) as error:
         raise AdaptError(f"{location.origin}: transformers cannot load it: {str(error).strip().splitlines()[0][:300]}") from None
     model: nn.Module = loaded.eval().requires_grad_(False)
-    return model.to(device)
+    return model.to(device), frozenset(report["missing_keys"])
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapt_convert.convert.architectures import aliases_of, is_head
 from adapt_convert.convert.conversion import open_pair
+from adapt_convert.convert.options import DTYPES as DTYPES_BY_NAME
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
@@ -22,6 +23,8 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor
 from adapt_convert.formats.source import Source
 
+_CHUNK = 2**20  # numbers measured at a time, in float64
+
 
 def merge(
     base: str | Path,
@@ -30,18 +33,20 @@ def merge(
     *,
     revision: str | None = None,
     base_revision: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write `base` with `adapter` folded in, in the base's dtypes, one tensor in memory at a time.
+    """Write `base` with `adapter` folded in, in the base's dtypes or all in `dtype`, one tensor in memory at a time.
 
-    Sums are taken in float32 and rounded once. Returns what was written: `output`, `bytes`, `shards`, `changed`.
-    Raises `AdaptError`.
+    Sums are taken in float32 and rounded once. Returns what was written: `output`, `bytes`, `shards`, `changed`, and
+    `rounding_loss`: of all tensors that were rounded together, the energy `||written - sum||^2` over that of their change, as half
+    precision loses a small change in part; `rounded_to` is the dtype, if any was rounded. Raises `AdaptError`.
     """
     opened_base, source = open_pair(base, adapter, revision, base_revision)
     if source.kind == "checkpoint":
         raise AdaptError(f"{adapter}: is a full checkpoint, not an adapter; there is nothing to merge")
-    options = Options()
+    options = Options(dtype=dtype)
     plan = make_plan(opened_base, source, options)
     pairs = Pairs(opened_base, source, options.torch_device())
     by_key: dict[str, Entry] = {e.base_key: e for e in plan.entries if e.base_key and not e.tied_to}
@@ -49,16 +54,19 @@ def merge(
         if entry.tied_to and entry.base_key and entry.name.endswith(".bias") and entry.base_key not in by_key:
             by_key[entry.base_key] = entry  # PEFT can hold only the alias of a shared bias, and it is never untied
     by_key |= {copy: by_key[key] for copy, key in _stored_copies(pairs, plan).items() if key in by_key and copy not in by_key}
-    tensors = {key: _merged(pairs, by_key.get(key), key) for key in opened_base.infos}
+    rounding = _Rounding()
+    target = DTYPES_BY_NAME[dtype] if dtype else None
+    tensors = {key: _merged(pairs, by_key.get(key), key, target, rounding) for key in opened_base.infos}
     # A head that the base shares with its embedding is stored on its own once the adapter gives it another value.
     added = [e for e in plan.entries if e.base_key is None or (e.tied_to and not _same_as_owner(pairs, by_key, e))]
-    tensors |= {e.name: _merged(pairs, e, None) for e in added}
+    tensors |= {e.name: _merged(pairs, e, None, target, rounding) for e in added}
     left = _heads_left_behind(plan, source)
-    tensors |= {alias: _merged(pairs, None, key) for alias, key in left.items()}
+    tensors |= {alias: _merged(pairs, None, key, target, rounding) for alias, key in left.items()}
     with atomic_directory(Path(output), overwrite) as staging:
         size, shards = write_checkpoint(staging, _watched(tensors, progress))
-        copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added))
+        copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added), dtype=dtype)
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
+        summary |= {"rounding_loss": rounding.loss} | ({"rounded_to": rounding.worst} if rounding.worst else {})
         (staging / "conversion.json").write_text(
             json.dumps({"target": "merged", "base": str(base), "adapter": str(adapter), **summary}, indent=1) + "\n"
         )
@@ -96,20 +104,50 @@ def _same_as_owner(pairs: Pairs, by_key: dict[str, Entry], entry: Entry) -> bool
     return owner is entry or (owner is not None and bool((pairs.value(owner) == pairs.value(entry)).all()))
 
 
-def _merged(pairs: Pairs, entry: Entry | None, key: str | None) -> LazyTensor:
+class _Rounding:
+    """What writing costs: energies of the changes that were rounded, and of the errors by dtype, summed over tensors."""
+
+    def __init__(self) -> None:
+        self._change = 0.0
+        self._errors: dict[str, float] = {}
+
+    def add(self, base: Tensor, value: Tensor, written: Tensor) -> None:
+        """One tensor: `base` and `written` as stored, `value` what the latter should be."""
+        change, error = 0.0, 0.0
+        for old, exact, new in zip(*(torch.split(tensor.reshape(-1), _CHUNK) for tensor in (base, value, written)), strict=True):
+            change += float((exact.double() - old.double()).square().sum())
+            error += float((new.double() - exact.double()).square().sum())
+        name = str(written.dtype).removeprefix("torch.")
+        self._change += change
+        self._errors[name] = self._errors.get(name, 0.0) + error
+
+    @property
+    def loss(self) -> float:
+        return sum(self._errors.values()) / self._change if self._change else 0.0
+
+    @property
+    def worst(self) -> str | None:
+        """The dtype that lost most."""
+        return max(self._errors, key=lambda name: self._errors[name], default=None)
+
+
+def _merged(pairs: Pairs, entry: Entry | None, key: str | None, target: torch.dtype | None, rounding: _Rounding) -> LazyTensor:
     info = pairs.base.infos[key] if key else None
-    if entry is None:
-        assert info is not None
-        assert key is not None
-        return LazyTensor(info.shape, DTYPES[info.dtype], lambda: pairs.base.read(key))
-    shape = info.shape if info else entry.part.shape
-    dtype = DTYPES[info.dtype if info else entry.part.dtype]
+    shape = info.shape if info else entry.part.shape  # type: ignore[union-attr]
+    stored = DTYPES[info.dtype if info else entry.part.dtype]  # type: ignore[union-attr]
+    dtype = target if target and stored.is_floating_point else stored
 
     def load() -> Tensor:
-        value = pairs.value(entry).to(dtype)
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if entry is None:
+            assert key is not None
+            return pairs.base.read(key).to(dtype)
+        value = pairs.value(entry)
+        written = value.to(dtype)
+        if written.is_floating_point() and not torch.isfinite(written).all():
             raise AdaptError(f"{entry.name}: the merged value is not finite (NaN or Inf) in {dtype}; is {pairs.source.origin} damaged?")
-        return value
+        if key and written.dtype != value.dtype:
+            rounding.add(pairs.base.read(key), value, written)
+        return written
 
     return LazyTensor(shape, dtype, load)
 

@@ -76,6 +76,11 @@ def _batch(rows: Tensor, task: Task, config: Mapping[str, Any], mask_token: int 
 def predict(model: Any, batch: Batch, device: torch.device, **options: Any) -> tuple[Predictions, Any]:
     """Run one batch. Returns the predictions that count, and the model's own output (for hidden states)."""
     output = run(model, batch, device, **options)
+    return predictions_of(output, batch, device), output
+
+
+def predictions_of(output: Any, batch: Batch, device: torch.device) -> Predictions:
+    """The predictions that count in a model's output on a batch."""
     logits = getattr(output, "logits", None)
     is_logits = logits is not None and logits.shape[-1] > 1  # a regression head has one number, and no distribution
     values = logits if logits is not None else _features(output)
@@ -85,8 +90,8 @@ def predict(model: Any, batch: Batch, device: torch.device, **options: Any) -> t
     scored = batch.scored.to(device) if batch.scored is not None else torch.ones(values.shape[:2], dtype=torch.bool, device=device)
     targets = batch.targets.to(device)[scored] if batch.targets is not None and is_logits else None
     if batch.scored is None:  # no copy of what may be gigabytes
-        return Predictions(values.reshape(-1, values.shape[-1]), targets, row.reshape(-1), is_logits), output
-    return Predictions(values[scored], targets, row[scored], is_logits), output
+        return Predictions(values.reshape(-1, values.shape[-1]), targets, row.reshape(-1), is_logits)
+    return Predictions(values[scored], targets, row[scored], is_logits)
 
 
 def _features(output: Any) -> Tensor:
@@ -99,6 +104,11 @@ def _features(output: Any) -> Tensor:
 
 @torch.inference_mode()
 def run(model: Any, batch: Batch, device: torch.device, **options: Any) -> Any:
+    """The model's output on a batch, without gradients."""
+    return call(model, batch, device, **options)
+
+
+def call(model: Any, batch: Batch, device: torch.device, **options: Any) -> Any:
     """The model's output on a batch."""
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
     if "pixel_values" in inputs:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.convert.candidates import Stage
-from adapt_convert.convert.outputs import Batch, run
-from adapt_convert.convert.reference_outputs import ReferenceOutputs
+from adapt_convert.convert.outputs import Batch, predictions_of, run
+from adapt_convert.convert.reference_outputs import ReferenceOutputs, total_divergence
 
 PROBE_TOKENS = 256  # of the first rows: enough for stable ratios, and a 7 B model's outputs stay near 1 GB on the disk
+PROBE_IMAGES = 8
+PREDICTIONS = "probe-predictions"  # the name under which the fine-tune's are kept
 
 
 @dataclass
@@ -21,7 +23,8 @@ class ProbeErrors:
     """Squared distances to the fine-tune, summed over the probe tokens, and the fine-tune's own squared norms.
 
     `hidden` and `hidden_norm` by layer (the embedding first), `modules` and `module_norms` by module name; `cosine` is the mean
-    cosine of the mean-pooled last hidden states.
+    cosine of the mean-pooled last hidden states. `kl` is `KL(fine-tune || model)` summed over the predictions, in nats; None
+    for a model without a distribution.
     """
 
     hidden: dict[str, float] = field(default_factory=dict)
@@ -29,6 +32,7 @@ class ProbeErrors:
     modules: dict[str, float] = field(default_factory=dict)
     module_norms: dict[str, float] = field(default_factory=dict)
     cosine: float | None = None
+    kl: float | None = None
 
     def hidden_error(self) -> dict[str, float]:
         """Relative error `||h - h_ft|| / ||h_ft||` by layer."""
@@ -41,12 +45,17 @@ class ProbeErrors:
 
 
 def probe_batch(batches: list[Batch]) -> Batch:
-    """The first rows of the first batch, as many as hold `PROBE_TOKENS` tokens, at least one."""
+    """The first rows, as many of one length as hold `PROBE_TOKENS` tokens and at least one, or `PROBE_IMAGES` images."""
     first = batches[0]
-    value = first.inputs.get("input_ids")
-    rows = max(1, PROBE_TOKENS // value.shape[1]) if value is not None else first.rows
-    cut = {name: tensor[:rows, :PROBE_TOKENS] if tensor.ndim == 2 else tensor[:rows] for name, tensor in first.inputs.items()}
-    return Batch(cut, None, None)
+    ids = first.inputs.get("input_ids")
+    rows = PROBE_IMAGES if ids is None else max(1, PROBE_TOKENS // ids.shape[1])
+    shapes = [{name: value.shape[1:] for name, value in batch.inputs.items()} for batch in batches[:rows]]
+    alike = [batch for batch, shape in zip(batches, shapes, strict=False) if shape == shapes[0]]
+    inputs = {name: torch.cat([batch.inputs[name] for batch in alike])[:rows] for name in first.inputs}
+    scored = torch.cat([batch.scored for batch in alike if batch.scored is not None])[:rows] if first.scored is not None else None
+    if ids is not None:
+        inputs = {name: value[:, :PROBE_TOKENS] for name, value in inputs.items()}
+    return Batch(inputs, None, None if scored is None else scored[:, :PROBE_TOKENS])
 
 
 def probe_modules(root: nn.Module, vocabulary: int | None) -> list[str]:
@@ -66,7 +75,9 @@ def keep_probe(stage: Stage, batch: Batch, names: list[str], outputs: ReferenceO
     def keep(name: str, value: Tensor) -> None:
         outputs.keep(f"probe-{name}", value)
 
-    for name, value in _run_with_hooks(stage, batch, names, keep).items():
+    output = _run_with_hooks(stage, batch, names, keep)
+    outputs.keep(PREDICTIONS, predictions_of(output, batch, stage.device).values)
+    for name, value in _hidden_states(output).items():
         keep(name, value)
 
 
@@ -81,7 +92,12 @@ def compare_probe(stage: Stage, batch: Batch, names: list[str], outputs: Referen
             errors.modules[name] = difference**2
             errors.module_norms[name] = torch.linalg.vector_norm(reference.float()).double().item() ** 2
 
-    hidden = _run_with_hooks(stage, batch, names, compare)
+    output = _run_with_hooks(stage, batch, names, compare)
+    hidden = _hidden_states(output)
+    predictions = predictions_of(output, batch, stage.device)
+    expected = outputs.fetch(PREDICTIONS, stage.device)
+    if predictions.is_logits and expected is not None:
+        errors.kl = total_divergence(expected, predictions.values)
     for name, value in hidden.items():
         compare(name, value)
         if name in errors.modules:
@@ -94,8 +110,8 @@ def compare_probe(stage: Stage, batch: Batch, names: list[str], outputs: Referen
     return errors
 
 
-def _run_with_hooks(stage: Stage, batch: Batch, names: list[str], see: Callable[[str, Tensor], None]) -> dict[str, Tensor]:
-    """Call `see` with every named module's output while the model runs; returns the hidden states by name."""
+def _run_with_hooks(stage: Stage, batch: Batch, names: list[str], see: Callable[[str, Tensor], None]) -> Any:
+    """The model's output, with `see` called on every named module's own while it runs."""
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, inputs, output: see(name, output) if isinstance(output, Tensor) else None
@@ -107,10 +123,13 @@ def _run_with_hooks(stage: Stage, batch: Batch, names: list[str], see: Callable[
         except AttributeError:
             continue
     try:
-        output = run(stage.model, batch, stage.device, output_hidden_states=True)
+        return run(stage.model, batch, stage.device, output_hidden_states=True)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hidden_states(output: Any) -> dict[str, Tensor]:
     states: dict[str, Tensor] = {}
     for field_name, prefix in (("hidden_states", ""), ("encoder_hidden_states", "encoder "), ("decoder_hidden_states", "decoder ")):
         for number, state in enumerate(getattr(output, field_name, None) or ()):

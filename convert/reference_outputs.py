@@ -103,6 +103,12 @@ class ReferenceOutputs:
         return Comparison(divergence, upper, agree, nll, float(difference.max()))
 
 
+def total_divergence(reference: Tensor, mine: Tensor) -> float:
+    """`KL(reference || mine)` of full logits `(items, classes)`, in nats, summed over the items."""
+    pieces = zip(torch.split(reference, CHUNK), torch.split(mine, CHUNK), strict=True)
+    return sum(float(_compare_full(a.double(), b.double())[0].sum()) for a, b in pieces)
+
+
 _Row = tuple[Tensor, Tensor, Tensor, Tensor]  # divergence, upper, agree, difference: each (items,)
 
 

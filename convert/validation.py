@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapt_convert.convert.adapter_weights import Holdings, measure_weights
-from adapt_convert.convert.candidates import Contender, Stage, open_contender, staged, task_number, tasks_of
+from adapt_convert.convert.adapter_weights import Holdings, changes_of, measure_weights
+from adapt_convert.convert.attribution import Attribution, quadrature, removed_kl
+from adapt_convert.convert.candidates import Contender, Stage, check_vocabularies, contenders_of, open_contender, staged
 from adapt_convert.convert.fidelity import Fidelity, RowSums, Tally, summarise
 from adapt_convert.convert.live_model import Task, model_class_of, read_config, require_run_extra, task_of, vocabulary_of
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.outputs import Batch, continue_greedily, make_batches, predict
-from adapt_convert.convert.probe import ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
+from adapt_convert.convert.probe import PREDICTIONS, ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.reference_outputs import ReferenceOutputs
 from adapt_convert.convert.speed import Speed, measure_speed
@@ -51,7 +52,7 @@ class ValidationOptions:
             raise AdaptError(f"--batch {self.batch}: must be at least 1")
         if self.max_tokens < 2:
             raise AdaptError(f"--max-tokens {self.max_tokens}: must be at least 2")
-        Options(dtype=self.dtype, device=self.device)  # refuses an unknown dtype or device
+        Options(dtype=self.dtype, device=self.device, seed=self.seed)  # refuses an unknown dtype or device, a seed out of range
 
     @property
     def torch_device(self) -> torch.device:
@@ -80,8 +81,11 @@ def validate(
     require_run_extra()
     if not candidates:
         raise AdaptError("no candidate was given; name at least one adapter or merged checkpoint")
+    limits = thresholds or Thresholds()
+    if limits.max_slowdown is not None and not chosen.speed:
+        raise AdaptError("--max-slowdown and --no-speed contradict each other; give one")
     with _memory_errors(chosen):
-        return _Run(base, reference, candidates, text, token_ids, tasks, thresholds or Thresholds(), chosen, progress).validate()
+        return _Run(base, reference, candidates, text, token_ids, tasks, limits, chosen, progress).validate()
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,13 @@ class _Run:
     ) -> None:
         self.base = open_contender(base, "base")
         self.fine_tune = open_contender(reference, "fine-tune")
-        self.candidates = [c for path in candidates for c in _with_tasks(path, tasks)]
+        self.candidates = [c for path in candidates for c in contenders_of(path, tasks)]
+        if tasks and not any(candidate.task for candidate in self.candidates):
+            raise AdaptError(f"--tasks {','.join(tasks)}: no candidate is a bundle of several tasks")
         self.options, self.thresholds, self.progress = options, thresholds, progress
         class_location = self.base.location if self.fine_tune.is_adapter else self.fine_tune.location
         self.config = read_config(class_location)
-        _check_vocabularies([c for c in (self.base, self.fine_tune, *self.candidates) if not c.is_adapter])
+        check_vocabularies([c for c in (self.base, self.fine_tune, *self.candidates) if not c.is_adapter])
         model_class = model_class_of(class_location)
         self.task: Task = task_of(model_class, self.config)
         dtype = DTYPES[options.dtype] if options.dtype else None
@@ -140,16 +146,17 @@ class _Run:
             self.stage.show(self.fine_tune)
             with ReferenceOutputs(self._expected_bytes()) as outputs:
                 perplexity = self._reference(outputs)
-                seen = {contender: self._compare(contender, outputs) for contender in (self.base, *self._in_turn())}
-            base = seen[self.base]
-            if not base.sums.divergence.sum() > 0:
-                raise AdaptError(f"{self.base.path} and {self.fine_tune.path} give the same outputs: there is nothing to validate")
+                base = self._compare(self.base, outputs)
+                if not base.sums.divergence.sum() > 0:
+                    raise AdaptError(f"{self.base.path} and {self.fine_tune.path} give the same outputs: there is nothing to validate")
+                removed = {candidate: self._removed_kl(candidate, base.probe, outputs) for candidate in self.candidates}
+                seen = {self.base: base} | {contender: self._compare(contender, outputs) for contender in self._in_turn()}
             figures = {contender: summarise(row.sums, base.sums, self.options.seed) for contender, row in seen.items()}
             reasons = {c: self._reasons(figures[c], figures[self.base], c, holdings[c]) for c in self.candidates}
             loads = {contender: row.load for contender, row in seen.items()}
             speeds = self._speed([candidate for candidate in self.candidates if not reasons[candidate]], loads)
         rows = [
-            self._row(c, figures[c], seen[c], base.probe, speeds.get(c), holdings.get(c), reasons.get(c))
+            self._row(c, figures[c], seen[c], base.probe, speeds.get(c), holdings.get(c), reasons.get(c), removed.get(c))
             for c in (self.base, *self.candidates)
         ]
         return Validation(
@@ -199,6 +206,23 @@ class _Run:
         probe = compare_probe(self.stage, self.probe, self.modules, outputs)
         return _Seen(tally.sums(), probe, self._greedy_agreement(), seconds)
 
+    def _removed_kl(self, candidate: Contender, base: ProbeErrors, outputs: ReferenceOutputs) -> dict[str, float] | str:
+        """The KL that each parameter of the candidate removes on the probe rows, in nats; or why that is not known.
+
+        Runs the base, which has to be on stage, with what the candidate's files add to it.
+        """
+        reference = outputs.fetch(PREDICTIONS, self.stage.device)
+        if not base.kl or reference is None:
+            return "the outputs are no distribution"
+        try:
+            changes = changes_of(self.base, self.fine_tune, candidate, self.stage.root)
+            nodes = self.progress(quadrature()[0], f"{Path(candidate.path).name} by matrix")
+            return removed_kl(self.stage.root, self.probe, reference, changes, list(nodes))
+        except (AdaptError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, AdaptError) and not _is_out_of_memory(error):
+                raise
+            return str(error) if isinstance(error, AdaptError) else "not enough memory for the gradients"
+
     def _continuations(self) -> Iterator[torch.Tensor]:
         """Greedy continuations `(tokens,)` of the starts of the first rows; none for a model that does not write."""
         if self.task != "causal":
@@ -244,6 +268,7 @@ class _Run:
         speed: Speed | None,
         holdings: Holdings | None,
         reasons: list[str] | None,
+        removed: dict[str, float] | str | None,
     ) -> Judged:
         reasons = list(reasons or [])
         if speed and speed.verdict is False:
@@ -253,6 +278,7 @@ class _Run:
             fidelity=figures,
             greedy_agreement=seen.greedy,
             embedding_cosine=seen.probe.cosine if self.task != "causal" else None,
+            attribution=self._attribution(removed, seen.probe, base),
             hidden_error=seen.probe.hidden_error(),
             hidden_recovered=seen.probe.recovered(base, "hidden"),
             output_recovered=seen.probe.recovered(base, "modules"),
@@ -262,27 +288,12 @@ class _Run:
             passed=None if contender == self.base else not reasons,
         )
 
-
-def _with_tasks(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
-    """A bundle holds the adapters of several fine-tunes: which of them are candidates has to be said."""
-    contender = open_contender(path)
-    held = tasks_of(contender)
-    if len(held) < 2:
-        return [contender]
-    if not tasks:
-        raise AdaptError(f"{path}: is a bundle of {', '.join(held)}; say with --tasks which of them is the fine-tune's")
-    chosen = [replace(contender, task=task) for task in tasks]
-    for each in chosen:
-        task_number(each)
-    return chosen
-
-
-def _check_vocabularies(checkpoints: Sequence[Contender]) -> None:
-    sizes = {contender.path: vocabulary_of(read_config(contender.location)) for contender in checkpoints}
-    first, *others = sizes.items()
-    for path, size in others:
-        if size != first[1]:
-            raise AdaptError(f"{path} has a vocabulary of {size}, {first[0]} one of {first[1]}: their outputs cannot be compared")
+    def _attribution(self, removed: dict[str, float] | str | None, found: ProbeErrors, base: ProbeErrors) -> Attribution | str | None:
+        if not isinstance(removed, dict) or not base.kl or found.kl is None:
+            return None if isinstance(removed, dict) else removed
+        shares = {name: nats / base.kl for name, nats in removed.items()}
+        ids = self.probe.inputs.get("input_ids")
+        return Attribution(shares, 1 - found.kl / base.kl, self.probe.rows, ids.numel() if ids is not None else self.probe.rows)
 
 
 @contextlib.contextmanager
@@ -291,11 +302,15 @@ def _memory_errors(options: ValidationOptions) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text:
+        if _is_out_of_memory(error):
             context = options.context or "256"
             raise AdaptError(
                 f"out of memory at --context {context} --batch {options.batch}: lower --batch or --context, "
                 "or give --dtype bfloat16, or --device cpu if this was a GPU"
             ) from None
         raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from adapt_convert.convert.adapter_weights import RECORD, Holdings
+from adapt_convert.convert.attribution import NODES, Attribution
 from adapt_convert.convert.candidates import Contender
 from adapt_convert.convert.fidelity import Fidelity
 from adapt_convert.convert.speed import Speed
@@ -32,12 +33,16 @@ _PACKAGES = ("adapt-convert", "torch", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True)
 class Judged:
-    """One model of a validation: its figures, and the verdict (None for the base, which is not judged)."""
+    """One model of a validation: its figures, and the verdict (None for the base, which is not judged).
+
+    `attribution` is the KL that it removes by parameter, or a line that says why that is not known.
+    """
 
     contender: Contender
     fidelity: Fidelity
     greedy_agreement: float | None
     embedding_cosine: float | None
+    attribution: Attribution | str | None
     hidden_error: dict[str, float]
     hidden_recovered: dict[str, float]
     output_recovered: dict[str, float]
@@ -63,17 +68,42 @@ class Judged:
                 "embedding_cosine": self.embedding_cosine,
                 "hidden_error": self.hidden_error,
                 "hidden_recovered": self.hidden_recovered,
+                "attribution": self._attribution(),
                 **self._weights(),
             },
         }
 
+    def _attribution(self) -> dict[str, Any] | None:
+        found = self.attribution
+        if not isinstance(found, Attribution):
+            return {"note": found} if found else None
+        listed = self._matrices()
+        return {
+            "sum": found.total,
+            "measured": found.measured,
+            "other": sum(share for name, share in found.removed.items() if name not in listed),
+            "rows": found.rows,
+            "tokens": found.tokens,
+            "nodes": NODES,
+            "note": found.note,
+        }
+
+    def _matrices(self) -> dict[str, dict[str, Any]]:
+        """What is known of every matrix, by name."""
+        matrices: dict[str, dict[str, Any]] = {}
+        if self.holdings is not None:
+            matrices |= {share.name: share.to_json() for share in self.holdings.matrices}
+            matrices |= {name: {"captured_energy": share} for name, share in self.holdings.recorded.items()}
+        shown = self.attribution.removed if isinstance(self.attribution, Attribution) and not self.attribution.note else {}
+        for name, row in matrices.items():
+            row["recovered_output"] = self.output_recovered.get(name.removesuffix(".weight"))
+            row["recovered_kl"] = shown.get(name)
+        return matrices
+
     def _weights(self) -> dict[str, Any]:
         if self.holdings is None:
             return {"captured_energy": None, "strength": None, "weights_note": None, "matrices": {}, "disagreements": []}
-        matrices: dict[str, dict[str, Any]] = {share.name: share.to_json() for share in self.holdings.matrices}
-        matrices |= {name: {"captured_energy": share} for name, share in self.holdings.recorded.items()}
-        for name, row in matrices.items():
-            row["recovered_output"] = self.output_recovered.get(name.removesuffix(".weight"))
+        matrices = self._matrices()
         apart = [
             (name, row["captured_energy"], row["recovered_output"])
             for name, row in matrices.items()

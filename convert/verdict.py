@@ -24,14 +24,14 @@ class Thresholds:
     max_slowdown: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("min_recovered", "min_top1"):
-            value = getattr(self, name)
-            if value is not None and not value <= 1:
-                raise AdaptError(f"--{name.replace('_', '-')} {value}: is a share, at most 1")
+        if not -math.inf < self.min_recovered <= 1:
+            raise AdaptError(f"--min-recovered {self.min_recovered}: is a share, at most 1")
+        if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
+            raise AdaptError(f"--min-top1 {self.min_top1}: is a share, from 0 to 1")
         for name in ("max_kl", "max_slowdown"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise AdaptError(f"--{name.replace('_', '-')} {value}: must be at least 0")
+            if value is not None and not 0 <= value < math.inf:
+                raise AdaptError(f"--{name.replace('_', '-')} {value}: must be a number of at least 0")
 
 
 def fidelity_failures(thresholds: Thresholds, found: Fidelity, base: Fidelity) -> list[str]:

@@ -27,6 +27,18 @@ def check_destination(path: Path, overwrite: bool, inputs: Iterable[str | Path] 
     for read in map(Path, inputs):
         if path.exists() and read.exists() and path.resolve() in (read.resolve(), *read.resolve().parents):
             raise AdaptError(f"{path} is read by this run and cannot be replaced by it; choose another with -o")
+    _check_parent(path)
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written, before any work. One that is there may be replaced."""
+    require_utf8(str(path))
+    if path.is_dir():
+        raise AdaptError(f"{path} is a directory; name a file in it")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     parent = _existing_ancestor(path)
     if not parent.is_dir():
         raise AdaptError(f"{parent} is not a directory, so {path} cannot be written")

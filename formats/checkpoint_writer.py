@@ -43,11 +43,15 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor]) -> tupl
     return size, len(shards)
 
 
-def copy_small_files(source: Path, target: Path, untie: bool) -> None:
-    """Copy configuration, tokenizer and licence; `untie` tells the configuration that the head has its own weight."""
+def copy_small_files(source: Path, target: Path, untie: bool, dtype: str | None = None) -> None:
+    """Copy configuration, tokenizer and licence; `untie` tells the configuration that the head has its own weight, `dtype` in what
+    the weights are stored, without which transformers would load them in the base's."""
     for path in source.iterdir():
         if path.is_file() and _COPIED.search(path.name):
             shutil.copyfile(path, target / path.name)
     config = target / "config.json"
-    if untie and config.is_file():
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}, indent=2) + "\n")
+    changes: dict[str, object] = {"tie_word_embeddings": False} if untie else {}
+    if config.is_file() and (changes or dtype):
+        data = json.loads(config.read_text())
+        changes |= {key: dtype for key in ("dtype", "torch_dtype") if key in data} or {"dtype": dtype} if dtype else {}
+        config.write_text(json.dumps(data | changes, indent=2) + "\n")

@@ -112,7 +112,8 @@ def bars(rows: Sequence[tuple[str, float, float, float]], unit: str, label: str,
         parts.append(text(4, y + 12, name, "start", "name"))
         parts.append(f'<rect x="4" y="{y + 18}" width="{max(x(median) - 4, 1):.1f}" height="16" rx="2" fill="{colour(numbers[name])}"/>')
         parts.append(f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y + 26}" y2="{y + 26}" class="whisker"/>')
-        parts.append(text(x(high) + 8, y + 31, f"{median:.4g} {unit}", "start", "name"))
+        number_text = f"{median:,.0f}" if median >= 1000 else f"{median:.4g}"
+        parts.append(text(x(high) + 8, y + 31, f"{number_text} {unit}", "start", "name"))
     return svg(WIDTH, top + len(rows) * line, parts, label)
 
 
@@ -146,8 +147,8 @@ def lines(
     return svg(WIDTH, HEIGHT + 8 + 20 * math.ceil(len(series) / 3), parts + legend + dots, f"{titles[1]} by {titles[0]}")
 
 
-def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], columns: Sequence[int], label: str) -> str:
-    """A square for each `(row, column)`: the stronger, the nearer to 1; negative values in the warning colour."""
+def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], columns: Sequence[int], label: str, full: float = 1.0) -> str:
+    """A square for each `(row, column)`: the stronger, the nearer to `full`; negative values in the warning colour."""
     cell, left, top = (20 if len(columns) <= 18 else 13), 64, 4
     middle = cell / 2 + 4
     parts = []
@@ -157,8 +158,9 @@ def heat_map(cells: Mapping[tuple[str, int], float], rows: Sequence[str], column
             value = cells.get((row, column))
             if value is None:
                 continue
-            fill, opacity = ("var(--heat)", max(value, 0.03)) if value >= 0 else ("var(--bad)", min(0.25 - value, 1.0))
-            title = f"<title>{escape(row)}, layer {column}: {value:.1%}</title>"
+            depth = value / full
+            fill, opacity = ("var(--heat)", max(depth, 0.03)) if value >= 0 else ("var(--bad)", 0.25 - depth)
+            title = f"<title>{escape(row)}, layer {column}: {value:.{1 if full == 1 else 2}%}</title>"
             place = f'x="{left + c * cell}" y="{top + r * cell}" width="{cell - 2}" height="{cell - 2}" rx="2"'
             parts.append(f'<rect {place} fill="{fill}" fill-opacity="{min(opacity, 1.0):.3f}" class="cell">{title}</rect>')
     every = max(1, math.ceil(len(columns) / 16))

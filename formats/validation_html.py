@@ -26,7 +26,7 @@ h3{font-size:1rem;margin:1.1em 0 .3em}.card h3:first-child{margin-top:0}p{margin
 svg{width:100%;height:auto;display:block}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;white-space:normal}
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;white-space:normal;min-width:6em}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;white-space:pre-wrap;overflow-wrap:anywhere;
 font-size:.88rem}
 .tick{font-size:12px;fill:var(--soft)}.axis{font-size:13px;fill:var(--soft)}.name{font-size:13px;fill:var(--ink)}
@@ -143,22 +143,50 @@ def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
     """Heat maps by layer and matrix, hidden states by layer, and where energy and function disagree."""
     parts = []
     for row in data["candidates"]:
-        matrices = row["details"]["matrices"]
-        maps = [
-            ("captured energy of the weights", _cells(matrices, "captured_energy")),
-            ("recovered output of the matrix, run in place", _cells(matrices, "recovered_output")),
-        ]
-        drawn = [f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div>" for title, cells in maps if cells]
-        if drawn:
+        drawn = [_energy_map(row["details"]), _kl_map(row["details"])]
+        if any(drawn):
             apart = _apart(row["details"]["disagreements"])
             parts.append(f"<div class=card><p class=wrap><b>{escape(label(row))}</b></p>{''.join(drawn)}{apart}</div>")
     hidden = [(label(row), _by_layer(row["details"]["hidden_recovered"])) for row in data["candidates"]]
     hidden = [(name, points) for name, points in hidden if len(points) > 1]
     if hidden:
         curves = lines(hidden, ("layer", "recovered hidden state"), log_y=False, marks={}, share=True, numbers=numbers)
-        parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}</div>")
-    scale = "<p class=soft>The deeper the colour, the nearer to 100 %; red is below 0 %, farther from the fine-tune than the base.</p>"
+        others = [label(row) for row in data["candidates"] if label(row) not in dict(hidden)]
+        note = f"<p class='soft wrap'>Not compared, their states have another width: {escape(', '.join(others))}.</p>" if others else ""
+        parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}{note}</div>")
+    scale = (
+        "<p class=soft>Energy: the full colour is 100 %; red is below 0 %, farther from the fine-tune than the base. KL: the full "
+        "colour is the largest share of the map; red adds to the base's KL.</p>"
+    )
     return f"<h2>By layer and matrix</h2>{scale}<div class=grid2>{''.join(parts)}</div>" if parts else ""
+
+
+def _energy_map(details: Mapping[str, Any]) -> str:
+    cells = _cells(details["matrices"], "captured_energy")
+    if not cells:
+        return ""
+    note = f"<p class='soft wrap'>{escape(details['weights_note'].capitalize())}.</p>" if details["weights_note"] else ""
+    title = "Captured energy of the weights"
+    return f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div>{note}"
+
+
+def _kl_map(details: Mapping[str, Any]) -> str:
+    """Whose share of the base's KL each matrix removes, with the sum beside what was measured."""
+    found = details["attribution"]
+    cells = _cells(details["matrices"], "recovered_kl")
+    title = "Recovered KL by matrix"
+    if not found or not cells:
+        note = found["note"] if found else None
+        return f"<h3>{title}</h3><p class='soft wrap'>Left out: {escape(note)}.</p>" if note else ""
+    full = max(abs(share) for share in cells.values()) or 1.0
+    others = _percent(found["sum"] - sum(cells.values()))
+    role, layer = max(cells, key=lambda place: cells[place])
+    rows = "row" if found["rows"] == 1 else f"{found['rows']} rows"
+    return (
+        f"<h3>{title}</h3><div class=scroll>{_map(cells, title, full)}</div><p class='soft wrap'>{escape(role)} of layer {layer} "
+        f"removes most, {cells[role, layer]:.2%} of the base's KL. With {others} from embeddings, norms and biases, all sum to "
+        f"{_percent(found['sum'])}; {_percent(found['measured'])} was measured on the same {rows}.</p>"
+    )
 
 
 def _cells(matrices: Mapping[str, Mapping[str, Any]], key: str) -> dict[tuple[str, int], float]:
@@ -169,10 +197,10 @@ def _cells(matrices: Mapping[str, Mapping[str, Any]], key: str) -> dict[tuple[st
     }
 
 
-def _map(cells: dict[tuple[str, int], float], title: str) -> str:
+def _map(cells: dict[tuple[str, int], float], title: str, full: float = 1.0) -> str:
     order = {role: number for number, role in enumerate(("q", "k", "v", "qkv", "o", "gate", "up", "down"))}
     roles = sorted({role for role, _ in cells}, key=lambda role: order.get(role, len(order)))
-    return heat_map(cells, roles, sorted({layer for _, layer in cells}), title)
+    return heat_map(cells, roles, sorted({layer for _, layer in cells}), title, full)
 
 
 def _by_layer(recovered: Mapping[str, float | None]) -> list[tuple[float, float]]:

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import adapt_convert
+from adapt_convert.cli import main
 
 ARCHITECTURES = ["llama", "llama-tied", "mistral", "qwen2", "gpt2", "bert", "roberta", "vit", "t5"]
 
@@ -92,3 +95,44 @@ def test_a_merged_model_in_shards(pairs: Any, tmp_path: Path, monkeypatch: pytes
     summary = adapt_convert.merge(pair.base, adapter, tmp_path / "merged")
     assert summary["shards"] == len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
     torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), pair.logits(pair.load(pair.ft)), atol=2e-4, rtol=1e-4)
+
+
+def energy(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> float:
+    return sum(float((after[key].double() - before[key].double()).square().sum()) for key in before)
+
+
+def test_what_rounding_loses_is_measured_and_said(make_pair: Any, tmp_path: Path) -> None:
+    """A bfloat16 base and a change of a hundredth of it, against the sums taken here in float64; float32 keeps it."""
+
+    def change(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter += 0.01 * parameter.std() * torch.randn_like(parameter)
+
+    pair = make_pair(tmp_path, "llama", change)
+    adapter = adapt_convert.convert(pair.base, pair.ft, rank=32, dtype="float32").save(tmp_path / "lora")
+    pair.load(pair.base).bfloat16().save_pretrained(tmp_path / "half")
+    base = load_file(tmp_path / "half" / "model.safetensors")
+    factors, exact = load_file(adapter / "adapter_model.safetensors"), {}
+    for key in base:
+        name = f"base_model.model.{key.removesuffix('.weight')}"
+        added = factors[f"{name}.lora_B.weight"].double() @ factors[f"{name}.lora_A.weight"].double() if "_proj" in key else 0.0
+        exact[key] = base[key].double() + added
+    call = ["merge", str(tmp_path / "half"), str(adapter), "--json", "-o"]
+    result = CliRunner().invoke(main, [*call, str(tmp_path / "merged")])
+    summary, written = json.loads(result.stdout), load_file(tmp_path / "merged" / "model.safetensors")
+    expected = energy(written, exact) / energy(exact, base)
+    assert summary["rounding_loss"] == pytest.approx(expected, rel=1e-4)
+    assert 0.01 < expected < 1
+    assert result.stderr == (
+        f"Note: rounding to bfloat16 lost {expected:.1%} of what the adapter changes (energy); "
+        "--dtype float32 keeps it, and so does running the adapter unmerged\n"
+    )
+    assert json.loads((tmp_path / "merged" / "conversion.json").read_text())["rounding_loss"] == summary["rounding_loss"]
+    result = CliRunner().invoke(main, [*call, str(tmp_path / "whole"), "--dtype", "float32"])
+    written = load_file(tmp_path / "whole" / "model.safetensors")
+    assert (json.loads(result.stdout)["rounding_loss"], result.stderr) == (0.0, "")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    assert energy(written, exact) < 1e-9 * energy(exact, base)
+    assert next(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto").parameters()).dtype == torch.float32
+    assert CliRunner().invoke(main, [*call, str(tmp_path / "no"), "--dtype", "int8"]).exit_code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapt_convert.convert import reference_outputs
 from adapt_convert.convert.live_model import require_run_extra
@@ -121,6 +123,13 @@ REFUSALS = [
     ({"token_ids": IDS, "batch": 0}, r"--batch 0"),
     ({"token_ids": IDS, "dtype": "int8"}, r"--dtype int8"),
     ({"token_ids": IDS, "thresholds": {"min_recovered": 2.0}}, r"--min-recovered 2.0"),
+    ({"token_ids": IDS, "thresholds": {"min_recovered": math.nan}}, r"--min-recovered nan"),
+    ({"token_ids": IDS, "thresholds": {"min_top1": -0.5}}, r"--min-top1 -0.5"),
+    ({"token_ids": IDS, "thresholds": {"max_kl": math.inf}}, r"--max-kl inf"),
+    ({"token_ids": IDS, "thresholds": {"max_slowdown": 1.5}}, r"--max-slowdown and --no-speed contradict"),
+    ({"token_ids": IDS, "seed": -1}, r"--seed -1"),
+    ({"token_ids": IDS, "seed": 2**64}, r"--seed 18446744073709551616"),
+    ({"token_ids": IDS, "tasks": ("x",)}, r"--tasks x: no candidate is a bundle"),
 ]
 
 
@@ -139,6 +148,17 @@ def test_malformed_token_ids_name_the_line(pairs: Any, tmp_path: Path, line: str
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [4, 5, 6]}\n' + line + "\n")
     with pytest.raises(AdaptError, match=r"ids.jsonl, line 2"):
         validate(pair.base, pair.ft, pair.ft, token_ids=tmp_path / "ids.jsonl", speed=False)
+
+
+def test_a_checkpoint_with_a_hole_is_refused(pairs: Any, tmp_path: Path) -> None:
+    """transformers fills it with random numbers, and what is left may still recover enough to pass."""
+    pair = pairs("llama")
+    shutil.copytree(pair.ft, tmp_path / "merged")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.layers.1.mlp.gate_proj.weight"]
+    save_file(weights, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdaptError, match=r"merged: lacks model.layers.1.mlp.gate_proj.weight and 1 more"):
+        validate(pair.base, pair.ft, tmp_path / "merged", token_ids=IDS, speed=False)
 
 
 def test_different_vocabularies_are_refused(pairs: Any, make_pair: Any, tmp_path: Path) -> None:

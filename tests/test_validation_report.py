@@ -57,7 +57,7 @@ def test_keys_exit_codes_and_the_failing_line(here: Path) -> None:
         assert set(row) - {"details"} == KEYS
     assert (data["text"], data["tokens"], data["dtype"]) == ("ids.jsonl", 80, "float32")
     assert data["candidates"][0]["speed"]["verdict"] == "pass"
-    again = CliRunner().invoke(main, [*shlex.split(data["command"])[1:], "--json", "--no-speed", "--no-card"])
+    again = CliRunner().invoke(main, [*shlex.split(data["command"])[1:], "--json", "--no-card"])
     assert json.loads(again.stdout)["candidates"][0]["kl"] == data["candidates"][0]["kl"]
     bad = call("good", "poor", "--no-card")
     assert bad.exit_code == 3
@@ -68,6 +68,24 @@ def test_keys_exit_codes_and_the_failing_line(here: Path) -> None:
     assert "x the base's time > 0 (--max-slowdown)" in slow.stderr
     refused = call("nowhere")
     assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "message"),
+    [
+        ("--html", "good", "good is a directory"),
+        ("--html", "ids.jsonl/page.html", "ids.jsonl is not a directory"),
+        ("-o", "ids.jsonl", "ids.jsonl is not a directory"),
+        ("-o", "/proc/here", "/proc cannot be written to"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, option: str, path: str, message: str
+) -> None:
+    monkeypatch.setattr(sys.modules["adapt_convert.convert.validation"], "open_contender", None)  # nothing is opened
+    refused = call("good", option, path)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1), refused.output
+    assert message in refused.stderr
 
 
 def test_speed_of_the_base_and_of_those_that_pass(here: Path) -> None:
