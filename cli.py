@@ -265,7 +265,7 @@ def _path_option(*names: str, help: str) -> Callable[[Any], Any]:
 @click.option("--context", type=int, metavar="N", help="Tokens per row (256, or what the model or the text allows).")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows at a time.")
 @click.option("--max-tokens", type=int, default=16384, show_default=True, metavar="N", help="Stop after so many tokens of the text.")
-@click.option("--tasks", multiple=True, metavar="NAME", help="Tasks of a LatTE bundle to validate; commas or repeats.")
+@click.option("--tasks", multiple=True, metavar="NAME", help="Tasks of a LatTE bundle to validate, by name or number; commas or repeats.")
 @click.option("--min-recovered", type=float, default=0.5, show_default=True, metavar="F", help="Least share of the base's KL removed.")
 @click.option("--max-kl", type=float, metavar="F", help="Largest KL to the fine-tune, in nats per token.")
 @click.option("--min-top1", type=float, metavar="F", help="Least share of equal most likely tokens.")

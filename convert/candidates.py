@@ -191,11 +191,15 @@ def tasks_of(contender: Contender) -> list[str]:
 
 
 def task_number(contender: Contender) -> int:
-    """The number by which a model knows the contender's task, from 1. Raises `AdaptError` for a name that is not there."""
+    """The number by which a model knows the contender's task, from 1; the task may be given by its name or by that number.
+
+    Raises `AdaptError` for one that is not there.
+    """
     names = tasks_of(contender)
-    if contender.task not in names:
-        raise AdaptError(f"--tasks {contender.task}: {contender.path} holds {', '.join(names) or 'none'}")
-    return names.index(contender.task) + 1
+    for known in (names, [str(number) for number in range(1, len(names) + 1)]):
+        if contender.task in known:
+            return known.index(contender.task) + 1
+    raise AdaptError(f"--tasks {contender.task}: {contender.path} holds {', '.join(names) or 'none'}")
 
 
 class _Snapshot:

@@ -110,7 +110,7 @@ def open_pair(
 ) -> tuple[Checkpoint, Source]:
     """Open both sides from headers; whether the source is a checkpoint or an adapter is detected."""
     base_location = locate(base, base_revision)
-    if adapter_config_path(base_location):
+    if adapter_config_path(base_location) or latte_config_path(base_location):
         raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
     opened_base = Checkpoint(base_location)
     location = locate(source, revision)

@@ -13,6 +13,8 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
+from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
+from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.source import Source, adapter_config_path
 
@@ -42,8 +44,13 @@ def inspect(
 
 def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
     location = locate(path, revision)
-    config_path = adapter_config_path(location)
-    if config_path:
+    config_path, latte_path = adapter_config_path(location), latte_config_path(location)
+    extra: dict[str, Any]
+    if latte_path:
+        config, store, kind = read_json(latte_path), TensorStore([location.directory / LATTE_WEIGHTS]), "LATTE"
+        extra = {name: config.get(name) for name in ("construction", "segments", "tasks", "model_type")}
+        extra |= {"base_model": config.get("base_model_name_or_path")}
+    elif config_path:
         config, store = read_json(config_path), TensorStore(weight_files(location))
         kind = str(config.get("peft_type", "unknown adapter"))
         extra = {"rank": config.get("r"), "base_model": config.get("base_model_name_or_path")}

@@ -38,7 +38,8 @@ class LatteWeights:
                     layer = _layer(module)
                     Q = next(s.Q for s in adapter.segments if s.start <= layer < s.stop)
                     self.matrices[module] = approximation(block, Q, reads)
-            self._norms = {module: _norm_of(module, layout) for module in self.task.readers}
+            for module in self.task.readers if not layout.post_norms else ():
+                self._norms[module] = _norm_of(module, layout)
         else:
             self._read_scores()
 

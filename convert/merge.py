@@ -20,6 +20,8 @@ from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.checkpoint_writer import copy_small_files, write_checkpoint
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.latte import latte_config_path
+from adapt_convert.formats.location import locate
 from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor
 from adapt_convert.formats.source import Source
 
@@ -43,6 +45,8 @@ def merge(
     `rounding_loss`: of all tensors that were rounded together, the energy `||written - sum||^2` over that of their change, as half
     precision loses a small change in part; `rounded_to` is the dtype, if any was rounded. Raises `AdaptError`.
     """
+    if latte_config_path(locate(adapter, revision)) is not None:
+        raise AdaptError(f"{adapter}: is a LatTE, which runs expanded and is never merged; merge the adapter that it was made from")
     opened_base, source = open_pair(base, adapter, revision, base_revision)
     if source.kind == "checkpoint":
         raise AdaptError(f"{adapter}: is a full checkpoint, not an adapter; there is nothing to merge")

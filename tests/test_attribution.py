@@ -33,7 +33,7 @@ def kl(reference: Any, model: Any) -> float:
     return float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
 
 
-RESIDUAL = ("llama", "llama-tied", "mistral", "qwen2", "gpt2")
+RESIDUAL = ("llama", "llama-tied", "mistral", "qwen2", "gpt2", "bert", "roberta", "vit")
 SCORE = ("gpt2", "bert", "roberta", "vit")
 
 

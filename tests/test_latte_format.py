@@ -124,6 +124,11 @@ def test_the_command_line_writes_a_latte_and_a_bundle_the_same_twice(pairs: Call
     result = runner.invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert sorted(json.loads(result.stdout)["tasks"]) == ["ft", "ft-2"]
+    shown = json.loads(runner.invoke(main, ["inspect", str(tmp_path / "many"), "--json"]).stdout)
+    assert (shown["kind"], shown["tasks"], shown["segments"]) == ("LATTE", ["ft", "ft-2"], [[0, 2, 4]])
+    merged = runner.invoke(main, ["merge", str(pair.base), str(tmp_path / "one"), "-o", str(tmp_path / "no")])
+    assert (merged.exit_code, (tmp_path / "no").exists()) == (1, False)
+    assert "is a LatTE, which runs expanded and is never merged" in merged.output
     refused = runner.invoke(main, ["bundle", str(pair.base), str(pair.ft), "--to", "lora", "-o", str(tmp_path / "no")])
     assert (refused.exit_code, (tmp_path / "no").exists()) == (1, False)
     assert "only --to latte can mix tasks" in refused.output
