@@ -48,6 +48,8 @@ def side_by_side(
 
     workers = threads + 1 if on_cpu else _READERS  # one more than cores, as one of them is often waiting for the disk
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    if on_cpu:
+        torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
     try:
         for item in items:
             nbytes = size(item)
@@ -58,4 +60,4 @@ def side_by_side(
             yield first()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what the workers set for themselves is also the default of threads to come
+        torch.set_num_threads(threads)  # also what threads to come start with

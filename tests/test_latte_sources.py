@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,8 @@ def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(monkeypa
     deltas = [(True, DenseDelta(q @ torch.diag(values) @ shared.T)) for q in left]
     deltas.append((False, DenseDelta(shared @ torch.diag(values) @ left[0].T)))
 
-    def stream() -> list[tuple[bool, Any]]:
-        return deltas
+    def stream(work: Callable[[bool, Any], torch.Tensor]) -> list[torch.Tensor]:
+        return [work(reads, delta) for reads, delta in deltas]
 
     exact, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
     monkeypatch.setattr(latte_basis, "GRAM_LIMIT", 0)
