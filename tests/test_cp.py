@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from adapt_convert.convert import cp
-from adapt_convert.convert.cp import CPFactors, CPFit, CPShape, Slab, fit_cp
+from adapt_convert.convert import cp_stream
+from adapt_convert.convert.cp import fit_cp
 from adapt_convert.convert.cp_als import fit_core, random_model, residual_core
 from adapt_convert.convert.cp_core import Core, normals, product_a
+from adapt_convert.convert.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 
 Deltas = dict[tuple[int, int], Delta]
@@ -100,7 +101,7 @@ def assert_sound(fit: CPFit, deltas: Deltas, shape: CPShape, rank: int) -> None:
 @pytest.fixture
 def compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors would be fitted without compression: take that choice away."""
-    monkeypatch.setattr(cp, "_CORE_FLOATS", 0)
+    monkeypatch.setattr(cp_stream, "_CORE_FLOATS", 0)
 
 
 def tensorly_captured(deltas: Deltas, shape: CPShape, rank: int) -> float:
@@ -150,7 +151,7 @@ def test_polishing_leaves_the_first_basis() -> None:
     slabs = as_slabs(planted(shape, 6, 3, noise=3.0))
     rough, fine = fit_cp(slabs, shape, 6, polish=0), fit_cp(slabs, shape, 6)
     assert fine.residual < rough.residual
-    cp._CORE_FLOATS = 2**22  # restored by the fixture
+    cp_stream._CORE_FLOATS = 2**22  # restored by the fixture
     full = fit_cp(slabs, shape, 6)
     assert full.energy - fine.residual >= 0.99 * (full.energy - full.residual)
     assert fine.passes <= 8
@@ -239,7 +240,7 @@ DEGENERATE: dict[str, tuple[Deltas, CPShape, int]] = {
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("floats", [0, 2**22], ids=["compressed", "whole"])
 def test_degenerate(name: str, floats: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cp, "_CORE_FLOATS", floats)
+    monkeypatch.setattr(cp_stream, "_CORE_FLOATS", floats)
     deltas, shape, rank = DEGENERATE[name]
     assert_sound(fit_cp(as_slabs(deltas), shape, rank), deltas, shape, rank)
 

@@ -14,7 +14,8 @@ import torch
 import adapt_convert
 from adapt_convert.convert import latte_basis
 from adapt_convert.convert.conversion import convert, open_pair
-from adapt_convert.convert.cp import CPShape, Slab, fit_cp
+from adapt_convert.convert.cp import fit_cp
+from adapt_convert.convert.cp_tensor import CPShape, Slab
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta
 from adapt_convert.convert.latte_basis import find_basis
 from adapt_convert.convert.latte_deltas import Effective
