@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp_als import fit_core, refine
+from adapt_convert.convert.cp_als import fit_core, refine, threads_for
 from adapt_convert.convert.cp_core import Core, Model, balance, normals, solve_proximal
 from adapt_convert.convert.cp_stream import Bases, Stream, find_bases, orthonormal
 from adapt_convert.convert.cp_tensor import CPFactors, CPFit, CPShape, Slab
@@ -97,7 +97,8 @@ def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int)
             return best
         bases = Bases(_span(factors.A, a), channel)
         core = stream.core(bases)
-        model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
+        with threads_for(core):
+            model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
 
 
 def _check(slabs: Sequence[Slab], shape: CPShape, rank: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +18,20 @@ Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 Result = TypeVar("Result")
 
-_IN_FLIGHT = 2**30  # bytes of loaded items held at a time, unless one alone is larger
+IN_FLIGHT = 2**30  # bytes of loaded items held at a time, unless one alone is larger
 _READERS = 2  # threads beside a GPU, which only load
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Torch's operations on the CPU use one thread in the block: a second one gains nothing for small ones and, on a busy machine,
+    costs many times their duration, as the two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def side_by_side(
@@ -53,7 +66,7 @@ def side_by_side(
     try:
         for item in items:
             nbytes = size(item)
-            while pending and (held() + nbytes > _IN_FLIGHT or len(pending) > 2 * workers):
+            while pending and (held() + nbytes > IN_FLIGHT or len(pending) > 2 * workers):
                 yield first()
             pending.append((item, nbytes, pool.submit(both if on_cpu else load, item)))
         while pending:
