@@ -19,11 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp_als import fit_core, refine, threads_for
+from adapt_convert.convert.cp_als import fit_core, refine
 from adapt_convert.convert.cp_core import Core, Model, balance, normals, solve_proximal
 from adapt_convert.convert.cp_stream import Bases, Stream, find_bases, orthonormal
 from adapt_convert.convert.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
+from adapt_convert.convert.side_by_side import single_thread
 
 _POLISH = 2  # rounds of two passes each
 _POLISH_TOLERANCE = 1e-3  # a round must promise this share of the captured energy
@@ -97,7 +98,7 @@ def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int)
             return best
         bases = Bases(_span(factors.A, a), channel)
         core = stream.core(bases)
-        with threads_for(core):
+        with single_thread():
             model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
 
 

@@ -9,8 +9,6 @@ in closed form and its block diagonal, the normal matrices of ALS, preconditions
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,6 @@ _PROBE_STEPS = 40  # Newton steps of that look
 _CLOSE = 0.1  # share of the energy left below which the fit goes on in float64
 _AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
 _NOISE = 0.5  # share of the energy left above which one start is enough
-_SHARED = 2**21  # numbers in a core above which its products are shared by all threads
 _EXACT = 1e-13  # share of the energy below which nothing is left to fit
 
 
@@ -251,11 +248,6 @@ def refine(core: Core, model: Model, steps: int = _NEWTON_STEPS) -> CoreFit:
     return fit
 
 
-def threads_for(core: Core) -> AbstractContextManager[None]:
-    """One thread for a small core, all for one whose products are worth sharing."""
-    return nullcontext() if sum(tensor.numel() for tensor in core.tensors) > _SHARED else single_thread()
-
-
 def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
     """The best of at most `starts` fits; greedy starts, but a random one in every third place.
 
@@ -267,7 +259,7 @@ def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
     fits: list[CoreFit] = []
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + 1_000_003 * start)
-        with threads_for(core):
+        with single_thread():
             fits.append(refine(core, (random_model if start % 3 == 2 else greedy_model)(core, rank, generator)))
         left = [fit.loss / (core.energy + TINY) for fit in fits]
         agreed = start > 0 and abs(left[-1] - min(left[:-1])) < _AGREED

@@ -1,4 +1,4 @@
-"""Reading the two sides of a conversion together, one tensor at a time."""
+"""Reading the two sides of a conversion together: differences, block by block, of a few tensors at a time."""
 
 from __future__ import annotations
 
