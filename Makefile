@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SOURCES := $(wildcard *.py) py.typed $(shell find convert formats kernels -name '*.py') README.md LICENSE
 WHEEL = $(wildcard dist/adapt_convert-*.whl)
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run
@@ -21,8 +21,15 @@ test: $(VENV)/.dev .dev/adapt_convert
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+# The small sizes of everything under bench/; docs/benchmarks.md has the commands of the large ones.
+bench: $(VENV)/.bench
+	$(BIN)/python bench/extract.py --sizes 576 --json bench-extract.json
+	$(BIN)/python bench/scale.py bench-pair --shapes qwen2.5-0.5b --json bench-scale.json
+	$(BIN)/python bench/lorta.py --small --json bench-lorta.json
+	$(BIN)/python bench/latte_decode.py --hidden 256 --intermediate 704 --layers 4 --heads 4 --vocab 1024 --json bench-latte_decode.json
+
 clean:
-	rm -rf $(VENV) dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist demo bench-pair bench-*.json .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +42,7 @@ $(VENV)/.wheel: $(VENV)/.made $(SOURCES)
 	touch $@
 
 # The second line puts a rebuilt wheel of the same version in place; the first then finds everything else as it was.
-$(VENV)/.run $(VENV)/.dev: $(VENV)/.%: $(VENV)/.wheel
+$(VENV)/.run $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.wheel
 	$(INSTALL) "$(WHEEL)[$*]"
 	$(INSTALL) --no-deps --force-reinstall "$(WHEEL)"
 	touch $@

@@ -161,8 +161,8 @@ def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tu
     stored: dict[Entry, float] = {}
     lost: dict[str, float] = {}
     records: list[Record] = []
-    for entry in progress([entry for entry in plan.entries if entry.action != "factor" or entry.rows_lost], "comparing"):
-        energy, lost_energy = pairs.change_energy(entry)
+    compared = [entry for entry in plan.entries if entry.action != "factor" or entry.rows_lost]
+    for entry, (energy, lost_energy) in pairs.change_energies(progress(compared, "comparing")):
         if lost_energy:
             lost[entry.name] = lost_energy
         if entry.action == "factor":

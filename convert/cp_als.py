@@ -31,6 +31,7 @@ from adapt_convert.convert.cp_core import (
     solve_columns,
     solve_proximal,
 )
+from adapt_convert.convert.side_by_side import single_thread
 
 _CG_STEPS = 30
 _CG_TOLERANCE = 0.05  # inexact Newton: the direction need not be better than the model it minimises
@@ -258,7 +259,8 @@ def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
     fits: list[CoreFit] = []
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + 1_000_003 * start)
-        fits.append(refine(core, (random_model if start % 3 == 2 else greedy_model)(core, rank, generator)))
+        with single_thread():
+            fits.append(refine(core, (random_model if start % 3 == 2 else greedy_model)(core, rank, generator)))
         left = [fit.loss / (core.energy + TINY) for fit in fits]
         agreed = start > 0 and abs(left[-1] - min(left[:-1])) < _AGREED
         if agreed or not _EXACT < left[-1] < _NOISE:

@@ -6,6 +6,7 @@ works on both kinds alike and never forms the product of a factored delta.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,11 @@ class DenseDelta:
         return self.weight.T @ x
 
     def energy(self) -> float:
-        """`||D||_F^2`: row norms in float32, their squares summed in float64."""
+        """`||D||_F^2`: row norms in float32, their squares summed in float64. Computed once, however often it is asked for."""
+        return self._energy
+
+    @functools.cached_property
+    def _energy(self) -> float:
         weight = self.weight if self.weight.is_contiguous() else self.weight.T
         return float(torch.linalg.vector_norm(weight, dim=1).double().square().sum())
 

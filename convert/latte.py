@@ -8,12 +8,13 @@ Paper: LatTE, "Efficient fine-tuning via auxiliary representation"; the residual
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import LowRankDelta, residual_energy
+from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.latte_deltas import Effective, Matrix
 from adapt_convert.convert.latte_score_solver import solve_scores
 from adapt_convert.convert.latte_segments import find_segments
@@ -23,6 +24,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, exact, unchanged
+from adapt_convert.convert.side_by_side import side_by_side
 from adapt_convert.convert.svd import factorise
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
@@ -41,12 +43,13 @@ def solve_latte(
     dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), segments, [task])
-    records = project(effective, segments, task, dtype, progress)
+    compared: list[tuple[int, int]] = []
+    records = project(effective, segments, task, dtype, progress, compared)
     if not task.readers and not task.writers:
         raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
     records += store_exact(effective, task, stored)
     adapter.fingerprints = fingerprints(effective)
-    adapter.details = describe(adapter, searched) | {"lora_of_equal_energy": lora_of_equal_energy(effective, records, options, progress)}
+    adapter.details = describe(adapter, searched) | {"lora_of_equal_energy": lora_of_equal_energy(compared)}
     return adapter, records
 
 
@@ -57,43 +60,57 @@ def describe(adapter: LatteAdapter, searched: list[dict[str, Any]]) -> dict[str,
     return described | ({"searched": searched} if searched else {})
 
 
-def lora_of_equal_energy(effective: Effective, records: list[Record], options: Options, progress: Progress) -> dict[str, Any]:
-    """Size of the LoRA that captures of every effective delta what this LatTE does: the least ranks, by truncated SVD.
+def lora_of_equal_energy(compared: list[tuple[int, int]]) -> dict[str, Any]:
+    """Size of the LoRA that captures of every effective delta what this LatTE does, from each one's `(rank, out + in)`.
 
-    They never exceed the LatTE's rank, which projects every delta on that many dims.
+    They are the least ranks, by truncated SVD, and never exceed the LatTE's rank, which projects every delta on that many dims.
     """
-    captured = {record.entry.module: record for record in records if record.status == "factored" and record.energy > 0}
-    ranks, numbers = [], 0
-    for matrix in progress([m for m in effective.matrices if m.module in captured], "comparing with LoRA"):
-        record, delta = captured[matrix.module], effective.delta(matrix)
-        assert delta is not None
-        assert record.rank is not None
-        factorisation = factorise(delta, record.rank, torch.Generator().manual_seed(options.seed))
-        rank = factorisation.rank_for_energy((record.captured or 0.0) * (1 - 1e-6)) or record.rank
-        ranks.append(rank)
-        numbers += rank * sum(delta.shape)
+    ranks = [rank for rank, _ in compared]
+    numbers = sum(rank * sides for rank, sides in compared)
     return {"parameters": numbers, "mean_rank": sum(ranks) / max(1, len(ranks)), "largest_rank": max(ranks, default=0)}
 
 
-def project(effective: Effective, segments: list[Segment], task: LatteTask, dtype: torch.dtype, progress: Progress) -> list[Record]:
-    """Fill a task with the projections of all effective deltas and with the biases; measure what the written blocks miss."""
-    records = []
-    for matrix in progress(effective.matrices, "projecting"):
+def project(
+    effective: Effective,
+    segments: list[Segment],
+    task: LatteTask,
+    dtype: torch.dtype,
+    progress: Progress,
+    compared: list[tuple[int, int]] | None = None,
+) -> list[Record]:
+    """Fill a task with the projections of all effective deltas and with the biases; measure what the written blocks miss.
+
+    To `compared`, where it is given, goes `(rank, out + in)` of the LoRA of equal energy for every changed matrix.
+    """
+
+    def work(matrix: Matrix, delta: Delta | None) -> tuple[Tensor | None, float, float, Tensor | None, int]:
         segment = next(s for s in segments if s.start <= matrix.layer < s.stop)
         Q = segment.Q.to(effective.pairs.device)
-        delta = effective.delta(matrix)
-        energy = delta.energy() if delta is not None else 0.0
-        residual = 0.0
-        if delta is not None and energy > 0:
-            block = as_written(delta.matmul(Q) if matrix.reads else delta.rmatmul(Q).T, dtype, matrix.module)
-            held = task.readers if matrix.reads else task.writers
-            held[matrix.module] = block.cpu()
-            residual = residual_energy(delta, approximation(block, Q, matrix.reads))
         bias = effective.bias(matrix)
+        if delta is None or not (energy := delta.energy()) > 0:
+            return None, 0.0, 0.0, bias, segment.rank
+        block = as_written(delta.matmul(Q) if matrix.reads else delta.rmatmul(Q).T, dtype, matrix.module)
+        residual = residual_energy(delta, approximation(block, Q, matrix.reads))
+        if compared is not None:
+            ranks[matrix] = _lora_rank(delta, segment.rank, energy - residual)
+        return block.cpu(), energy, residual, bias, segment.rank
+
+    records, ranks = [], dict[Matrix, int]()
+    for matrix, (block, energy, residual, bias, rank) in effective.each(progress(effective.matrices, "projecting"), work):
+        if block is not None:
+            (task.readers if matrix.reads else task.writers)[matrix.module] = block
         if bias is not None:
             task.biases[matrix.module] = bias.cpu()
-        records += _record(matrix, energy, residual, segment.rank)
+        records += _record(matrix, energy, residual, rank)
+    if compared is not None:
+        compared += [(ranks[m], sum(effective.shape(m))) for m in effective.matrices if m in ranks and m.entry is not None]
     return records
+
+
+def _lora_rank(delta: Delta, most: int, captured: float) -> int:
+    """The least rank, at most `most`, at which a truncated SVD captures this energy."""
+    factorisation = factorise(delta, most, torch.Generator().manual_seed(0))
+    return factorisation.rank_for_energy(captured / factorisation.energy * (1 - 1e-6)) or most
 
 
 def approximation(block: Tensor, Q: Tensor, reads: bool) -> LowRankDelta:
@@ -135,8 +152,12 @@ def store_exact(effective: Effective, task: LatteTask, stored: dict[Entry, float
 def fingerprints(effective: Effective) -> dict[str, dict[str, str]]:
     """Of every expanded matrix of the base, by module."""
     base, keys = effective.pairs.base, effective.plan.base_keys
-    found = {}
-    for matrix in effective.matrices:
-        weight = base.read(keys[f"{matrix.module}.weight"])
-        found[matrix.module] = fingerprint(weight, weight.dtype)
-    return found
+
+    def read(matrix: Matrix) -> Tensor:
+        return base.read(keys[f"{matrix.module}.weight"])
+
+    def work(matrix: Matrix, weight: Tensor) -> dict[str, str]:
+        return fingerprint(weight, weight.dtype)
+
+    found = side_by_side(effective.matrices, lambda m: 4 * math.prod(effective.shape(m)), read, work, torch.device("cpu"))
+    return {matrix.module: hashes for matrix, hashes in found}

@@ -2,11 +2,12 @@
 
 The best one in Frobenius norm is closed form: the leading eigenvectors of
 `G = sum_readers D^T D + sum_writers D D^T` (d, d), summed while the deltas stream by, so that no two of them are in memory.
-Above `GRAM_LIMIT` the matrix itself would be too large and G is only ever multiplied with a thin block (subspace iteration).
+Above `GRAM_LIMIT` the matrix itself takes more work than reading the deltas again, and G is only ever multiplied with thin blocks.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, DenseDelta
 
-GRAM_LIMIT = 4096  # a Gram matrix of this width takes 134 MB in float64
-_OVERSAMPLING = 16
-_POWER_PASSES = 4  # reads of all deltas; the spectrum of a full fine-tune is nearly flat, and fewer lose energy
+GRAM_LIMIT = 1536  # where the products of a Gram matrix take as long as the further passes
+_OVERSAMPLING = 48  # a block of 64 columns takes hardly longer than one of 24
+_PASSES = 12  # reads of all deltas, at most: as much work as a Gram matrix 4096 wide
+_TOLERANCE = 5e-5  # share of captured energy that further passes may still be expected to add
 _NOISE = 1e-13  # eigenvalues below this share of the sum are the rounding of float32 deltas
 
-Stream = Callable[[], Iterable[tuple[bool, Delta]]]  # (reads the residual, delta) for every matrix of a segment
+# Applied to a function of (reads the residual, delta): its results for every matrix of a segment, in order.
+Stream = Callable[[Callable[[bool, Delta], Tensor]], Iterable[Tensor]]
 
 
 def find_basis(stream: Stream, d: int, rank: int | None, energy: float | None, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -29,9 +32,9 @@ def find_basis(stream: Stream, d: int, rank: int | None, energy: float | None, s
     R is `rank`, or the least that captures the share `energy`, but never more than the deltas span (and at least 1).
     """
     if d <= GRAM_LIMIT or rank is None or 4 * rank > d:
-        values, vectors = _from_gram(gram(stream(), d, device))
+        values, vectors = _from_gram(gram(stream, d, device))
     else:
-        values, vectors = _from_iteration(stream, d, rank, seed, device)
+        values, vectors = _from_krylov(stream, d, rank, seed, device)
     total = float(values.clamp_min(0).sum())
     useful = int((values > _NOISE * total).sum())
     if energy is not None:
@@ -43,11 +46,11 @@ def find_basis(stream: Stream, d: int, rank: int | None, energy: float | None, s
     return (basis * peak).float(), values[:kept]
 
 
-def gram(deltas: Iterable[tuple[bool, Delta]], d: int, device: torch.device) -> Tensor:
+def gram(stream: Stream, d: int, device: torch.device) -> Tensor:
     """`sum_readers D^T D + sum_writers D D^T`, `(d, d)` float64."""
     total = torch.zeros(d, d, dtype=torch.float64, device=device)
-    for reads, delta in deltas:
-        total += _own_gram(delta if reads else delta.T)
+    for part in stream(lambda reads, delta: _own_gram(delta if reads else delta.T)):
+        total += part
     return total
 
 
@@ -64,22 +67,40 @@ def _from_gram(total: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors.flip(1)
 
 
-def _from_iteration(stream: Stream, d: int, rank: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Subspace iteration with a Rayleigh-Ritz step at the end (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
+def _from_krylov(stream: Stream, d: int, rank: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Block Lanczos with full reorthogonalisation and a Rayleigh-Ritz step over all its blocks (Musco and Musco 2015, algorithm 2)."""
     generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(d, min(d, rank + _OVERSAMPLING), generator=generator).to(device)
-    basis = torch.linalg.qr(block).Q
-    image = basis
-    for _ in range(_POWER_PASSES):
-        image = torch.zeros(d, basis.shape[1], dtype=torch.float64, device=device)
-        for reads, delta in stream():
-            image += apply_gram(reads, delta, basis)
-        previous, basis = basis, torch.linalg.qr(image).Q.float()
-    values, rotation = torch.linalg.eigh(previous.double().T @ image)
-    return values.flip(0), (previous.double() @ rotation).flip(1)
+    block = _orthonormal(torch.randn(d, rank + _OVERSAMPLING, generator=generator).to(device))
+    basis, image = block[:, :0].double(), block[:, :0].double()
+    captured = [0.0, 0.0]
+    while True:
+        product = torch.zeros(block.shape, dtype=torch.float64, device=device)
+        for part in stream(functools.partial(apply_gram, block)):
+            product += part
+        basis, image = torch.cat([basis, block.double()], dim=1), torch.cat([image, product], dim=1)
+        projected = basis.T @ image
+        values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+        captured.append(float(values[-rank:].sum()))
+        if _settled(captured) or basis.shape[1] + block.shape[1] > min(d, _PASSES * block.shape[1]):
+            return values.flip(0), (basis @ rotation).flip(1)
+        for _ in range(2):  # once is not enough in floating point
+            product = product - basis @ (basis.T @ product)
+        block = _orthonormal(product).float()
 
 
-def apply_gram(reads: bool, delta: Delta, block: Tensor) -> Tensor:
+def _settled(captured: list[float]) -> bool:
+    """Whether gains that go on shrinking by the last factor add less than `_TOLERANCE`."""
+    last, gain = captured[-2] - captured[-3], captured[-1] - captured[-2]
+    ratio = gain / last if last > 0 else 1.0
+    return captured[-1] == 0 or gain <= 0 or (ratio < 0.9 and gain * ratio / (1 - ratio) <= _TOLERANCE * captured[-1])
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis
+
+
+def apply_gram(block: Tensor, reads: bool, delta: Delta) -> Tensor:
     """One matrix's part of `G @ block`, `(d, k)` float32."""
     return delta.rmatmul(delta.matmul(block)) if reads else delta.matmul(delta.rmatmul(block))
 

@@ -8,8 +8,10 @@ encoders), a reader reads it as it is and its delta is `D` too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,12 @@ from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.latte_layout import Layout, layout_of
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
+from adapt_convert.convert.side_by_side import side_by_side
 from adapt_convert.formats.errors import AdaptError
+
+Result = TypeVar("Result")
+
+_ROWS = 256  # of a base matrix, read and folded at a time
 
 
 @dataclass(frozen=True)
@@ -86,18 +93,40 @@ class Effective:
         """`(out, in)`."""
         return self._base_info(matrix.module)
 
+    def each(self, matrices: Iterable[Matrix], work: Callable[[Matrix, Delta | None], Result]) -> Iterator[tuple[Matrix, Result]]:
+        """`work(matrix, effective delta)` of every matrix, in order but several at a time; the delta is gone when `work` returns."""
+        return side_by_side(matrices, lambda matrix: 4 * math.prod(self.shape(matrix)), self._passing_delta, work, self.pairs.device)
+
     def delta(self, matrix: Matrix) -> Delta | None:
         """The effective delta, `(out, in)` float32; None when nothing changed."""
-        delta = self.pairs.delta(matrix.entry) if matrix.entry else None
+        return self._effective(matrix, self.pairs.delta(matrix.entry) if matrix.entry else None)
+
+    def _passing_delta(self, matrix: Matrix) -> Delta | None:
+        """The same, in memory that the thread's next one overwrites."""
+        return self._effective(matrix, self.pairs.passing_delta(matrix.entry) if matrix.entry else None)
+
+    def _effective(self, matrix: Matrix, delta: Delta | None) -> Delta | None:
         if matrix.norm is None:
             return self._centre(delta, dim=0)
         new, old = self.gain(matrix.norm, new=True), self.gain(matrix.norm, new=False)
         if delta is not None:
-            delta = LowRankDelta(delta.B, delta.A * new) if isinstance(delta, LowRankDelta) else DenseDelta(delta.weight * new)
+            delta = LowRankDelta(delta.B, delta.A * new) if isinstance(delta, LowRankDelta) else DenseDelta(delta.weight.mul_(new))
         if not torch.equal(new, old):
-            folded = self.base_weight(matrix.module) * (new - old)
-            delta = DenseDelta(folded if delta is None else delta.dense() + folded)
+            delta = self._with_folded_gain(matrix, delta, new - old)
         return self._centre(delta, dim=1)
+
+    def _with_folded_gain(self, matrix: Matrix, delta: Delta | None, change: Tensor) -> DenseDelta:
+        """The delta plus the base's matrix times the change of its gain."""
+        if not isinstance(delta, DenseDelta) or self.layout.conv1d:
+            folded = self.base_weight(matrix.module) * change
+            return DenseDelta(folded if delta is None else delta.dense() + folded)
+        weight, row = delta.weight, 0
+        key = self.plan.base_keys[f"{matrix.module}.weight"]
+        for block in self.pairs.base.store.blocks(key, _ROWS * weight.shape[1]):
+            rows = block.view(-1, weight.shape[1]).to(weight.device, torch.float32)
+            weight[row : row + len(rows)].addcmul_(rows, change)
+            row += len(rows)
+        return DenseDelta(weight)
 
     def _centre(self, delta: Delta | None, dim: int) -> Delta | None:
         if delta is None or self.layout.norm != "layer" or self.layout.post_norms:

@@ -7,17 +7,22 @@ them no time.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from adapt_convert.convert.delta import Delta
 from adapt_convert.convert.latte_basis import cut, find_basis
-from adapt_convert.convert.latte_deltas import Effective, scaled
+from adapt_convert.convert.latte_deltas import Effective, Matrix, scaled
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.progress import Progress
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import Segment
+
+Result = TypeVar("Result")
 
 # What a cut costs besides its products, in weights read: the launches of some three small operations, about 10 us, in which a
 # memory of 20 GB/s delivers 200 kB. Only the order of magnitude matters.
@@ -49,27 +54,33 @@ def _bases(tasks: Sequence[Effective], scales: list[float], count: int, options:
     first, segments = tasks[0], []
     for run in progress(cut(first.layers, count), f"finding bases of {count} segments"):
 
-        def stream(run: range = run) -> Iterator[tuple[bool, Delta]]:
+        def stream(work: Callable[[bool, Delta], Tensor], run: range = run) -> Iterator[Tensor]:
             for task, scale in zip(tasks, scales, strict=True):
-                for reads, delta in changed(task, run):
-                    yield reads, delta if scale == 1.0 else scaled(delta, 1.0 / scale)
+                yield from changed(task, run, functools.partial(_scaled_work, work, scale))
 
         Q, _ = find_basis(stream, first.width, options.rank, options.energy, options.seed, first.pairs.device)
         segments.append(Segment(run.start, run.stop, Q.cpu()))
     return segments
 
 
-def changed(effective: Effective, layers: range) -> Iterator[tuple[bool, Delta]]:
-    """(reads the residual, effective delta) of every changed matrix of some layers."""
-    for matrix in effective.matrices:
-        delta = effective.delta(matrix) if matrix.layer in layers else None
-        if delta is not None:
-            yield matrix.reads, delta
+def _scaled_work(work: Callable[[bool, Delta], Tensor], scale: float, reads: bool, delta: Delta) -> Tensor:
+    return work(reads, delta if scale == 1.0 else scaled(delta, 1.0 / scale))
+
+
+def changed(effective: Effective, layers: range, work: Callable[[bool, Delta], Result]) -> Iterator[Result]:
+    """`work(reads the residual, effective delta)` of every changed matrix of some layers."""
+
+    def unless_same(matrix: Matrix, delta: Delta | None) -> Result | None:
+        return work(matrix.reads, delta) if delta is not None else None
+
+    for _, result in effective.each([m for m in effective.matrices if m.layer in layers], unless_same):
+        if result is not None:
+            yield result
 
 
 def _norm(effective: Effective, progress: Progress) -> float:
     layers = progress(range(effective.layers), "weighing tasks")
-    total = sum(delta.energy() for layer in layers for _, delta in changed(effective, range(layer, layer + 1)))
+    total = sum(sum(changed(effective, range(layer, layer + 1), lambda reads, delta: delta.energy())) for layer in layers)
     if total == 0:
         origin = effective.pairs.source.origin
         raise AdaptError(f"{origin}: none of the targeted matrices changed; leave it out, as rows of task 0 are the base")

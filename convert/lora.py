@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.ranks import spend_budget
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
-from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
+from adapt_convert.convert.svd import factorise, factorise_for_energy
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
@@ -29,9 +29,17 @@ def solve_lora(
     _refuse_biases_beside_embeddings(plan, stored)
     modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
     adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
-    records = []
-    for entry, delta, factorisation, rank in progress(_factorisations(pairs, plan, options), "factoring"):
-        records.append(_factor(entry, delta, factorisation, rank, adapter, DTYPES[options.dtype or output_dtype(pairs.source)]))
+    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    entries, records = plan.having("factor"), []
+    ranks = _ranks_for_budget(pairs, entries, options) if options.budget is not None else {}
+
+    def factor(entry: Entry, delta: Delta) -> tuple[Record, LowRankDelta | None]:
+        return _factor(entry, delta, ranks.get(entry.name), options, dtype)
+
+    for entry, (record, factors) in pairs.each(progress(entries, "factoring"), factor):
+        records.append(record)
+        if factors is not None:
+            (adapter.embeddings if entry.kind == "embedding" else adapter.factors)[entry.module] = factors
     for module, delta in list(adapter.embeddings.items()):
         for alias in plan.aliases(f"{module}.weight"):  # the same factors, on every module that shares the table
             name = alias.removesuffix(".weight")
@@ -65,22 +73,6 @@ def unstorable(plan: Plan, entry: Entry) -> str | None:
     return None
 
 
-def _factorisations(pairs: Pairs, plan: Plan, options: Options) -> Iterator[tuple[Entry, Delta, Factorisation | None, int]]:
-    """Every matrix with its factorisation (None when it did not change) and the rank to keep."""
-    entries = plan.having("factor")
-    ranks = _ranks_for_budget(pairs, entries, options) if options.budget is not None else {}
-    for entry, delta in pairs.deltas(entries):
-        generator = torch.Generator().manual_seed(options.seed)
-        if delta.energy() == 0:
-            yield entry, delta, None, 0
-        elif options.energy is not None:
-            yield entry, delta, *factorise_for_energy(delta, options.energy, generator)
-        else:
-            rank = ranks[entry.name] if options.budget is not None else options.rank
-            assert rank is not None
-            yield entry, delta, factorise(delta, max(rank, 1), generator), rank
-
-
 def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> dict[str, int]:
     """A first pass over the matrices that keeps singular values alone; a matrix whose known values are all spent is redone
     with twice as many, until none is."""
@@ -92,11 +84,8 @@ def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> d
     spectra: dict[str, Tensor] = {}
     pending = entries
     while pending:
-        for entry, delta in pairs.deltas(pending):
-            generator = torch.Generator().manual_seed(options.seed)
-            changed = delta.energy() > 0
-            values = factorise(delta, known[entry.name], generator).values if changed else torch.zeros(0)
-            spectra[entry.name] = values[: known[entry.name]]
+        for entry, values in pairs.each(pending, functools.partial(_spectrum, known, options.seed)):
+            spectra[entry.name] = values
         ranks = spend_budget(spectra, costs, options.budget)
         pending = [
             entry for entry in entries if ranks[entry.name] == len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
@@ -107,19 +96,34 @@ def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> d
     return ranks
 
 
-def _factor(entry: Entry, delta: Delta, factorisation: Factorisation | None, rank: int, adapter: LoraAdapter, dtype: torch.dtype) -> Record:
-    if factorisation is None:
-        return unchanged(entry)
-    if rank == 0:
-        return dropped(entry, factorisation.energy, "the budget captures more elsewhere")
+def _spectrum(known: dict[str, int], seed: int, entry: Entry, delta: Delta) -> Tensor:
+    """The largest singular values, `known[name]` of them; none of a matrix that did not change."""
+    if delta.energy() == 0:
+        return torch.zeros(0)
+    return factorise(delta, known[entry.name], torch.Generator().manual_seed(seed)).values[: known[entry.name]]
+
+
+def _factor(entry: Entry, delta: Delta, budgeted: int | None, options: Options, dtype: torch.dtype) -> tuple[Record, LowRankDelta | None]:
+    """A matrix's record and its factors in the output dtype; `budgeted` is the rank that a budget leaves it."""
+    generator = torch.Generator().manual_seed(options.seed)
+    if delta.energy() == 0:
+        return unchanged(entry), None
+    if options.energy is not None:
+        factorisation, rank = factorise_for_energy(delta, options.energy, generator)
+    else:
+        chosen = options.rank if budgeted is None else budgeted
+        assert chosen is not None
+        rank = chosen
+        if rank == 0:
+            return dropped(entry, delta.energy(), "the budget captures more elsewhere"), None
+        factorisation = factorise(delta, rank, generator)
     factors = factorisation.truncate(min(rank, len(factorisation.values)))
     written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
     as_read = LowRankDelta(written.B.float(), written.A.float())
     if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
-    held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
-    held[entry.module] = LowRankDelta(written.B.cpu(), written.A.cpu())
-    return Record(entry, "factored", factorisation.energy, residual_energy(delta, as_read), rank=written.rank)
+    record = Record(entry, "factored", factorisation.energy, residual_energy(delta, as_read), rank=written.rank)
+    return record, LowRankDelta(written.B.cpu(), written.A.cpu())
 
 
 def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[str], adapter: LoraAdapter) -> list[Record]:

@@ -17,7 +17,8 @@ from adapt_convert.convert.architectures import (
     heads_of,
     place_of,
 )
-from adapt_convert.convert.cp import CPFactors, CPShape, Slab, fit_cp
+from adapt_convert.convert.cp import fit_cp
+from adapt_convert.convert.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.delta import Delta, residual_energy
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
@@ -143,7 +144,7 @@ def _residual_width(slices: list[_Slice]) -> int:
 
 
 def _loader(pairs: Pairs, part: _Slice) -> Callable[[], Delta]:
-    return lambda: _slab_of(pairs.delta(part.entry), part.slot)
+    return lambda: _slab_of(pairs.passing_delta(part.entry), part.slot)
 
 
 def _slab_of(delta: Delta, slot: Slot) -> Delta:
@@ -172,12 +173,16 @@ def _measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress
     for block in adapter.blocks:
         for slot in block.slots:
             slots.setdefault(slot.module, []).append((block, slot))
-    records = []
-    for entry, delta in progress(pairs.deltas(plan.having("factor")), "measuring"):
-        energy, residual = delta.energy(), 0.0
+
+    def measure(entry: Entry, delta: Delta) -> tuple[float, float]:
+        residual = 0.0
         for block, slot in slots[entry.module]:
             rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
             residual += residual_energy(rows, block.delta(slot).to(pairs.device))
+        return delta.energy(), residual
+
+    records = []
+    for entry, (energy, residual) in pairs.each(progress(plan.having("factor"), "measuring"), measure):
         rank = slots[entry.module][0][0].factors.A.shape[1]
         reason = "" if energy else "did not change itself, but is a slice of the common tensor"
         records.append(Record(entry, "factored", energy, residual, reason, rank))

@@ -1,20 +1,41 @@
-"""Reading the two sides of a conversion together, one tensor at a time."""
+"""Reading the two sides of a conversion together: differences, block by block, of a few tensors at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.preflight import Entry
+from adapt_convert.convert.side_by_side import side_by_side
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.source import Source
 
-_CHUNK = 2**22  # elements compared at a time: 16 MB of float32
+Result = TypeVar("Result")
+
+_BLOCK = 2**19  # elements read and subtracted at a time: with its float32 difference, 4 MB that stay in the processor's cache
+_KEPT = 2**27  # elements of the largest buffer that a thread keeps
+
+
+class _Scratch(threading.local):
+    """One float32 buffer per thread: fresh memory costs more time, page by page, than the difference that goes there."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def take(self, count: int) -> Tensor:
+        if count > _KEPT:
+            return torch.empty(count)
+        if len(self._buffer) < count:
+            self._buffer = torch.empty(count)
+        return self._buffer[:count]
 
 
 class Pairs:
@@ -24,57 +45,88 @@ class Pairs:
         self.base = base
         self.source = source
         self.device = device
+        self._scratch = _Scratch()
+
+    def each(self, entries: Iterable[Entry], work: Callable[[Entry, Delta], Result]) -> Iterator[tuple[Entry, Result]]:
+        """`work(entry, change)` of every matrix, in order but several at a time; the change is gone when `work` returns."""
+        return side_by_side(entries, _float32_bytes, self.passing_delta, work, self.device)
 
     def deltas(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, Delta]]:
-        """Each matrix's change in `(out, in)` layout; the next pair is read from the disk while this one is in use."""
-        entries = list(entries)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead = pool.submit(self._read, entries[0]) if entries else None
-            for position, entry in enumerate(entries):
-                assert ahead is not None
-                new, old = ahead.result()
-                if position + 1 < len(entries):
-                    ahead = pool.submit(self._read, entries[position + 1])
-                yield entry, self._subtract(entry, new, old)
+        """Each matrix's change, one after the other; it is gone when the next is asked for."""
+        for entry in entries:
+            yield entry, self.passing_delta(entry)
 
     def delta(self, entry: Entry) -> Delta:
         """One matrix's change, `(out, in)` float32, on the device of the conversion."""
-        return self._subtract(entry, *self._read(entry))
+        return self._delta(entry, torch.empty)
+
+    def passing_delta(self, entry: Entry) -> Delta:
+        """The same, in memory that the next call from the same thread overwrites."""
+        return self._delta(entry, self._scratch.take)
+
+    def _delta(self, entry: Entry, allocate: Callable[[int], Tensor]) -> Delta:
+        if entry.part.kind == "low_rank":
+            delta: Delta = self._low_rank(entry).to(self.device)
+        else:
+            assert entry.base_key
+            rows, columns = self.base.infos[entry.base_key].shape
+            difference = allocate(rows * columns)
+            self._subtract(entry, difference)
+            stored = difference.view(rows, columns).to(self.device)
+            delta = DenseDelta(stored.T.contiguous() if entry.transposed else stored)
+        self._check_finite(entry, delta.energy())
+        return delta
+
+    def _low_rank(self, entry: Entry) -> LowRankDelta:
+        value = entry.part.load()
+        assert isinstance(value, LowRankDelta)
+        return value
+
+    def _subtract(self, entry: Entry, difference: Tensor) -> None:
+        """Fill `difference`, 1-D float32 of the base's size: float32 first, as bfloat16 would round away most of a light fine-tune."""
+        position = 0
+        for new, old in zip_longest(self._new_blocks(entry), self._old_blocks(entry)):
+            if new is not None and old is not None:
+                count = min(len(new), len(old))
+                difference[position : position + count].copy_(new[:count]).sub_(old[:count])
+                position += count
+        difference[position:].zero_()  # rows that the source cut stay as they are
+
+    def _new_blocks(self, entry: Entry) -> Iterator[Tensor]:
+        if entry.part.blocks:
+            return entry.part.blocks(_BLOCK)
+        value = entry.part.load()
+        assert isinstance(value, Tensor)
+        return iter(torch.split(value.reshape(-1), _BLOCK))
+
+    def _old_blocks(self, entry: Entry) -> Iterator[Tensor]:
+        return self.base.store.blocks(entry.base_key, _BLOCK) if entry.base_key else iter(())
 
     def _read(self, entry: Entry) -> tuple[Tensor | LowRankDelta, Tensor | None]:
         new = entry.part.load()
         old = self.base.read(entry.base_key) if entry.base_key and not isinstance(new, LowRankDelta) else None
         return new, old
 
-    def _subtract(self, entry: Entry, new: Tensor | LowRankDelta, old: Tensor | None) -> Delta:
-        if isinstance(new, LowRankDelta):
-            delta: Delta = new.to(self.device)
-        else:
-            assert old is not None
-            rows = min(len(new), len(old))
-            # float32 first: subtracting in bfloat16 would round away most of a light fine-tune.
-            difference = new[:rows].to(self.device, torch.float32, copy=True).sub_(old[:rows].to(self.device))
-            if rows < len(old):  # rows that the source cut stay as they are
-                difference = torch.cat([difference, difference.new_zeros(len(old) - rows, difference.shape[1])])
-            delta = DenseDelta(difference.T.contiguous() if entry.transposed else difference)
-        self._check_finite(entry, delta.energy())
-        return delta
+    def change_energies(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, tuple[float, float]]]:
+        """`change_energy` of every tensor, in order but several at a time."""
+        return side_by_side(entries, lambda entry: 0, self.change_energy, lambda entry, energies: energies, self.device)
 
     def change_energy(self, entry: Entry) -> tuple[float, float]:
-        """`||new - base||_F^2` of any tensor, in chunks: of the rows that both sides have, and of rows only the source has.
+        """`||new - base||_F^2` of any tensor, in blocks: of the rows that both sides have, and of rows only the source has.
 
         A tensor that the base lacks counts whole among the first. Of integers the number of differing entries is returned.
         """
-        new, old = self._read(entry)
-        lost = 0.0
-        if isinstance(new, LowRankDelta):
-            energy = new.energy()
-        elif old is None or entry.part.kind == "add":
-            energy = _energy(new, None)
+        energy = lost = 0.0
+        if entry.part.kind == "low_rank":
+            energy = self._low_rank(entry).energy()
+        elif entry.base_key is None or entry.part.kind == "add":
+            energy = sum(_energy(block) for block in self._new_blocks(entry))
         else:
-            rows = min(len(new), len(old)) if new.ndim else None
-            energy = _energy(new[:rows], old[:rows]) if rows is not None else _energy(new, old)
-            lost = _energy(new[rows:], None) if rows is not None else 0.0
+            for new, old in zip_longest(self._new_blocks(entry), self._old_blocks(entry)):
+                if new is not None:
+                    count = len(old) if old is not None else 0
+                    energy += _energy(new[:count], old[: len(new)] if old is not None else None)
+                    lost += _energy(new[count:])
         self._check_finite(entry, energy + lost)
         return energy, lost
 
@@ -84,16 +136,19 @@ class Pairs:
 
     def value(self, entry: Entry) -> Tensor:
         """The parameter's new value, in the base's shape where the base has it, in its own dtype when it is stored whole."""
+        old_shape = self.base.infos[entry.base_key].shape if entry.base_key else None
+        if entry.part.kind == "replace" and old_shape in (None, entry.part.shape):
+            whole = entry.part.load()
+            assert isinstance(whole, Tensor)
+            return whole
         new, old = self._read(entry)
         if isinstance(new, LowRankDelta):
             assert entry.base_key is not None
             base = self.base.read(entry.base_key).float()
             return base + (new.dense().T if entry.transposed else new.dense())
+        assert old is not None
         if entry.part.kind == "add":
-            assert old is not None
             return old.float() + new
-        if old is None or new.shape == old.shape:
-            return new
         merged = old.to(new.dtype, copy=True)
         rows = min(len(new), len(old))
         merged[:rows] = new[:rows]
@@ -106,15 +161,15 @@ class Pairs:
         return new.float() if entry.part.kind == "add" or old is None else new.float() - old.float()
 
 
-def _energy(new: Tensor, old: Tensor | None) -> float:
-    new = new.reshape(-1)
-    old = old.reshape(-1) if old is not None else None
+def _float32_bytes(entry: Entry) -> int:
+    return 4 * math.prod(entry.part.shape)
+
+
+def _energy(new: Tensor, old: Tensor | None = None) -> float:
+    """Of one block: the squared norm of the difference, or how many integers differ."""
     if not new.is_floating_point():
         return float((new != old).sum() if old is not None else new.numel())
-    total = 0.0
-    for start in range(0, new.numel(), _CHUNK):
-        block = new[start : start + _CHUNK].to(torch.float32, copy=True)
-        if old is not None:
-            block.sub_(old[start : start + _CHUNK])
-        total += float(torch.linalg.vector_norm(block).double() ** 2)
-    return total
+    difference = new.to(torch.float32, copy=True)
+    if old is not None:
+        difference.sub_(old)
+    return float(torch.linalg.vector_norm(difference).double() ** 2)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from adapt_convert.convert.architectures import heads_of
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
+from adapt_convert.convert.side_by_side import IN_FLIGHT
 from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
 from adapt_convert.formats.source import Source
 
 _RUNTIME = 300 * 2**20  # bytes: Python with torch loaded
-# Of a matrix: base and source as stored and the next pair read ahead (at most 2 bytes each in half precision, 4 in float32),
-# and the float32 difference. Of a tensor that is only compared: base and source.
-_FACTORED, _COMPARED = 4, 2
 _HEADER = 120  # bytes of a safetensors header for one tensor
 
 
@@ -22,9 +22,9 @@ def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
     item = DTYPES[options.dtype or output_dtype(source)].itemsize
     factors = options.budget or _factor_numbers(plan, options) * item
     stored = sum(_stored_bytes(entry, plan, options) for entry in plan.having("store"))
-    largest = max((_working_bytes(entry) for entry in plan.entries), default=0)
+    work = max(_in_work(plan), _largest_stored(plan))
     headers = _HEADER * sum(2 if entry.action == "factor" else 1 for entry in plan.entries if entry.action != "drop")
-    return factors + stored + headers, _RUNTIME + largest + factors
+    return factors + stored + headers, _RUNTIME + work + factors
 
 
 def _factor_numbers(plan: Plan, options: Options) -> int:
@@ -49,10 +49,16 @@ def _stored_bytes(entry: Entry, plan: Plan, options: Options) -> int:
     return copies * math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize
 
 
-def _working_bytes(entry: Entry) -> int:
-    if entry.part.dtype not in STORED_DTYPES:
-        return 0
-    stored = math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize
-    if entry.action != "factor":
-        return _COMPARED * stored
-    return _FACTORED * stored + 4 * math.prod(entry.part.shape)
+def _in_work(plan: Plan) -> int:
+    """The float32 differences that are held at a time: one per thread, and one for the disk."""
+    sizes = sorted((4 * math.prod(entry.part.shape) for entry in plan.having("factor")), reverse=True)
+    return max(min(IN_FLIGHT, sum(sizes[: torch.get_num_threads() + 1])), *sizes[:1], 0)
+
+
+def _largest_stored(plan: Plan) -> int:
+    """What is stored whole is read whole when it is written; everything else that is not factored passes in blocks."""
+    return max((_bytes(entry) for entry in plan.having("store")), default=0)
+
+
+def _bytes(entry: Entry) -> int:
+    return math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize if entry.part.dtype in STORED_DTYPES else 0

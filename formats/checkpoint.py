@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapt_convert.formats.errors import AdaptError
@@ -16,6 +18,7 @@ from adapt_convert.formats.pickle_file import PickleFile
 from adapt_convert.formats.safetensors_file import SafetensorsFile, TensorInfo, byte_view
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_HASHED = 2**19  # elements at a time
 _SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
 
 
@@ -45,14 +48,32 @@ class TensorStore:
             self._digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
         return tensor
 
+    def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """A tensor's elements in order, 1-D, in its stored dtype, at most `elements` at a time; a block may overwrite the one before.
+
+        What is converted block by block stays in the processor's cache, and memory holds no second copy of the tensor.
+        """
+        digest = None if name in self._digests else hashlib.sha256()
+        for block in self._owner[name].blocks(name, elements):
+            if digest:
+                digest.update(byte_view(block))
+            yield block
+        if digest:
+            self._digests[name] = digest.hexdigest()
+
     def content_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""
+        unread = [name for name in self.infos if name not in self._digests]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(self._hash, unread))
         total = hashlib.sha256()
         for name, info in sorted(self.infos.items()):
-            if name not in self._digests:
-                self.read(name)
             total.update(json.dumps([name, info.dtype, info.shape, self._digests[name]]).encode())
         return total.hexdigest()
+
+    def _hash(self, name: str) -> None:
+        for _ in self.blocks(name, _HASHED):
+            pass
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp import CPFactors
+from adapt_convert.convert.cp_tensor import CPFactors
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError

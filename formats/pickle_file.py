@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -65,3 +66,7 @@ class PickleFile:
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, copied out of the mapping."""
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """A tensor's elements in order, 1-D, at most `elements` at a time."""
+        yield from torch.split(self._tensors[name].detach().reshape(-1), elements)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,23 +138,50 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype. Safe to call from several threads."""
+        info = self._readable(name)
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        with self._opened(name) as file:
+            self._fill(file, buffer, name)
+        return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """A tensor's elements in the order of the file, 1-D, at most `elements` at a time; each block overwrites the one before."""
+        info = self._readable(name)
+        dtype = DTYPES[info.dtype]
+        buffer = torch.empty(min(info.nbytes, elements * dtype.itemsize), dtype=torch.uint8)
+        with self._opened(name) as file:
+            for start in range(0, info.nbytes, max(1, len(buffer))):
+                block = buffer[: info.nbytes - start]
+                self._fill(file, block, name)
+                yield block.view(dtype)
+
+    def _readable(self, name: str) -> TensorInfo:
         info = self.infos[name]
         if info.dtype not in DTYPES:
             raise self._broken(f"stores {name!r} as {info.dtype}, a quantised format; dequantise the model first")
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = byte_view(buffer)
-        done = 0
+        return info
+
+    def _opened(self, name: str) -> FileIO:
+        """The file, at the start of a tensor, which the system is told to fetch."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._starts[name])
-                while done < info.nbytes:  # one call reads at most 2 GiB
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise self._broken(f"ends inside {name!r}: it was cut short while being read")
-                    done += count
+            file = FileIO(self.path)
+            file.seek(self._starts[name])
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), self._starts[name], self.infos[name].nbytes, os.POSIX_FADV_WILLNEED)
         except OSError as error:
             raise AdaptError(f"{self.path}: cannot be read: {error.strerror}") from None
-        return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+        return file
+
+    def _fill(self, file: FileIO, buffer: Tensor, name: str) -> None:
+        view, done = byte_view(buffer), 0
+        try:
+            while done < len(view):  # one call reads at most 2 GiB
+                count = file.readinto(view[done:])
+                if not count:
+                    raise self._broken(f"ends inside {name!r}: it was cut short while being read")
+                done += count
+        except OSError as error:
+            raise AdaptError(f"{self.path}: cannot be read: {error.strerror}") from None
 
     def _broken(self, what: str) -> AdaptError:
         return AdaptError(f"{self.path}: {what}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ class Part:
     - `replace`: the new value, in its stored dtype and layout;
     - `add`: what is added to the base's value, float32;
     - `low_rank`: a `LowRankDelta` in the `(out, in)` layout (for an embedding: `(vocabulary, hidden)`).
+    A part that is one stored tensor also has `blocks(elements)`: the same value piece by piece, as `TensorStore.blocks` gives it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Part:
     kind: Literal["replace", "add", "low_rank"]
     load: Callable[[], Tensor | LowRankDelta]
     rank: int | None = None
+    blocks: Callable[[int], Iterator[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Source:
 def whole_part(store: TensorStore, name: str, key: str) -> Part:
     """The parameter `name` replaced by the tensor `key`."""
     info = store.infos[key]
-    return Part(name, (key,), info.shape, info.dtype, "replace", lambda: store.read(key))
+    return Part(
+        name, (key,), info.shape, info.dtype, "replace", lambda: store.read(key), blocks=lambda elements: store.blocks(key, elements)
+    )
 
 
 def checkpoint_source(checkpoint: Checkpoint, names: Mapping[str, str]) -> Source:

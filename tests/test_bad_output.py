@@ -214,8 +214,8 @@ PROGRAM = """
 import sys, time
 def slow(*args):
     result = real(*args)
-    open(sys.argv.pop(), "w").close()
-    time.sleep(60)
+    open(sys.argv[-1], "w").close()
+    time.sleep(10)
     return result
 {patch}
 from adapt_convert.cli import main

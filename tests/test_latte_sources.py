@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import adapt_convert
 from adapt_convert.convert import latte_basis, latte_segments
 from adapt_convert.convert.conversion import convert, open_pair
-from adapt_convert.convert.cp import CPShape, Slab, fit_cp
+from adapt_convert.convert.cp import fit_cp
+from adapt_convert.convert.cp_tensor import CPShape, Slab
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta
 from adapt_convert.convert.latte_basis import find_basis
 from adapt_convert.convert.latte_deltas import Effective
@@ -171,8 +173,8 @@ def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(monkeypa
     deltas = [(True, DenseDelta(q @ torch.diag(values) @ shared.T)) for q in left]
     deltas.append((False, DenseDelta(shared @ torch.diag(values) @ left[0].T)))
 
-    def stream() -> list[tuple[bool, Any]]:
-        return deltas
+    def stream(work: Callable[[bool, Any], torch.Tensor]) -> list[torch.Tensor]:
+        return [work(reads, delta) for reads, delta in deltas]
 
     exact, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
     monkeypatch.setattr(latte_basis, "GRAM_LIMIT", 0)

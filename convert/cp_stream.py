@@ -1,0 +1,202 @@
+"""Passes over the deltas of a CP tensor: bases of its long sides, the core within them, and the exact residual of factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.cp_core import Core
+from adapt_convert.convert.cp_tensor import CPFactors, CPShape, Slab
+from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+from adapt_convert.convert.progress import Progress
+from adapt_convert.convert.side_by_side import side_by_side
+
+Result = TypeVar("Result")
+
+_CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Orthonormal columns, float32: `residual (d, k)` and `channel (d_h, p)`; `None` stands for the identity."""
+
+    residual: Tensor | None
+    channel: Tensor | None
+
+
+class Stream:
+    """All passes over the data, the only code that loads it. The first pass also sums the energy."""
+
+    def __init__(self, slabs: Sequence[Slab], shape: CPShape, device: torch.device, progress: Progress) -> None:
+        self.slabs, self.shape, self.device, self.progress = slabs, shape, device, progress
+        self.passes = 0
+        self.energy = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Cores are fitted at unit energy: the solver's thresholds do not know how small deltas are."""
+        return math.sqrt(self.energy) or 1.0
+
+    def read(self, purpose: str, work: Callable[[Slab, Delta], Result]) -> Iterator[tuple[Slab, Result]]:
+        """`work(slab, delta)` of every slab, in order but several at a time; the delta is gone when `work` returns."""
+        self.passes += 1
+        first = self.passes == 1
+
+        def measured(slab: Slab, delta: Delta) -> tuple[float, Result]:
+            return delta.energy() if first else 0.0, work(slab, delta)
+
+        slabs = self.progress(self.slabs, f"pass {self.passes}: {purpose}")
+        for slab, (energy, result) in side_by_side(slabs, self._nbytes, self._load, measured, self.device):
+            self.energy += energy
+            yield slab, result
+
+    def _nbytes(self, slab: Slab) -> int:
+        return 4 * self.shape.d * self.shape.columns(slab.matrix)
+
+    def _load(self, slab: Slab) -> Delta:
+        delta = slab.load().to(self.device)
+        expected = (self.shape.d, self.shape.columns(slab.matrix))
+        if delta.shape != expected:
+            raise ValueError(
+                f"delta of layer {slab.layer}, matrix {slab.matrix}: shape {delta.shape}, expected {expected} (d, heads * d_h)"
+            )
+        return delta
+
+    def core(self, bases: Bases) -> Core:
+        """`T_g[:, m, l, h, :] = Q^T X_h P / sqrt(energy)`, float32; zeros where there is no slab."""
+        shape = self.shape
+        k = shape.d if bases.residual is None else bases.residual.shape[1]
+        p = shape.d_h if bases.channel is None else bases.channel.shape[1]
+        tensors = tuple(
+            torch.zeros(k, len(shape.members(g)), shape.layers, heads, p, device=self.device) for g, heads in enumerate(shape.heads)
+        )
+
+        def place(slab: Slab, delta: Delta) -> None:
+            group = shape.group[slab.matrix]
+            x = delta.dense() if bases.residual is None else delta.rmatmul(bases.residual).T
+            x = x.reshape(k, shape.heads[group], shape.d_h)
+            x = x if bases.channel is None else x @ bases.channel
+            tensors[group][:, shape.members(group).index(slab.matrix), slab.layer] = x  # a place that no other slab has
+
+        for _ in self.read("core", place):
+            pass
+        for tensor in tensors:
+            tensor /= self.scale
+        return Core.of(tensors)
+
+    def measure(self, factors: CPFactors, channel: bool) -> tuple[float, Tensor, Tensor | None]:
+        """Exact residual of the factors, the MTTKRP of A `(d, r)` and, if asked, that of B `(d_h, r)`, float64."""
+        shape, rank = self.shape, factors.rank
+        missing = {(layer, matrix) for layer in range(shape.layers) for matrix in range(len(shape.group))}
+        missing -= {(slab.layer, slab.matrix) for slab in self.slabs}
+        residual = sum(factors.slab(shape, *place).energy() for place in sorted(missing))
+        product_a = torch.zeros(shape.d, rank, dtype=torch.float64, device=self.device)
+        product_b = torch.zeros(shape.d_h, rank, dtype=torch.float64, device=self.device) if channel else None
+
+        def parts(slab: Slab, delta: Delta) -> tuple[float, Tensor, Tensor | None]:
+            missed = residual_energy(delta, factors.slab(shape, slab.layer, slab.matrix))
+            part_a = delta.matmul(factors.right(shape, slab.layer, slab.matrix))
+            if product_b is None:
+                return missed, part_a, None
+            heads = factors.C_h[shape.group[slab.matrix]] * factors.C_l[slab.layer] * factors.C_m[slab.matrix]
+            return missed, part_a, torch.einsum("hjr,hr->jr", delta.rmatmul(factors.A).view(-1, shape.d_h, rank), heads)
+
+        for _, (missed, part_a, part_b) in self.read("residual", parts):
+            residual += missed
+            product_a += part_a
+            if product_b is not None and part_b is not None:
+                product_b += part_b
+        return residual, product_a, product_b
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns.double()).Q
+    return basis.float()
+
+
+def _gram(delta: Delta) -> Tensor:
+    """`X X^T (d, d)`, float32."""
+    if isinstance(delta, LowRankDelta):
+        return delta.B @ (delta.A @ delta.A.T) @ delta.B.T
+    return delta.weight @ delta.weight.T
+
+
+def _fold(columns: Tensor, weights: Tensor) -> Tensor:
+    """`sum_h weights[h] * columns[h]`, `(heads * d_h, p) -> (d_h, p)`."""
+    return torch.einsum("hjp,h->jp", columns.view(weights.shape[0], -1, columns.shape[1]), weights)
+
+
+def _spread(columns: Tensor, weights: Tensor) -> Tensor:
+    """`(d_h, p) -> (heads * d_h, p)`: the transpose of `_fold`."""
+    return (weights[:, None, None] * columns).flatten(0, 1)
+
+
+def find_bases(stream: Stream, rank: int, seed: int) -> Bases:
+    """Bases of the residual side and, where `d_h` is wide, of the channels: a Gram matrix if small, else a sketch and a power pass.
+
+    The power pass is not a luxury: the spectrum of a full fine-tune is nearly flat, and a plain sketch of it is hardly better than chance.
+    """
+    shape = stream.shape
+    columns = shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
+    k = max(4 * rank, 64, _CORE_FLOATS // columns)
+    narrow, wide = shape.d > k, shape.d_h > max(4 * k, 256)
+    if not narrow and not wide:
+        return Bases(None, None)
+    generator = torch.Generator().manual_seed(seed)
+    if narrow and not wide and shape.d <= 8 * k:
+        total = torch.zeros(shape.d, shape.d, dtype=torch.float64, device=stream.device)
+        for _, part in stream.read("Gram matrix", lambda slab, delta: _gram(delta)):
+            total += part
+        return Bases(torch.linalg.eigh(total).eigenvectors[:, -k:].flip(1).float(), None)
+    bases = _sketch_pass(stream, k if narrow else 0, 2 * k if wide else 0, seed)
+    return _power_pass(stream, bases, generator)
+
+
+def _sketch_pass(stream: Stream, k: int, p: int, seed: int) -> Bases:
+    """Orthonormal ranges of Gaussian sketches, `k` and `p` columns; 0 for the identity."""
+    shape, device = stream.shape, stream.device
+
+    def sketch(slab: Slab, delta: Delta) -> tuple[Tensor | None, Tensor | None]:
+        generator = torch.Generator().manual_seed(seed + 1 + slab.layer * len(shape.group) + slab.matrix)  # its own, whatever the order
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator).to(device)
+
+        residual = delta.matmul(draw(delta.shape[1], k)) if k else None
+        channel = _fold(delta.rmatmul(draw(shape.d, p)), draw(shape.heads[shape.group[slab.matrix]])) if p else None
+        return residual, channel
+
+    return _summed_ranges(stream, "sketch", sketch)
+
+
+def _power_pass(stream: Stream, bases: Bases, generator: torch.Generator) -> Bases:
+    """`sum X X^T Q` and `sum_h X_h^T X_h P`, orthonormal; random signs cancel the terms between heads on average."""
+    shape, device = stream.shape, stream.device
+    signs = {(s.layer, s.matrix): torch.randint(0, 2, (shape.heads[shape.group[s.matrix]],), generator=generator) for s in stream.slabs}
+
+    def power(slab: Slab, delta: Delta) -> tuple[Tensor | None, Tensor | None]:
+        residual = channel = None
+        if bases.residual is not None:
+            residual = delta.matmul(delta.rmatmul(bases.residual))
+        if bases.channel is not None:
+            own = (signs[slab.layer, slab.matrix] * 2.0 - 1.0).to(device)
+            channel = _fold(delta.rmatmul(delta.matmul(_spread(bases.channel, own))), own)
+        return residual, channel
+
+    return _summed_ranges(stream, "power", power)
+
+
+def _summed_ranges(stream: Stream, purpose: str, work: Callable[[Slab, Delta], tuple[Tensor | None, Tensor | None]]) -> Bases:
+    """Orthonormal ranges of the sums, over all slabs, of what `work` gives for the residual side and for the channels."""
+    sums: list[Tensor | None] = [None, None]
+    for _, parts in stream.read(purpose, work):
+        for side, part in enumerate(parts):
+            if part is not None:
+                total = sums[side]
+                sums[side] = part.double() if total is None else total.add_(part)
+    return Bases(*(None if total is None else orthonormal(total) for total in sums))

@@ -1,0 +1,76 @@
+"""Several matrices at a time, each worked on by a single thread from the disk to its result.
+
+On a CPU this beats one matrix at a time on all cores: products with a thin block of columns hardly gain from a second thread, and
+while one thread waits for the disk the others compute. It also makes results independent of the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+Result = TypeVar("Result")
+
+IN_FLIGHT = 2**30  # bytes of loaded items held at a time, unless one alone is larger
+_READERS = 2  # threads beside a GPU, which only load
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Torch's operations on the CPU use one thread in the block: a second one gains nothing for small ones and, on a busy machine,
+    costs many times their duration, as the two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def side_by_side(
+    items: Iterable[Item],
+    size: Callable[[Item], int],
+    load: Callable[[Item], Loaded],
+    work: Callable[[Item, Loaded], Result],
+    device: torch.device,
+) -> Iterator[tuple[Item, Result]]:
+    """`(item, work(item, load(item)))` for every item, in order; `size(item)` is what it takes in memory while it is in work.
+
+    With a CPU as `device` both functions run in worker threads, so `work` may change nothing but its own result. With a GPU only
+    `load` does: the next items come from the disk while the device is busy. What either raises is raised here.
+    """
+    pending: deque[tuple[Item, int, Future[Any]]] = deque()
+    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+
+    def both(item: Item) -> Result:
+        return work(item, load(item))
+
+    def held() -> int:
+        return sum(nbytes for _, nbytes, future in pending if not (on_cpu and future.done()))
+
+    def first() -> tuple[Item, Result]:
+        item, _, future = pending.popleft()
+        return item, future.result() if on_cpu else work(item, future.result())
+
+    workers = threads + 1 if on_cpu else _READERS  # one more than cores, as one of them is often waiting for the disk
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    if on_cpu:
+        torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
+    try:
+        for item in items:
+            nbytes = size(item)
+            while pending and (held() + nbytes > IN_FLIGHT or len(pending) > 2 * workers):
+                yield first()
+            pending.append((item, nbytes, pool.submit(both if on_cpu else load, item)))
+        while pending:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # also what threads to come start with
