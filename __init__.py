@@ -18,10 +18,24 @@ if TYPE_CHECKING:
     from adapt_convert.convert.validation import validate
     from adapt_convert.convert.validation_result import Validation
     from adapt_convert.formats.errors import AdaptError
+    from adapt_convert.formats.hub import push
     from adapt_convert.kernels.attach import load, unload
     from adapt_convert.kernels.latte import task_ids
 
-__all__ = ["AdaptError", "Conversion", "Validation", "bundle", "convert", "inspect", "load", "merge", "task_ids", "unload", "validate"]
+__all__ = [
+    "AdaptError",
+    "Conversion",
+    "Validation",
+    "bundle",
+    "convert",
+    "inspect",
+    "load",
+    "merge",
+    "push",
+    "task_ids",
+    "unload",
+    "validate",
+]
 
 _HOMES = {
     "AdaptError": "adapt_convert.formats.errors",
@@ -32,6 +46,7 @@ _HOMES = {
     "inspect": "adapt_convert.convert.inspection",
     "load": "adapt_convert.kernels.attach",
     "merge": "adapt_convert.convert.merge",
+    "push": "adapt_convert.formats.hub",
     "task_ids": "adapt_convert.kernels.latte",
     "unload": "adapt_convert.kernels.attach",
     "validate": "adapt_convert.convert.validation",

@@ -114,6 +114,18 @@ def print_demo(result: dict[str, Any]) -> None:
         terminal.print(command, highlight=False, soft_wrap=True)
 
 
+def print_push(result: dict[str, Any]) -> None:
+    """What was sent, or would be; the card of a dry run last."""
+    for name, size in result["files"].items():
+        click.echo(f"{name}  {size_text(size)}")
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+    if "card" in result:
+        click.echo(f"would be sent to {result['repo']}, with this card:\n\n{result['card']}", nl=False)
+    else:
+        click.echo(f"published: {result.get('pull_request') or result['url']}")
+
+
 def report_validation(result: Validation, as_table: bool) -> None:
     """Print the result as tables, every failing line on standard error, and exit with 3 if there is one."""
     from adapt_convert.formats.validation_table import validation_tables

@@ -26,7 +26,7 @@ from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, latte_config_path
-from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
@@ -44,6 +44,7 @@ class Conversion:
     """A finished conversion: the adapter, its plan, and the report that `save` completes and writes beside it."""
 
     adapter: Adapter
+    base: Location
     plan: Plan
     records: list[Record]
     report: dict[str, Any]
@@ -58,7 +59,7 @@ class Conversion:
             self.report["seconds"] = round(time.monotonic() - self.started, 3)
             self.report["peak_memory"] = peak_memory()
             (staging / "conversion.json").write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-            (staging / "README.md").write_text(model_card(self.report, self.plan.config), encoding="utf-8")
+            (staging / "README.md").write_text(model_card(self.report, self.plan.config, self.base), encoding="utf-8")
         return path
 
 
@@ -97,12 +98,14 @@ def convert(
         _refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
     order = {entry.name: position for position, entry in enumerate(plan.entries)}
     records.sort(key=lambda record: order[record.entry.name])
-    adapter.base_model = opened_base.origin
+    adapter.base_model = opened_base.location.loadable
+    if isinstance(adapter, LoraAdapter):  # PEFT alone has a place for it
+        adapter.base_revision = opened_base.location.revision
     adapter.task_type = task_type(plan)
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
-    return Conversion(adapter, plan, records, report, started)
+    return Conversion(adapter, opened_base.location, plan, records, report, started)
 
 
 def open_pair(
