@@ -88,7 +88,7 @@ def delta(
     from adapt_convert.formats.location import locate
 
     parsed = Options(**options)
-    directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{_size_name(parsed, options)}")
+    directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{parsed.size_name}")
     if dry_run:
         plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **options)
         emit(plan, True) if as_json else print_plan(plan, console())
@@ -332,9 +332,3 @@ def _push(directory: Path, repo: str) -> dict[str, Any]:
     from adapt_convert.formats.hub import push as push_directory
 
     return push_directory(directory, repo)
-
-
-def _size_name(parsed: Any, options: dict[str, Any]) -> str:
-    if parsed.rank is not None:
-        return f"r{parsed.rank}"
-    return f"e{parsed.energy:g}" if parsed.energy is not None else f"{options['budget'].replace(' ', '')}"

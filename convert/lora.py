@@ -11,11 +11,12 @@ from adapt_convert.convert.architectures import is_embedding
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.pieces import Piece
 from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.ranks import spend_budget
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
-from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
+from adapt_convert.convert.svd import factorise, factorise_for_energy
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
@@ -29,9 +30,7 @@ def solve_lora(
     _refuse_biases_beside_embeddings(plan, stored)
     modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
     adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
-    records = []
-    for entry, delta, factorisation, rank in progress(_factorisations(pairs, plan, options), "factoring"):
-        records.append(_factor(entry, delta, factorisation, rank, adapter, DTYPES[options.dtype or output_dtype(pairs.source)]))
+    records = [_place(entry, piece, adapter) for entry, piece in progress(_solved(pairs, plan, options), "factoring")]
     for module, delta in list(adapter.embeddings.items()):
         for alias in plan.aliases(f"{module}.weight"):  # the same factors, on every module that shares the table
             name = alias.removesuffix(".weight")
@@ -65,20 +64,30 @@ def unstorable(plan: Plan, entry: Entry) -> str | None:
     return None
 
 
-def _factorisations(pairs: Pairs, plan: Plan, options: Options) -> Iterator[tuple[Entry, Delta, Factorisation | None, int]]:
-    """Every matrix with its factorisation (None when it did not change) and the rank to keep."""
+def _solved(pairs: Pairs, plan: Plan, options: Options) -> Iterator[tuple[Entry, Piece]]:
+    """Every matrix of the plan with what `_solve` makes of it."""
     entries = plan.having("factor")
     ranks = _ranks_for_budget(pairs, entries, options) if options.budget is not None else {}
-    for entry, delta in pairs.deltas(entries):
-        generator = torch.Generator().manual_seed(options.seed)
-        if delta.energy() == 0:
-            yield entry, delta, None, 0
-        elif options.energy is not None:
-            yield entry, delta, *factorise_for_energy(delta, options.energy, generator)
-        else:
-            rank = ranks[entry.name] if options.budget is not None else options.rank
-            assert rank is not None
-            yield entry, delta, factorise(delta, max(rank, 1), generator), rank
+    if pairs.pieces is None:
+        for entry, delta in pairs.deltas(entries):
+            yield entry, _solve(pairs, entry, delta, options, ranks.get(entry.name))
+    else:
+        for entry in entries:
+            yield entry, _solve_kept(pairs, entry, options, ranks.get(entry.name))
+
+
+def _solve_kept(pairs: Pairs, entry: Entry, options: Options, budgeted: int | None = None) -> Piece:
+    return pairs.kept("factored", entry, lambda: _solve(pairs, entry, pairs.delta(entry), options, budgeted))
+
+
+def prepare(pairs: Pairs, plan: Plan, entry: Entry, options: Options) -> None:
+    """Work out, and keep among the pieces, all that a conversion will ask of the base about one tensor."""
+    if entry.action != "factor" or entry.rows_lost:
+        pairs.change_energy(entry)
+    if entry.action == "factor":
+        _solve_kept(pairs, entry, options)
+    elif entry.action == "store" and entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
+        pairs.difference(entry)
 
 
 def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> dict[str, int]:
@@ -107,19 +116,39 @@ def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> d
     return ranks
 
 
-def _factor(entry: Entry, delta: Delta, factorisation: Factorisation | None, rank: int, adapter: LoraAdapter, dtype: torch.dtype) -> Record:
-    if factorisation is None:
-        return unchanged(entry)
+def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted: int | None) -> Piece:
+    """Factors `B (out, r)` and `A (r, in)` in the output dtype, the energy of the change and what they miss of it.
+
+    There are no factors for a matrix that did not change, or to which the budget gives rank 0.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    if delta.energy() == 0:
+        return Piece({}, {"energy": 0.0})
+    if options.energy is not None:
+        factorisation, rank = factorise_for_energy(delta, options.energy, generator)
+    else:
+        rank = budgeted if budgeted is not None else options.rank or 0
+        factorisation = factorise(delta, max(rank, 1), generator)
     if rank == 0:
-        return dropped(entry, factorisation.energy, "the budget captures more elsewhere")
+        return Piece({}, {"energy": factorisation.energy})
+    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
     factors = factorisation.truncate(min(rank, len(factorisation.values)))
     written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
     as_read = LowRankDelta(written.B.float(), written.A.float())
     if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
+    figures = {"energy": factorisation.energy, "residual": residual_energy(delta, as_read)}
+    return Piece({"B": written.B.cpu(), "A": written.A.cpu()}, figures)
+
+
+def _place(entry: Entry, piece: Piece, adapter: LoraAdapter) -> Record:
+    """Put a matrix's factors into the adapter."""
+    if not piece.tensors:
+        energy = piece.figures["energy"]
+        return dropped(entry, energy, "the budget captures more elsewhere") if energy else unchanged(entry)
     held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
-    held[entry.module] = LowRankDelta(written.B.cpu(), written.A.cpu())
-    return Record(entry, "factored", factorisation.energy, residual_energy(delta, as_read), rank=written.rank)
+    held[entry.module] = LowRankDelta(piece.tensors["B"], piece.tensors["A"])
+    return Record(entry, "factored", piece.figures["energy"], piece.figures["residual"], rank=held[entry.module].rank)
 
 
 def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[str], adapter: LoraAdapter) -> list[Record]:

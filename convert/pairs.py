@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.pieces import Piece, Pieces
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
@@ -18,12 +20,33 @@ _CHUNK = 2**22  # elements compared at a time: 16 MB of float32
 
 
 class Pairs:
-    """The base and the source of a conversion. Raises `AdaptError` naming the tensor when a change is not finite."""
+    """The base and the source of a conversion. Raises `AdaptError` naming the tensor when a change is not finite.
 
-    def __init__(self, base: Checkpoint, source: Source, device: torch.device) -> None:
+    With `pieces`, what was worked out for a tensor is kept there, and taken from there where an earlier run has left it.
+    """
+
+    def __init__(self, base: Checkpoint, source: Source, device: torch.device, pieces: Pieces | None = None) -> None:
         self.base = base
         self.source = source
         self.device = device
+        self.pieces = pieces
+        if pieces is not None:
+            base.store.learn(pieces.base_digests)
+
+    def kept(self, what: str, entry: Entry, make: Callable[[], Piece]) -> Piece:
+        """The piece of an entry: one that an earlier run has left, else `make()`, kept for a later run."""
+        if self.pieces is None:
+            return make()
+        piece = self.pieces.load(f"{what} {entry.name}")
+        if piece is not None:
+            self.base.store.learn(piece.digests["base"])
+            self.source.store.learn(piece.digests["source"])
+            return piece
+        made = make()
+        keys = {"base": [entry.base_key] if entry.base_key else [], "source": entry.part.keys}
+        digests = {"base": self.base.store.known(keys["base"]), "source": self.source.store.known(keys["source"])}
+        self.pieces.save(f"{what} {entry.name}", replace(made, digests=digests))
+        return made
 
     def deltas(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, Delta]]:
         """Each matrix's change in `(out, in)` layout; the next pair is read from the disk while this one is in use."""
@@ -65,6 +88,10 @@ class Pairs:
 
         A tensor that the base lacks counts whole among the first. Of integers the number of differing entries is returned.
         """
+        figures = self.kept("compared", entry, lambda: Piece({}, dict(zip(("energy", "lost"), self._compare(entry), strict=True)))).figures
+        return figures["energy"], figures["lost"]
+
+    def _compare(self, entry: Entry) -> tuple[float, float]:
         new, old = self._read(entry)
         lost = 0.0
         if isinstance(new, LowRankDelta):
@@ -84,6 +111,10 @@ class Pairs:
 
     def value(self, entry: Entry) -> Tensor:
         """The parameter's new value, in the base's shape where the base has it, in its own dtype when it is stored whole."""
+        if entry.part.kind == "replace" and entry.part.shape == self._base_shape(entry):
+            new = entry.part.load()
+            assert isinstance(new, Tensor)
+            return new  # nothing of the base is in it
         new, old = self._read(entry)
         if isinstance(new, LowRankDelta):
             assert entry.base_key is not None
@@ -92,7 +123,7 @@ class Pairs:
         if entry.part.kind == "add":
             assert old is not None
             return old.float() + new
-        if old is None or new.shape == old.shape:
+        if old is None:
             return new
         merged = old.to(new.dtype, copy=True)
         rows = min(len(new), len(old))
@@ -101,9 +132,15 @@ class Pairs:
 
     def difference(self, entry: Entry) -> Tensor:
         """New value less the base's, float32, in the stored layout (for vectors)."""
+        return self.kept("difference", entry, lambda: Piece({"difference": self._difference(entry)}, {})).tensors["difference"]
+
+    def _difference(self, entry: Entry) -> Tensor:
         new, old = self._read(entry)
         assert isinstance(new, Tensor)
         return new.float() if entry.part.kind == "add" or old is None else new.float() - old.float()
+
+    def _base_shape(self, entry: Entry) -> tuple[int, ...] | None:
+        return self.base.infos[entry.base_key].shape if entry.base_key else None
 
 
 def _energy(new: Tensor, old: Tensor | None) -> float:

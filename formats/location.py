@@ -61,10 +61,15 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
         return Location(text, path)
     if path.is_file():
         return Location(text, path.parent, path)
-    if not _WITH_REVISION.fullmatch(text) or text.startswith((".", "/", "~")):
+    if not is_hub_id(text):
         raise AdaptError(f"{text}: no such file or directory (a Hub id has the form org/name)")
     repo, _, at = text.partition("@")
     return _from_hub(text, repo, at or revision)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form `org/name` or `org/name@revision`, and is no local path."""
+    return _WITH_REVISION.fullmatch(text) is not None and not Path(text).exists()
 
 
 def require_utf8(path: str) -> None:
