@@ -11,6 +11,7 @@ import adapt_convert.convert  # noqa: F401
 globals().pop("convert", None)
 
 if TYPE_CHECKING:
+    from adapt_convert.convert.batch import batch
     from adapt_convert.convert.conversion import Conversion, convert
     from adapt_convert.convert.inspection import inspect
     from adapt_convert.convert.latte_bundle import bundle
@@ -26,6 +27,7 @@ __all__ = [
     "AdaptError",
     "Conversion",
     "Validation",
+    "batch",
     "bundle",
     "convert",
     "inspect",
@@ -41,6 +43,7 @@ _HOMES = {
     "AdaptError": "adapt_convert.formats.errors",
     "Conversion": "adapt_convert.convert.conversion",
     "Validation": "adapt_convert.convert.validation_result",
+    "batch": "adapt_convert.convert.batch",
     "bundle": "adapt_convert.convert.latte_bundle",
     "convert": "adapt_convert.convert.conversion",
     "inspect": "adapt_convert.convert.inspection",

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, conversion_options, path_option
-from adapt_convert.terminal import console, emit, fail, print_demo, print_plan, print_push, print_summary, progress, report_validation
+from adapt_convert.terminal import (
+    batch_table,
+    console,
+    emit,
+    fail,
+    print_batch,
+    print_demo,
+    print_plan,
+    print_push,
+    print_summary,
+    progress,
+    report_batch,
+    report_validation,
+)
 
 if TYPE_CHECKING:
     from adapt_convert.convert.validation_result import Validation
@@ -291,6 +304,35 @@ def push(directory: Path, repo: str, as_json: bool, **options: Any) -> None:
 
     result = push_directory(directory, repo, **options)
     emit(result, True) if as_json else print_push(result)
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@path_option("-o", "--output", required=True, help="Directory for the outputs of all jobs, and for batch.json and index.html.")
+@click.option("--jobs", type=int, default=1, show_default=True, metavar="N", help="Processes at a time, as far as memory allows.")
+@click.option("--retry", type=int, default=0, show_default=True, metavar="N", help="Times that a failed job is tried again.")
+@click.option("--memory", metavar="SIZE", help="Memory for all processes together, like 20GB; by default what is free.")
+@click.option("--dry-run", is_flag=True, help="Check the manifest and plan every job from headers; convert nothing.")
+@JSON
+def batch(manifest: Path, output: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Run the conversions listed in MANIFEST, a YAML or JSON file of `defaults` and `jobs` (docs/batch.md).
+
+    A base is read once for all LoRAs made from it. Run again after an interruption or with more jobs, and what is finished
+    stays. The exit code is 1 if a job failed, 3 if one failed its validation.
+
+    \b
+    Example:
+      adapt-convert batch jobs.yaml -o ./adapters --jobs 4
+    """
+    from adapt_convert.convert.batch import batch as run_batch
+
+    with batch_table(quiet=as_json or dry_run) as on_event:
+        result = run_batch(manifest, output, dry_run=dry_run, on_event=on_event, **options)
+    if as_json:
+        emit(result, True)
+    else:
+        print_batch(result, output)
+    report_batch(result)
 
 
 @main.command()

@@ -58,5 +58,5 @@ def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callabl
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
-def path_option(*names: str, help: str) -> Callable[[Any], Any]:
-    return click.option(*names, type=click.Path(path_type=Path), help=help)
+def path_option(*names: str, help: str, required: bool = False) -> Callable[[Any], Any]:
+    return click.option(*names, type=click.Path(path_type=Path), help=help, required=required)

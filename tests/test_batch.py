@@ -1,0 +1,244 @@
+"""Batches: one reading of a base for its jobs, failures that stay alone, and runs that are killed and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import adapt_convert
+from adapt_convert.convert import batch_tasks
+from adapt_convert.convert.batch_state import HIDDEN
+
+RUN = [sys.executable, "-c", "from adapt_convert.cli import main; main()", "batch"]
+
+
+def fine_tunes(base: Path, directory: Path, count: int) -> None:
+    """Fine-tunes of a base, every tensor of which has changed."""
+    tensors = load_file(base / "model.safetensors")
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        changed = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+        (directory / f"{base.name}-{number:02d}").mkdir(parents=True)
+        save_file(changed, directory / f"{base.name}-{number:02d}" / "model.safetensors", {"format": "pt"})
+        shutil.copy(base / "config.json", directory / f"{base.name}-{number:02d}")
+
+
+@pytest.fixture(scope="session")
+def many(pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two bases with 25 fine-tunes each, one of them damaged, and the manifest of 51 jobs."""
+    root = tmp_path_factory.mktemp("many")
+    for name in ("llama", "qwen2"):  # the second has biases
+        shutil.copytree(pairs(name).base, root / name)
+        fine_tunes(root / name, root / "fts" / name, 25)
+    (weights := root / "fts" / "llama" / "llama-07" / "model.safetensors").write_bytes(weights.read_bytes()[:-100])
+    jobs = [
+        {"source": "fts/llama"},
+        {"source": "fts/qwen2/*", "base": "qwen2", "exclude": ["embed_tokens", "lm_head"]},
+        {"source": "fts/llama/llama-00", "to": "latte", "rank": 99, "output": "impossible"},
+    ]
+    (root / "jobs.yaml").write_text(yaml.safe_dump({"defaults": {"base": "llama", "rank": 3}, "jobs": jobs}))
+    return root
+
+
+def run(root: Path, output: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*RUN, "jobs.yaml", "-o", output, *map(str, arguments)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def outputs(directory: Path) -> dict[str, bytes]:
+    """Everything that the jobs of a batch have written, by path."""
+    files = {str(path.relative_to(directory)): path for path in directory.glob("*/**/*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(HIDDEN)}
+
+
+@pytest.fixture(scope="session")
+def clean(many: Path) -> subprocess.CompletedProcess[str]:
+    """The undisturbed run, with two processes."""
+    return run(many, "clean", "--jobs", 2)
+
+
+def test_failures_stay_alone_in_one_line_each(many: Path, clean: subprocess.CompletedProcess[str]) -> None:
+    assert clean.returncode == 1
+    lines = clean.stderr.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("FAIL llama-07-lora-r3: ")
+    assert "model.safetensors" in lines[0]
+    assert lines[1] == "FAIL impossible: --rank 99: the residual stream of llama is 32 wide; a basis of it has at most 32 dims"
+    summary = json.loads((many / "clean" / "batch.json").read_text())
+    assert summary["counts"] == {"converted": 49, "failed": 2}
+    made = {path.parent.name for path in (many / "clean").glob("*/conversion.json")}
+    assert made == {row["output"] for row in summary["jobs"] if row["status"] == "converted"}
+    page = (many / "clean" / "index.html").read_text()
+    assert all(f'href="{name}/conversion.json"' in page for name in made)
+    assert [json.loads(line)["event"] for line in (many / "clean" / "batch.jsonl").read_text().splitlines()].count("failed") == 2
+
+
+def test_each_tensor_of_a_base_is_read_once(many: Path, clean: subprocess.CompletedProcess[str]) -> None:
+    rows = {row["base"]: row for row in json.loads((many / "clean" / "batch.json").read_text())["bases"]}
+    for name, jobs in (("llama", 24), ("qwen2", 25)):
+        assert rows[name]["tensors"] == rows[name]["shared_reads"] == len(load_file(many / name / "model.safetensors"))
+        assert (rows[name]["sharing_jobs"], rows[name]["other_jobs"], rows[name]["other_reads"]) == (jobs, 0, 0)
+
+
+def test_the_same_bytes_as_a_single_conversion(many: Path, clean: subprocess.CompletedProcess[str]) -> None:
+    for base, source, options in (("llama", "llama-03", {}), ("qwen2", "qwen2-11", {"exclude": "embed_tokens,lm_head"})):
+        alone = adapt_convert.convert(many / base, many / "fts" / base / source, rank=3, **options).save(many / f"alone-{source}")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            expected = (alone / name).read_bytes().replace(str(many / base).encode(), base.encode())
+            assert (many / "clean" / f"{source}-lora-r3" / name).read_bytes() == expected
+        report, expected = (json.loads((d / "conversion.json").read_text()) for d in (many / "clean" / f"{source}-lora-r3", alone))
+        assert report["tensors"] == expected["tensors"]
+        assert report["inputs"]["base"]["sha256"] == expected["inputs"]["base"]["sha256"]
+        assert "seconds" not in report
+
+
+def test_what_is_finished_is_left_alone(many: Path, clean: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    shutil.copytree(many / "clean", many / "again")
+    before = {path: path.stat().st_mtime_ns for path in (many / "again").glob("*/conversion.json")}
+    done = run(many, "again")
+    assert done.stdout.count("converted (earlier)") == 49
+    assert {path: path.stat().st_mtime_ns for path in (many / "again").glob("*/conversion.json")} == before
+    os.utime(many / "fts" / "llama" / "llama-00" / "model.safetensors")  # another time, the same content
+    shutil.rmtree(many / "again" / "llama-01-lora-r3")
+    weights = many / "again" / "llama-02-lora-r3" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    done = run(many, "again")
+    assert done.stdout.count("converted (earlier)") == 47
+    assert outputs(many / "again") == outputs(many / "clean")
+
+
+def disturb(root: Path, output: str, seed: int, *arguments: object) -> None:
+    """Start the batch, and kill its process with SIGKILL at a random point of its log."""
+    chance = random.Random(seed)
+    log = root / output / "batch.jsonl"
+    before = len(log.read_text().splitlines()) if log.is_file() else 0
+    process = subprocess.Popen([*RUN, "jobs.yaml", "-o", output, *map(str, arguments)], cwd=root, stdout=subprocess.DEVNULL)
+    lines = chance.randrange(1, 100)
+    while process.poll() is None and (len(log.read_text().splitlines()) if log.is_file() else 0) < before + lines:
+        time.sleep(0.001)
+    time.sleep(chance.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_at_any_point_the_result_is_the_same(many: Path, clean: subprocess.CompletedProcess[str]) -> None:
+    for seed in range(5):
+        disturb(many, "killed", seed, "--jobs", 1 + seed % 2)
+    done = run(many, "killed", "--jobs", 2)
+    assert done.returncode == 1
+    assert outputs(many / "killed") == outputs(many / "clean")
+    left = [path for path in (many / "killed").rglob("*") if path.is_dir() and path.name in ("pieces", "made", "old")]
+    assert left == []
+
+
+def test_half_done_jobs_go_on_by_matrix(many: Path, tmp_path: Path) -> None:
+    manifest = {"defaults": {"base": str(many / "llama"), "rank": 3}, "jobs": [{"source": str(many / "fts" / "llama" / "llama-00")}]}
+    job = adapt_convert.convert.__globals__["Options"]  # noqa: F841
+    from adapt_convert.convert.manifest import parse_manifest
+
+    (job,) = parse_manifest(manifest)
+    group = batch_tasks.Group(job.base, None, (job,), tmp_path)
+    names = sorted(load_file(many / "llama" / "model.safetensors"))
+    first = [batch_tasks.share(group, name) for name in names[:8]]
+    assert [result["reads"] for result in first] == [1] * 8
+    batch_tasks._open.cache_clear()
+    again = [batch_tasks.share(group, name) for name in names]
+    assert [result["reads"] for result in again] == [0] * 8 + [1] * (len(names) - 8)
+    assert [result["digests"] for result in again[:8]] == [result["digests"] for result in first]
+
+
+def test_stale_jobs_are_done_again(many: Path, tmp_path: Path) -> None:
+    shutil.copytree(many / "fts" / "llama" / "llama-00", tmp_path / "ft")
+    manifest = {"defaults": {"base": str(many / "llama"), "rank": 2}, "jobs": [{"source": str(tmp_path / "ft"), "output": "out"}]}
+
+    def weights() -> bytes:
+        result = adapt_convert.batch(manifest, tmp_path / "batch")
+        assert result["exit_code"] == 0
+        return (tmp_path / "batch" / "out" / "adapter_model.safetensors").read_bytes()
+
+    first = weights()
+    manifest["defaults"]["rank"] = 3
+    second = weights()
+    assert len(second) > len(first)
+    shutil.copy(many / "fts" / "llama" / "llama-01" / "model.safetensors", tmp_path / "ft")
+    assert weights() not in (first, second)
+
+
+def test_a_killed_worker_costs_nothing_but_time(many: Path, clean: subprocess.CompletedProcess[str]) -> None:
+    log = many / "worker" / "batch.jsonl"
+    process = subprocess.Popen(
+        [*RUN, "jobs.yaml", "-o", "worker", "--jobs", "2"], cwd=many, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for event in ("shared", "converting"):
+        while not (log.is_file() and f'"event": "{event}"' in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        _kill_a_worker(process.pid)
+    _, stderr = process.communicate(timeout=120)
+    assert stderr == clean.stderr
+    assert outputs(many / "worker") == outputs(many / "clean")
+
+
+def _kill_a_worker(parent: int) -> None:
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    workers = []
+    while not workers:
+        pids = [int(pid) for pid in _all_children(children)]
+        workers = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+
+
+def _all_children(path: Path) -> list[str]:
+    return [pid for task in path.parent.parent.glob("*/children") for pid in task.read_text().split()]
+
+
+def test_memory_admits_as_many_as_fit(many: Path, tmp_path: Path) -> None:
+    manifest = {"defaults": {"base": str(many / "llama"), "rank": 2, "to": "lorta"}, "jobs": [{"source": str(many / "fts" / "qwen2")}]}
+    manifest["jobs"] = [{"source": str(many / "fts" / "llama" / f"llama-0{n}")} for n in range(4)]
+    running, most = set(), 0
+
+    def watch(event: dict[str, Any]) -> None:
+        nonlocal most
+        if event["event"] == "converting":
+            running.add(event["job"])
+        elif event["event"] in ("converted", "failed"):
+            running.discard(event["job"])
+        most = max(most, len(running))
+
+    planned = adapt_convert.batch(manifest, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    peak = max(row["predicted_peak_memory"] for row in planned["jobs"])
+    assert adapt_convert.batch(manifest, tmp_path / "out", jobs=2, memory=2 * peak - 1, on_event=watch)["exit_code"] == 0
+    assert most == 1
+    refused = adapt_convert.batch(manifest, tmp_path / "small", memory=peak // 2)
+    assert {row["status"] for row in refused["jobs"]} == {"failed"}
+    assert all("MiB of memory" in row["error"] for row in refused["jobs"])
+
+
+def test_one_batch_at_a_time(many: Path, tmp_path: Path) -> None:
+    (tmp_path / HIDDEN).mkdir()
+    import fcntl
+
+    with (tmp_path / HIDDEN / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(adapt_convert.AdaptError, match="another batch is running there"):
+            adapt_convert.batch(many / "jobs.yaml", tmp_path)
+
+
+@pytest.fixture
+def tokenized(many: Path, tmp_path: Path, pairs: Any) -> Callable[[str], Path]:
+    raise NotImplementedError
