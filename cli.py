@@ -309,9 +309,12 @@ def push(directory: Path, repo: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("manifest", type=click.Path(path_type=Path))
 @path_option("-o", "--output", required=True, help="Directory for the outputs of all jobs, and for batch.json and index.html.")
-@click.option("--jobs", type=int, default=1, show_default=True, metavar="N", help="Processes at a time, as far as memory allows.")
+@click.option("--jobs", type=int, metavar="N", help="Processes at a time, as far as memory allows; 1, or all CPUs of a Ray cluster.")
 @click.option("--retry", type=int, default=0, show_default=True, metavar="N", help="Times that a failed job is tried again.")
 @click.option("--memory", metavar="SIZE", help="Memory for all processes together, like 20GB; by default what is free.")
+@click.option("--engine", metavar="WHICH", default="local", show_default=True, help="local, or ray for an existing Ray cluster.")
+@click.option("--address", metavar="HOST:PORT", help="The Ray cluster; the one of this machine by default.")
+@click.option("--copy-to", metavar="URL", help="Copy finished outputs there too: s3://, gs://, hf:// ..., through fsspec.")
 @click.option("--dry-run", is_flag=True, help="Check the manifest and plan every job from headers; convert nothing.")
 @JSON
 def batch(manifest: Path, output: Path, as_json: bool, dry_run: bool, **options: Any) -> None:

@@ -21,13 +21,16 @@ from adapt_convert.convert.manifest import Job, parse_manifest, read_manifest
 from adapt_convert.convert.options import parse_size
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import make_plan, require_factors
-from adapt_convert.convert.scheduler import LocalPool, Task, available_memory, run_tasks
+from adapt_convert.convert.ray_pool import RayPool
+from adapt_convert.convert.scheduler import LocalPool, Pool, Task, available_memory, run_tasks
+from adapt_convert.formats import remote
 from adapt_convert.formats.atomic import check_destination
 from adapt_convert.formats.batch_html import batch_page
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate
 
+ENGINES = ("local", "ray")
 SUMMARY, LOG, INDEX = "batch.json", "batch.jsonl", "index.html"
 CONVERTED, DIFFERS, FAILED = "converted", "failed validation", "failed"
 _TOGETHER = 256  # jobs that share one reading of their base: the headers of their sources are in memory meanwhile
@@ -40,41 +43,52 @@ def batch(
     manifest: str | Path | Mapping[str, Any],
     output: str | Path,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
     retry: int = 0,
     dry_run: bool = False,
     memory: str | int | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    copy_to: str | None = None,
     on_event: Events = lambda event: None,
 ) -> dict[str, Any]:
     """Run the conversions of a manifest (docs/batch.md), a file or its content, into directories below `output`.
 
-    `jobs` is the number of processes, `retry` how often a failed job is tried again, `memory` (bytes, or text like 20GB) what
-    all processes together may use by prediction: what the machine has to spare by default. What an earlier run finished from
-    the same inputs, options and version is left as it is. `on_event` is told what also goes into `batch.jsonl`.
+    `jobs` is the number of processes (1), `retry` how often a failed job is tried again, `memory` (bytes, or text like 20GB)
+    what all processes together may use by prediction: what the machine has to spare by default. With `engine="ray"` the
+    processes are workers of the Ray cluster at `address`, as many as it has CPUs, and Ray minds their memory. Finished outputs
+    are copied below the URL `copy_to` as well. What an earlier run finished from the same inputs, options and version is left
+    as it is. `on_event` is told what also goes into `batch.jsonl`.
 
     Returns what `batch.json` holds, or with `dry_run` the plan of every job. Raises `AdaptError` when the manifest or the
     output is refused; a job that fails is a row of the result.
     """
-    if jobs < 1 or retry < 0:
+    if (jobs is not None and jobs < 1) or retry < 0:
         raise AdaptError(f"--jobs {jobs}, --retry {retry}: must be whole numbers of at least 1 and 0")
+    if engine not in ENGINES:
+        raise AdaptError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    if copy_to:
+        remote.check_url(copy_to)
     rows = read_manifest(manifest) if isinstance(manifest, str | Path) else parse_manifest(manifest)
-    limit = available_memory() if memory is None else parse_size(memory) if isinstance(memory, str) else memory
+    limit = parse_size(memory) if isinstance(memory, str) else memory
     root = Path(output)
     _check_outputs(root, rows)
     if dry_run:
         return {"jobs": [_foresee(root, job) for job in rows]}
     _check_pushes(rows)
     with _locked(root), (root / LOG).open("a", encoding="utf-8") as log:
-        run = _Run(root, rows, retry, log, on_event)
-        pool = LocalPool(jobs)
+        run = _Run(root, rows, retry, copy_to, log, on_event)
+        pool: Pool = RayPool(address, jobs) if engine == "ray" else LocalPool(jobs or 1, limit or available_memory())
         try:
             run.plan()
-            run_tasks(run.queue, pool, jobs, limit)
+            run_tasks(run.queue, pool)
         finally:
             pool.close()
         summary = run.summary()
         write_whole(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
         write_whole(root / INDEX, batch_page(summary))
+    if copy_to:
+        remote.copy_to(root, [SUMMARY, INDEX], copy_to)
     return summary
 
 
@@ -164,6 +178,10 @@ def _is_done(state: JobState, found: _Found) -> bool:
     return record is not None and "result" in record and record["files"] == state.output_files() and _is_same(record, found)
 
 
+def _on_gpu(job: Job) -> bool:
+    return job.options.device is not None and job.options.device.startswith("cuda")
+
+
 @dataclass
 class _Run:
     """One run of a batch: what is to do, and what became of it. `results` are by output."""
@@ -171,6 +189,7 @@ class _Run:
     root: Path
     jobs: list[Job]
     retry: int
+    copy_to: str | None
     log: TextIO
     on_event: Events
     queue: deque[Task] = field(default_factory=deque)
@@ -189,19 +208,11 @@ class _Run:
         together: dict[tuple[str, str | None], list[tuple[_Found, int]]] = {}
         opened: dict[tuple[str, str | None], Checkpoint] = {}
         for job in self.jobs:
-            try:
-                found = _find(job)
-                state = JobState(self.root, job)
-                if _is_done(state, found):
-                    self._skip(job, state)
-                    continue
-                key = (found.job.base, found.job.base_revision)
-                opened[key] = opened.get(key) or open_base(*key)
-                _, peak = _predict(found, opened[key])
-            except AdaptError as error:
-                self._fail(job, str(error))
+            planned = self._plan_job(job, opened)
+            if planned is None:
                 continue
-            self._begin(state, found)
+            found, peak = planned
+            key = (found.job.base, found.job.base_revision)
             counts = self.bases.setdefault(key, {"base": job.base, "tensors": len(opened[key].infos), **_NO_READS})
             counts["sharing_jobs" if job.shares_its_base else "other_jobs"] += 1
             if job.shares_its_base:
@@ -211,6 +222,27 @@ class _Run:
         for key, waiting in together.items():
             for start in range(0, len(waiting), _TOGETHER):
                 self._queue_together(opened[key], waiting[start : start + _TOGETHER])
+
+    def _plan_job(self, job: Job, opened: dict[tuple[str, str | None], Checkpoint]) -> tuple[_Found, int] | None:
+        """The inputs of a job and its predicted peak memory; None when it is done, or failed already."""
+        state = JobState(self.root, job)
+        for attempt in range(self.retry + 1):
+            try:
+                found = _find(job)
+                if _is_done(state, found):
+                    self._skip(job, state)
+                    return None
+                key = (found.job.base, found.job.base_revision)
+                opened[key] = opened.get(key) or open_base(*key)
+                peak = _predict(found, opened[key])[1]
+                self._begin(state, found)
+                return found, peak
+            except AdaptError as error:
+                if attempt < self.retry:
+                    self.tell("retrying", job=job.output, error=str(error))
+                else:
+                    self._fail(job, str(error))
+        return None
 
     def _begin(self, state: JobState, found: _Found) -> None:
         """Take up what an interrupted run has left if it is of the same inputs and options; forget anything else."""
@@ -223,8 +255,16 @@ class _Run:
     def _skip(self, job: Job, state: JobState) -> None:
         record = state.read()
         assert record is not None
+        if record.get("copied_to") != self.copy_to:
+            self._copy(job, state)
+            state.write(record | {"copied_to": self.copy_to})
         self.results[job.output] = record["result"] | {"skipped": True}
         self.tell("skipped", job=job.output)
+
+    def _copy(self, job: Job, state: JobState) -> None:
+        if self.copy_to:
+            names = [path.name for path in state.output.iterdir() if path.is_file()]
+            remote.copy_to(state.output, names, f"{self.copy_to.rstrip('/')}/{job.output}")
 
     def _queue_together(self, base: Checkpoint, waiting: list[tuple[_Found, int]]) -> None:
         """One task for each tensor of the base; after the last one the jobs are finished one by one."""
@@ -252,6 +292,7 @@ class _Run:
                     peak,
                     lambda result, key=key: settle(key, result),  # type: ignore[misc]
                     lambda error, key=key: settle(key, None),  # type: ignore[misc]
+                    gpu=any(map(_on_gpu, jobs)),
                 )
             )
 
@@ -271,13 +312,18 @@ class _Run:
             if (Identity.of(found.base), Identity.of(found.source)) != found.identities:
                 failed(AdaptError("an input was changed while it was read"))
                 return
+            try:
+                self._copy(job, state)
+            except AdaptError as error:
+                failed(error)
+                return
             weights = result.pop("weights")
             status = DIFFERS if result["passed"] is False else CONVERTED
             self.results[job.output] = result | {"status": status}
             base, source = (replace(i, weights=weights[r]) for i, r in zip(found.identities, ("base", "source"), strict=True))
             state.write(
                 {"settings": settings_of(job), "base": asdict(base), "source": asdict(source)}
-                | {"files": state.output_files(), "result": self.results[job.output]}
+                | {"files": state.output_files(), "result": self.results[job.output], "copied_to": self.copy_to}
             )
             state.clean()
             self.tell(status, job=job.output, seconds=round(time.monotonic() - since, 3))
@@ -291,7 +337,7 @@ class _Run:
                 trace = {} if isinstance(error, AdaptError) else {"traceback": traceback.format_exception(error)}
                 self._fail(job, message, **trace)
 
-        task = Task(finish, (job, self.root, digests), peak, done, failed, start)
+        task = Task(finish, (job, self.root, digests), peak, done, failed, start, _on_gpu(job))
         return task
 
     def _fail(self, job: Job, message: str, **details: Any) -> None:

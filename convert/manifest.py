@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -96,9 +98,12 @@ class Job:
 
 def read_manifest(path: str | Path) -> list[Job]:
     """The jobs of a YAML or JSON file, in its order. Raises `AdaptError` with the first problem and the number of others."""
-    text = Path(path)
     try:
-        content = yaml.safe_load(text.read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)  # which YAML's parser takes in part only: it refuses tabs, and 1e-3 is text to it
+        except ValueError:
+            content = yaml.safe_load(text)
     except OSError as error:
         raise AdaptError(f"{path}: cannot be opened: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -219,8 +224,8 @@ def _collection(source: str) -> list[str]:
 
 def _name(source: str) -> str:
     """What to call a source in a path: its last component, without a revision or the ending of a file."""
-    path = Path(source)
-    return path.resolve().name if path.is_dir() else path.stem if path.is_file() else source.partition("@")[0].rpartition("/")[2]
+    path = Path(os.path.abspath(Path(source).expanduser()))
+    return path.name if path.is_dir() else path.stem if path.is_file() else source.partition("@")[0].rpartition("/")[2]
 
 
 def _clashes(jobs: list[Job]) -> Iterator[str]:

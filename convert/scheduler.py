@@ -34,11 +34,16 @@ class Task:
     done: Callable[[Any], None]
     failed: Callable[[BaseException], None]
     started: Callable[[], None] = lambda: None
+    gpu: bool = False
     alone: bool = False  # was there when a process died: until it has ended nothing runs beside it
 
 
 class Pool(Protocol):
-    """Where tasks run."""
+    """Where tasks run: `size` at a time, whose predicted memory fits into `memory` bytes together and into `largest` alone."""
+
+    size: int
+    memory: int
+    largest: int
 
     def submit(self, task: Task) -> Future[Any]: ...
 
@@ -50,14 +55,15 @@ class Pool(Protocol):
 class LocalPool:
     """Processes of this machine, at most `size`. They end when this process does, however it ends."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, memory: int) -> None:
+        self.size = size
+        self.memory = self.largest = memory
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         theirs, self._lifeline = context.Pipe(duplex=False)
-        self._executor = ProcessPoolExecutor(self._size, context, _end_with, (theirs,))
+        self._executor = ProcessPoolExecutor(self.size, context, _end_with, (theirs,))
 
     def submit(self, task: Task) -> Future[Any]:
         return self._executor.submit(task.function, *task.arguments)
@@ -83,15 +89,15 @@ def _end_with(lifeline: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_tasks(queue: deque[Task], pool: Pool, size: int, memory: int) -> None:
-    """Run the queue until it is empty, at most `size` tasks at a time whose predicted memory fits into `memory` bytes.
+def run_tasks(queue: deque[Task], pool: Pool) -> None:
+    """Run the queue until it is empty, as many tasks at a time as the pool has room for.
 
-    A task that alone needs more is not started: it fails. Tasks of a process that died are run again,
+    A task that alone needs more memory is not started: it fails. Tasks of a process that died are run again,
     one at a time, and fail when they die alone.
     """
     running: dict[Future[Any], Task] = {}
     while queue or running:
-        _admit(queue, running, pool, size, memory)
+        _admit(queue, running, pool)
         if not running:
             continue
         broken = False
@@ -120,15 +126,15 @@ def _retry_alone(task: Task, queue: deque[Task]) -> None:
         queue.appendleft(task)
 
 
-def _admit(queue: deque[Task], running: dict[Future[Any], Task], pool: Pool, size: int, memory: int) -> None:
+def _admit(queue: deque[Task], running: dict[Future[Any], Task], pool: Pool) -> None:
     """Start, in their order, the tasks that there is room for."""
     for task in list(queue):
-        if len(running) >= size or any(other.alone for other in running.values()) or (task.alone and running):
+        if len(running) >= pool.size or any(other.alone for other in running.values()) or (task.alone and running):
             return
-        if task.memory > memory:
+        if task.memory > pool.largest:
             queue.remove(task)
-            task.failed(AdaptError(f"needs about {task.memory >> 20} MiB of memory, and the batch may use {memory >> 20} MiB"))
-        elif sum(other.memory for other in running.values()) + task.memory <= memory:
+            task.failed(AdaptError(f"needs about {task.memory >> 20} MiB of memory, and the batch may use {pool.largest >> 20} MiB"))
+        elif sum(other.memory for other in running.values()) + task.memory <= pool.memory:
             queue.remove(task)
             task.started()
             try:

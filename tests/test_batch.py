@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -10,18 +11,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapt_convert
 from adapt_convert.convert import batch_tasks
 from adapt_convert.convert.batch_state import HIDDEN
+from adapt_convert.convert.manifest import parse_manifest
 
 RUN = [sys.executable, "-c", "from adapt_convert.cli import main; main()", "batch"]
 
@@ -147,9 +150,6 @@ def test_killed_at_any_point_the_result_is_the_same(many: Path, clean: subproces
 
 def test_half_done_jobs_go_on_by_matrix(many: Path, tmp_path: Path) -> None:
     manifest = {"defaults": {"base": str(many / "llama"), "rank": 3}, "jobs": [{"source": str(many / "fts" / "llama" / "llama-00")}]}
-    job = adapt_convert.convert.__globals__["Options"]  # noqa: F841
-    from adapt_convert.convert.manifest import parse_manifest
-
     (job,) = parse_manifest(manifest)
     group = batch_tasks.Group(job.base, None, (job,), tmp_path)
     names = sorted(load_file(many / "llama" / "model.safetensors"))
@@ -194,21 +194,15 @@ def test_a_killed_worker_costs_nothing_but_time(many: Path, clean: subprocess.Co
 
 
 def _kill_a_worker(parent: int) -> None:
-    children = Path(f"/proc/{parent}/task/{parent}/children")
-    workers = []
+    workers: list[psutil.Process] = []
     while not workers:
-        pids = [int(pid) for pid in _all_children(children)]
-        workers = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
-
-
-def _all_children(path: Path) -> list[str]:
-    return [pid for task in path.parent.parent.glob("*/children") for pid in task.read_text().split()]
+        workers = [child for child in psutil.Process(parent).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
 
 
 def test_memory_admits_as_many_as_fit(many: Path, tmp_path: Path) -> None:
-    manifest = {"defaults": {"base": str(many / "llama"), "rank": 2, "to": "lorta"}, "jobs": [{"source": str(many / "fts" / "qwen2")}]}
-    manifest["jobs"] = [{"source": str(many / "fts" / "llama" / f"llama-0{n}")} for n in range(4)]
+    jobs = [{"source": str(many / "fts" / "llama" / f"llama-0{n}")} for n in range(4)]
+    manifest = {"defaults": {"base": str(many / "llama"), "rank": 2, "to": "lorta"}, "jobs": jobs}
     running, most = set(), 0
 
     def watch(event: dict[str, Any]) -> None:
@@ -230,15 +224,51 @@ def test_memory_admits_as_many_as_fit(many: Path, tmp_path: Path) -> None:
 
 
 def test_one_batch_at_a_time(many: Path, tmp_path: Path) -> None:
+    manifest = {"jobs": [{"base": str(many / "llama"), "source": str(many / "fts" / "llama" / "llama-00")}]}
     (tmp_path / HIDDEN).mkdir()
-    import fcntl
-
     with (tmp_path / HIDDEN / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(adapt_convert.AdaptError, match="another batch is running there"):
-            adapt_convert.batch(many / "jobs.yaml", tmp_path)
+            adapt_convert.batch(manifest, tmp_path)
 
 
-@pytest.fixture
-def tokenized(many: Path, tmp_path: Path, pairs: Any) -> Callable[[str], Path]:
-    raise NotImplementedError
+def test_retries(many: Path, tmp_path: Path) -> None:
+    """A source that is mended meanwhile converts; one that stays as it is fails after so many tries."""
+    for name in ("mended", "not-finite"):
+        shutil.copytree(many / "fts" / "llama" / "llama-00", tmp_path / name)
+    whole = (tmp_path / "mended" / "model.safetensors").read_bytes()
+    (tmp_path / "mended" / "model.safetensors").write_bytes(whole[:-1])
+    tensors = load_file(tmp_path / "not-finite" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "not-finite" / "model.safetensors", {"format": "pt"})
+    events: list[tuple[str, str]] = []
+
+    def mend(event: dict[str, Any]) -> None:
+        events.append((event["event"], event.get("job", "")))
+        if event["event"] == "retrying":
+            (tmp_path / "mended" / "model.safetensors").write_bytes(whole)
+
+    jobs = [{"source": str(tmp_path / name), "output": name} for name in ("mended", "not-finite")]
+    result = adapt_convert.batch({"defaults": {"base": str(many / "llama")}, "jobs": jobs}, tmp_path / "out", retry=2, on_event=mend)
+    assert [row["status"] for row in result["jobs"]] == ["converted", "failed"]
+    assert "model.layers.1.mlp.down_proj.weight: the change from base" in result["jobs"][1]["error"]
+    assert [events.count(("retrying", name)) for name in ("mended", "not-finite")] == [1, 2]
+
+
+def test_a_failed_validation_is_exit_code_3(many: Path, tmp_path: Path) -> None:
+    shutil.copytree(many / "fts" / "llama" / "llama-00", tmp_path / "ft")
+    words = models.WordLevel({"[UNK]": 0} | {word: i for i, word in enumerate(["the", "of", "a", "is", "to", "in"], 1)}, "[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "ft" / "tokenizer.json"))
+    defaults = {"base": str(many / "llama"), "source": str(tmp_path / "ft"), "validate": True}
+    manifest = {"jobs": [{**defaults, "rank": rank} for rank in (32, 1)]}
+    for skipped in (False, True):
+        result = adapt_convert.batch(manifest, tmp_path / "out")
+        assert result["exit_code"] == 3
+        assert [row["status"] for row in result["jobs"]] == ["converted", "failed validation"]
+        assert [row["skipped"] for row in result["jobs"]] == [skipped] * 2
+    for rank, passed in ((32, True), (1, False)):
+        made = tmp_path / "out" / f"ft-lora-r{rank}"
+        assert json.loads((made / "validation.json").read_text())["passed"] is passed
+        assert f'href="ft-lora-r{rank}/validation.html"' in (tmp_path / "out" / "index.html").read_text()
