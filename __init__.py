@@ -13,6 +13,7 @@ globals().pop("convert", None)
 if TYPE_CHECKING:
     from adapt_convert.convert.batch import batch
     from adapt_convert.convert.conversion import Conversion, convert
+    from adapt_convert.convert.demo import run_demo
     from adapt_convert.convert.inspection import inspect
     from adapt_convert.convert.latte_bundle import bundle
     from adapt_convert.convert.merge import merge
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "merge",
     "push",
+    "run_demo",
     "task_ids",
     "unload",
     "validate",
@@ -50,6 +52,7 @@ _HOMES = {
     "load": "adapt_convert.kernels.attach",
     "merge": "adapt_convert.convert.merge",
     "push": "adapt_convert.formats.hub",
+    "run_demo": "adapt_convert.convert.demo",
     "task_ids": "adapt_convert.kernels.latte",
     "unload": "adapt_convert.kernels.attach",
     "validate": "adapt_convert.convert.validation",

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, conversion_options, path_option
+from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, Commands, conversion_options, path_option
 from adapt_convert.terminal import (
     batch_table,
     console,
     emit,
-    fail,
     print_batch,
     print_demo,
     print_plan,
@@ -29,31 +28,7 @@ if TYPE_CHECKING:
     from adapt_convert.convert.validation_result import Validation
 
 
-class _Commands(click.Group):
-    """Turns every refusal of the library into one line and exit code 1; a wrong call exits with 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort):
-            fail("interrupted; nothing was written", 130)
-        except MemoryError:
-            fail("out of memory; close other programs, or convert on a machine with more")
-        except Exception as error:
-            from adapt_convert.formats.errors import AdaptError
-
-            if isinstance(error, BrokenPipeError):  # the reader of our output has left
-                raise SystemExit(1) from None
-            if isinstance(error, AdaptError):
-                fail(str(error))
-            if isinstance(error, RuntimeError) and "out of memory" in str(error):
-                fail("out of memory; try --device cpu")
-            if isinstance(error, OSError):
-                fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
-            raise
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="adapt-convert")
 def main() -> None:
     """Turn fine-tunes into adapters after the fact: no training data, every tensor accounted for."""

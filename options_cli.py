@@ -1,4 +1,4 @@
-"""Options that several commands share, defined once so that they mean and say the same everywhere."""
+"""What commands share: how they fail, and the options that mean and say the same everywhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,48 @@ from typing import Any
 
 import click
 
+from adapt_convert.terminal import fail
+
 OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; named after the input if left out.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output; it stays until the new one is whole.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 BASE_REVISION = click.option("--base-revision", metavar="REV", help="Branch, tag or commit of BASE when it is a Hub id.")
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the fine-tune or adapter when it is a Hub id.")
+
+
+class Commands(click.Group):
+    """Turns every refusal of the library into one line and exit code 1; a wrong call exits with 2.
+
+    Every option is read from `ADAPT_CONVERT_COMMAND_OPTION` as well. click's `auto_envvar_prefix` would name some of the
+    variables after parameters of our functions (`as_json`) and not after the option as typed.
+    """
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        for option in cmd.params:
+            if isinstance(option, click.Option):
+                typed = max(option.opts, key=len).removeprefix("--")
+                option.envvar = f"adapt-convert-{name or cmd.name}-{typed}".upper().replace("-", "_")
+        super().add_command(cmd, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            fail("interrupted; nothing was written", 130)
+        except MemoryError:
+            fail("out of memory; close other programs, or convert on a machine with more")
+        except Exception as error:
+            from adapt_convert.formats.errors import AdaptError
+
+            if isinstance(error, BrokenPipeError):  # the reader of our output has left
+                raise SystemExit(1) from None
+            if isinstance(error, AdaptError):
+                fail(str(error))
+            if isinstance(error, RuntimeError) and "out of memory" in str(error):
+                fail("out of memory; try --device cpu")
+            if isinstance(error, OSError):
+                fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
+            raise
 
 
 def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:

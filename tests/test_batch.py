@@ -272,3 +272,20 @@ def test_a_failed_validation_is_exit_code_3(many: Path, tmp_path: Path) -> None:
         made = tmp_path / "out" / f"ft-lora-r{rank}"
         assert json.loads((made / "validation.json").read_text())["passed"] is passed
         assert f'href="ft-lora-r{rank}/validation.html"' in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_copies_at_a_url(many: Path, tmp_path: Path) -> None:
+    jobs = [{"source": str(many / "fts" / "llama" / f"llama-0{n}"), "output": f"out-{n}"} for n in range(2)]
+    manifest = {"defaults": {"base": str(many / "llama"), "rank": 2}, "jobs": jobs}
+    for number in range(2):  # the second time from what is finished
+        assert adapt_convert.batch(manifest, tmp_path / "local", copy_to=f"file://{tmp_path}/far-{number}")["exit_code"] == 0
+        far = tmp_path / f"far-{number}"
+        assert outputs(far) == outputs(tmp_path / "local")
+        assert sorted(path.name for path in far.iterdir()) == ["batch.json", "index.html", "out-0", "out-1"]
+    with pytest.raises(adapt_convert.AdaptError, match="--copy-to nosuch://x"):
+        adapt_convert.batch(manifest, tmp_path / "other", copy_to="nosuch://x")
+    (tmp_path / "file").touch()
+    with pytest.raises(adapt_convert.AdaptError, match="cannot be written"):
+        adapt_convert.batch(manifest, tmp_path / "third", copy_to=f"file://{tmp_path}/file/x")
+    failed = json.loads((tmp_path / "third" / "batch.json").read_text())["jobs"]
+    assert ["cannot be written" in row["error"] for row in failed] == [True, True]
