@@ -72,7 +72,7 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], config: str) -> None
 
 def speedup(root: Path, rounds: int, width: int) -> dict[str, Any]:
     """One and two processes in turn, on the same jobs and from nothing; wall-clock seconds of the whole command."""
-    make(root, bases=2, fine_tunes=4, width=width, layers=2)
+    make(root, bases=2, fine_tunes=16, width=width, layers=2)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for jobs, taken in seconds.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -88,11 +87,11 @@ class Run:
                 peak = foresee(found, opened[key])[1]
                 self._begin(state, found)
                 return found, peak
-            except AdaptError as error:
+            except Exception as error:  # whatever it is, it is this job's alone
                 if attempt < self.retry:
                     self.tell("retrying", job=job.output, error=str(error))
                 else:
-                    self._fail(job, str(error))
+                    self._fail(job, error)
         return None
 
     def _begin(self, state: JobState, found: Found) -> None:
@@ -160,12 +159,11 @@ class Run:
         def done(result: dict[str, Any]) -> None:
             reads = "shared_reads" if job.shares_its_base else "other_reads"
             self.bases[job.base, job.base_revision][reads] += result.pop("base_reads")
-            if (Identity.of(found.base), Identity.of(found.source)) != found.identities:
-                failed(AdaptError("an input was changed while it was read"))
-                return
             try:
+                if (Identity.of(found.base), Identity.of(found.source)) != found.identities:
+                    raise AdaptError("an input was changed while it was read")
                 self._copy(job, state)
-            except AdaptError as error:
+            except (AdaptError, OSError) as error:
                 failed(error)
                 return
             weights = result.pop("weights")
@@ -180,20 +178,19 @@ class Run:
             self.tell(status, job=job.output, seconds=round(time.monotonic() - since, 3))
 
         def failed(error: BaseException) -> None:
-            message = str(error if isinstance(error, AdaptError) else AdaptError(f"{type(error).__name__}: {error}"))
-            if attempts <= self.retry and attempts:
-                self.tell("retrying", job=job.output, error=message)
+            if attempts and attempts <= self.retry:
+                self.tell("retrying", job=job.output, error=str(error))
                 self.queue.append(task)
             else:
-                trace = {} if isinstance(error, AdaptError) else {"traceback": traceback.format_exception(error)}
-                self._fail(job, message, **trace)
+                self._fail(job, error)
 
         task = Task(finish, (job, self.root, digests), peak, done, failed, start, _on_gpu(job))
         return task
 
-    def _fail(self, job: Job, message: str, **details: Any) -> None:
+    def _fail(self, job: Job, error: BaseException) -> None:
+        message = str(error if isinstance(error, AdaptError) else AdaptError(f"{type(error).__name__}: {error}"))
         self.results[job.output] = {"status": FAILED, "error": message}
-        self.tell(FAILED, job=job.output, error=message, **details)
+        self.tell(FAILED, job=job.output, error=message)
 
     def summary(self) -> dict[str, Any]:
         rows = []

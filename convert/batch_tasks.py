@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import traceback
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,7 +81,7 @@ def share(group: Group, key: str) -> dict[str, Any]:
             for entry in plan.entries:
                 if entry.base_key == key:
                     prepare(pairs, plan, entry, job.options)
-        except (AdaptError, RuntimeError, MemoryError, OSError):
+        except Exception:  # whatever it is, it is this job's alone, and `finish` says so
             del opened[output]
     if not base.store.known([key]):
         base.read(key)
@@ -90,10 +91,22 @@ def share(group: Group, key: str) -> dict[str, Any]:
 def finish(job: Job, root: Path, base_digests: dict[str, str]) -> dict[str, Any]:
     """Convert what is left of one job, publish its directory, and validate and push it if asked.
 
-    Returns what the summary says of it. Raises `AdaptError`.
+    Returns what the summary says of it. Raises `AdaptError` and nothing else: other exceptions may not survive the way to
+    another process, so they become one, and their traceback is left in the job's hidden directory.
     """
     torch.set_num_threads(1)
     state = JobState(root, job)
+    try:
+        return _finish(job, state, base_digests)
+    except AdaptError:
+        raise
+    except Exception as error:
+        trace = state.directory / "traceback.txt"
+        trace.write_text(traceback.format_exc(), encoding="utf-8")
+        raise AdaptError(f"{type(error).__name__}: {error} ({trace})") from None
+
+
+def _finish(job: Job, state: JobState, base_digests: dict[str, str]) -> dict[str, Any]:
     _sweep(state.directory)
     pieces = Pieces(state.directory / PIECES, base_digests) if job.options.to == "lora" else None
     options = {name: value for name, value in vars(job.options).items() if value is not None}

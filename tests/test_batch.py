@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapt_convert
-from adapt_convert.convert import batch_tasks
+from adapt_convert.convert import batch_run, batch_tasks
+from adapt_convert.convert.batch_inputs import Found
 from adapt_convert.convert.batch_state import HIDDEN
-from adapt_convert.convert.manifest import parse_manifest
+from adapt_convert.convert.manifest import Job, parse_manifest
 
 RUN = [sys.executable, "-c", "from adapt_convert.cli import main; main()", "batch"]
 
@@ -289,3 +290,35 @@ def test_copies_at_a_url(many: Path, tmp_path: Path) -> None:
         adapt_convert.batch(manifest, tmp_path / "third", copy_to=f"file://{tmp_path}/file/x")
     failed = json.loads((tmp_path / "third" / "batch.json").read_text())["jobs"]
     assert ["cannot be written" in row["error"] for row in failed] == [True, True]
+
+
+def test_the_unforeseen_stays_alone_too(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(job: Job) -> Found:
+        if job.output == "cursed":
+            raise KeyError("nobody thought of this")
+        return real(job)
+
+    real = batch_run.find
+    monkeypatch.setattr(batch_run, "find", find)
+    source = str(many / "fts" / "llama" / "llama-00")
+    manifest = {"jobs": [{"base": str(many / "llama"), "source": source, "rank": 2, "output": name} for name in ("cursed", "blessed")]}
+    result = adapt_convert.batch(manifest, tmp_path / "out")
+    assert [row["status"] for row in result["jobs"]] == ["failed", "converted"]
+    assert result["jobs"][0]["error"] == "KeyError: 'nobody thought of this'"
+    monkeypatch.undo()
+    monkeypatch.setattr(batch_tasks, "_publish", lambda state: {}[state.output])
+    (job,) = parse_manifest({"jobs": [manifest["jobs"][0]]})
+    with pytest.raises(adapt_convert.AdaptError, match=r"^KeyError: .*traceback\.txt\)$"):
+        batch_tasks.finish(job, tmp_path / "alone", {})
+
+
+def test_an_input_that_changes_meanwhile(many: Path, tmp_path: Path) -> None:
+    shutil.copytree(many / "fts" / "llama" / "llama-00", tmp_path / "ft")
+
+    def rewrite(event: dict[str, Any]) -> None:
+        if event["event"] == "converting":
+            os.utime(tmp_path / "ft" / "model.safetensors")
+
+    manifest = {"jobs": [{"base": str(many / "llama"), "source": str(tmp_path / "ft"), "rank": 2}]}
+    result = adapt_convert.batch(manifest, tmp_path / "out", on_event=rewrite)
+    assert result["jobs"][0]["error"] == "an input was changed while it was read"
