@@ -178,9 +178,9 @@ def batch_table(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
             running.pop(event["job"], None)
             done[event["event"]] += 1
             failures.extend([f"{event['job']}: {event['error']}"] if event["event"] == "failed" else [])
-        live.update(draw())
+        live.update(draw(), refresh=True)
 
-    with Live(draw(), console=terminal, transient=True, refresh_per_second=4) as live:
+    with Live(draw(), console=terminal, transient=True, auto_refresh=False) as live:
         yield on_event
 
 

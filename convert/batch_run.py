@@ -130,7 +130,8 @@ class Run:
             left.discard(key)
             self.tell("shared", base=group.base, tensor=key, left=len(left))
             if not left:
-                self.queue.extend(self._finishing(found, peak, digests) for found, peak in waiting)
+                # Before the next group: pieces are as large as the adapters, and go when those are done.
+                self.queue.extendleft(self._finishing(found, peak, digests) for found, peak in reversed(waiting))
 
         peak = max(peak for _, peak in waiting)
         for key in base.infos:

@@ -74,7 +74,7 @@ class JobState:
             state = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return state if isinstance(state, dict) else None
+        return state if isinstance(state, dict) and {"settings", "base", "source"} <= set(state) else None
 
     def write(self, state: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

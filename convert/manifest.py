@@ -92,8 +92,9 @@ class Job:
         return self.options.to == "lora" and self.options.budget is None
 
     def settings(self) -> dict[str, Any]:
-        """What decides what the output is, but for the contents of the inputs; plain data."""
-        return {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()}, "validate": self.validate}
+        """What is asked for, but for the inputs; plain data."""
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.options).items()}
+        return {"options": options, "validate": self.validate, "push": self.push}
 
 
 def read_manifest(path: str | Path) -> list[Job]:

@@ -21,7 +21,7 @@ from adapt_convert.formats.errors import AdaptError
 _DIED = "its process died (killed, or out of memory)"
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """A call for another process. `memory` is its predicted peak in bytes; `done` gets the result, `failed` the exception.
 

@@ -18,10 +18,12 @@ import psutil
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapt_convert
+from adapt_convert.cli import main
 from adapt_convert.convert import batch_run, batch_tasks
 from adapt_convert.convert.batch_inputs import Found
 from adapt_convert.convert.batch_state import HIDDEN
@@ -322,3 +324,19 @@ def test_an_input_that_changes_meanwhile(many: Path, tmp_path: Path) -> None:
     manifest = {"jobs": [{"base": str(many / "llama"), "source": str(tmp_path / "ft"), "rank": 2}]}
     result = adapt_convert.batch(manifest, tmp_path / "out", on_event=rewrite)
     assert result["jobs"][0]["error"] == "an input was changed while it was read"
+
+
+def test_the_table_of_a_terminal(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [{"source": str(many / "fts" / "llama" / f"llama-0{n}"), "output": f"job-{n}"} for n in (6, 7)]  # the second is damaged
+    (tmp_path / "jobs.json").write_text(json.dumps({"defaults": {"base": str(many / "llama"), "rank": 2}, "jobs": jobs}))
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which is how rich is told that it writes to a terminal
+    done = CliRunner().invoke(main, ["batch", str(tmp_path / "jobs.json"), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    for shown in ("tensors to read", "converting", "1 failed, 1 converted", "job-7: "):
+        assert shown in done.stderr
+    monkeypatch.undo()
+    quiet = CliRunner().invoke(main, ["batch", str(tmp_path / "jobs.json"), "-o", str(tmp_path / "again"), "--json"])
+    assert json.loads(quiet.stdout)["counts"] == {"converted": 1, "failed": 1}
+    assert quiet.stderr.startswith("FAIL job-7: ")
+    assert quiet.stderr.count("\n") == 1

@@ -227,3 +227,19 @@ def test_what_is_not_published(adapter: Path, tmp_path: Path) -> None:
     for directory in (adapter, tmp_path / "nowhere"):
         with pytest.raises(AdaptError):
             adapt_convert.push(directory, "org/adapter", dry_run=True, force=True)
+
+
+def test_a_batch_publishes(hub: Hub, session: Session) -> None:
+    job = {"base": "org/base", "source": "org/ft", "rank": 2, "push": "org/{name}-lora"}
+    (session.directory / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [job]}))
+    assert "no Hub token" in one_line(session.run("batch", "jobs.yaml", "-o", "out", HF_TOKEN=""))
+    assert not (session.directory / "out").exists()
+    hub.faults = [Fault("/commit/", 403, 1, True)]
+    done = session.run("batch", "jobs.yaml", "-o", "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith("FAIL ft-lora-r2: org/ft-lora: nothing was published")
+    assert session.run("batch", "jobs.yaml", "-o", "out").returncode == 0
+    assert sorted(hub.repos["org/ft-lora"].files("main")) == WRITTEN
+    assert sum("/commit/" in request for request in hub.requests) == 2
+    assert session.run("batch", "jobs.yaml", "-o", "out").stdout.startswith("ft-lora-r2: converted (earlier)")
+    assert sum("/commit/" in request for request in hub.requests) == 2
