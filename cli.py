@@ -14,6 +14,7 @@ from adapt_convert.terminal import (
     batch_table,
     console,
     emit,
+    fail,
     print_batch,
     print_demo,
     print_plan,
@@ -304,8 +305,11 @@ def batch(manifest: Path, output: Path, as_json: bool, dry_run: bool, **options:
     """
     from adapt_convert.convert.batch import batch as run_batch
 
-    with batch_table(quiet=as_json or dry_run) as on_event:
-        result = run_batch(manifest, output, dry_run=dry_run, on_event=on_event, **options)
+    try:
+        with batch_table(quiet=as_json or dry_run) as on_event:
+            result = run_batch(manifest, output, dry_run=dry_run, on_event=on_event, **options)
+    except KeyboardInterrupt:
+        fail("interrupted; what is finished stays, and the same command goes on from there", 130)
     if as_json:
         emit(result, True)
     else:

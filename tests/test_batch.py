@@ -151,6 +151,19 @@ def test_killed_at_any_point_the_result_is_the_same(many: Path, clean: subproces
     assert left == []
 
 
+def test_ctrl_c_is_one_line_and_ends_every_process(many: Path) -> None:
+    process = subprocess.Popen([*RUN, "jobs.yaml", "-o", "stopped", "--jobs", "2"], cwd=many, stderr=subprocess.PIPE, text=True)
+    log = many / "stopped" / "batch.jsonl"
+    while not (log.is_file() and '"event": "shared"' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "Error: interrupted; what is finished stays, and the same command goes on from there\n"
+    assert process.returncode == 130
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
 def test_half_done_jobs_go_on_by_matrix(many: Path, tmp_path: Path) -> None:
     manifest = {"defaults": {"base": str(many / "llama"), "rank": 3}, "jobs": [{"source": str(many / "fts" / "llama" / "llama-00")}]}
     (job,) = parse_manifest(manifest)
