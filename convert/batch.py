@@ -57,26 +57,29 @@ def batch(
     if copy_to:
         remote.check_url(copy_to)
     rows = read_manifest(manifest) if isinstance(manifest, str | Path) else parse_manifest(manifest)
-    limit = parse_size(memory) if isinstance(memory, str) else memory
     root = Path(output)
     _check_outputs(root, rows)
     if dry_run:
         return {"jobs": [_foresee(root, job) for job in rows]}
     _check_pushes(rows)
-    with _locked(root), (root / LOG).open("a", encoding="utf-8") as log:
+    pool: Pool = RayPool(address, jobs) if engine == "ray" else LocalPool(jobs or 1, _limit(memory))
+    # In this order, so that no process of this batch is left when the lock is released.
+    with _locked(root), contextlib.closing(pool), (root / LOG).open("a", encoding="utf-8") as log:
         run = Run(root, rows, retry, copy_to, log, on_event)
-        pool: Pool = RayPool(address, jobs) if engine == "ray" else LocalPool(jobs or 1, limit or available_memory())
-        try:
-            run.plan()
-            run_tasks(run.queue, pool)
-        finally:
-            pool.close()
+        run.plan()
+        run_tasks(run.queue, pool)
         summary = run.summary()
         write_whole(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
         write_whole(root / INDEX, batch_page(summary))
     if copy_to:
         remote.copy_to(root, [SUMMARY, INDEX], copy_to)
     return summary
+
+
+def _limit(memory: str | int | None) -> int:
+    if memory is None:
+        return available_memory()
+    return parse_size(memory) if isinstance(memory, str) else memory
 
 
 def _check_outputs(root: Path, jobs: list[Job]) -> None:

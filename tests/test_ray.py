@@ -97,3 +97,4 @@ def test_no_cluster_is_one_line(work: Path, address: str) -> None:
     assert done.returncode == 1
     assert stderr.startswith(f"Error: --engine ray: no cluster at {address}: ")
     assert stderr.count("\n") == 1
+    assert not (work / "nowhere").exists()
