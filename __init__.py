@@ -11,26 +11,47 @@ import adapt_convert.convert  # noqa: F401
 globals().pop("convert", None)
 
 if TYPE_CHECKING:
+    from adapt_convert.convert.batch import batch
     from adapt_convert.convert.conversion import Conversion, convert
+    from adapt_convert.convert.demo import run_demo
     from adapt_convert.convert.inspection import inspect
     from adapt_convert.convert.latte_bundle import bundle
     from adapt_convert.convert.merge import merge
     from adapt_convert.convert.validation import validate
     from adapt_convert.convert.validation_result import Validation
     from adapt_convert.formats.errors import AdaptError
+    from adapt_convert.formats.hub import push
     from adapt_convert.kernels.attach import load, task_ids, unload
 
-__all__ = ["AdaptError", "Conversion", "Validation", "bundle", "convert", "inspect", "load", "merge", "task_ids", "unload", "validate"]
+__all__ = [
+    "AdaptError",
+    "Conversion",
+    "Validation",
+    "batch",
+    "bundle",
+    "convert",
+    "inspect",
+    "load",
+    "merge",
+    "push",
+    "run_demo",
+    "task_ids",
+    "unload",
+    "validate",
+]
 
 _HOMES = {
     "AdaptError": "adapt_convert.formats.errors",
     "Conversion": "adapt_convert.convert.conversion",
     "Validation": "adapt_convert.convert.validation_result",
+    "batch": "adapt_convert.convert.batch",
     "bundle": "adapt_convert.convert.latte_bundle",
     "convert": "adapt_convert.convert.conversion",
     "inspect": "adapt_convert.convert.inspection",
     "load": "adapt_convert.kernels.attach",
     "merge": "adapt_convert.convert.merge",
+    "push": "adapt_convert.formats.hub",
+    "run_demo": "adapt_convert.convert.demo",
     "task_ids": "adapt_convert.kernels.attach",
     "unload": "adapt_convert.kernels.attach",
     "validate": "adapt_convert.convert.validation",

@@ -4,107 +4,48 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapt_convert.terminal import console, emit, fail, print_demo, print_merge, print_plan, print_summary, progress, report_validation
+from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, Commands, conversion_options, path_option
+from adapt_convert.terminal import (
+    batch_table,
+    console,
+    emit,
+    fail,
+    print_batch,
+    print_demo,
+    print_merge,
+    print_plan,
+    print_push,
+    print_summary,
+    progress,
+    report_batch,
+    report_validation,
+)
 
 if TYPE_CHECKING:
     from adapt_convert.convert.validation_result import Validation
 
-OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; named after the input if left out.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output; it stays until the new one is whole.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-BASE_REVISION = click.option("--base-revision", metavar="REV", help="Branch, tag or commit of BASE when it is a Hub id.")
-REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the fine-tune or adapter when it is a Hub id.")
 
-
-class _Commands(click.Group):
-    """Turns every refusal of the library into one line and exit code 1; a wrong call exits with 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort):
-            fail("interrupted; nothing was written", 130)
-        except MemoryError:
-            fail("out of memory; close other programs, or convert on a machine with more")
-        except Exception as error:
-            from adapt_convert.formats.errors import AdaptError
-
-            if isinstance(error, BrokenPipeError):  # the reader of our output has left
-                raise SystemExit(1) from None
-            if isinstance(error, AdaptError):
-                fail(str(error))
-            if isinstance(error, RuntimeError) and "out of memory" in str(error):
-                fail("out of memory; try --device cpu")
-            if isinstance(error, OSError):
-                fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
-            raise
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="adapt-convert")
 def main() -> None:
     """Turn fine-tunes into adapters after the fact: no training data, every tensor accounted for."""
 
 
-def _conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:
-    """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
-    options = [
-        click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta or latte."),
-        click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
-        click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
-        click.option("--budget", metavar="SIZE", help="One budget for all factors, like 20MB, spent where it captures most."),
-        click.option(
-            "--target-modules",
-            multiple=True,
-            metavar="NAME",
-            help="What to factor: all-linear, attention, mlp or module names; commas or repeats.",
-        ),
-        click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats."),
-        click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default."),
-        click.option(
-            "--orientation",
-            default="paper",
-            show_default=True,
-            metavar="WHICH",
-            help="LoRTA only: paper, or reference for the layout of github.com/ihounie/lorta.",
-        ),
-        click.option(
-            "--segments",
-            metavar="N",
-            help="LatTE only: runs of layers with a basis each (1; post-norm encoders: one per layer), or auto.",
-        ),
-        click.option(
-            "--construction",
-            metavar="WHICH",
-            default="residual",
-            show_default=True,
-            help="LatTE only: residual, or score (the paper's Theorem 2; no rotary embeddings).",
-        ),
-        click.option(
-            "--heads", metavar="HOW", default="wider", show_default=True, help="LatTE's score construction: wider heads, or more of them."
-        ),
-        click.option("--strict", is_flag=True, help="Refuse when anything but --exclude'd modules would be lost."),
-        click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default."),
-        click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers."),
-    ]
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
-
-
 @main.command()
 @click.argument("base")
 @click.argument("source")
-@_conversion_options
+@conversion_options
 @OUT
 @OVERWRITE
 @REVISION
 @BASE_REVISION
 @click.option("--dry-run", is_flag=True, help="Stop after the preflight, which reads headers only.")
+@click.option("--push", "repo", metavar="REPO", help="Then publish it as this Hub repository (org/name).")
 @click.option("--validate", "rerun", is_flag=True, help="Then rerun base, source and adapter, and exit with 3 unless it is the same model.")
 @JSON
 def delta(
@@ -115,6 +56,7 @@ def delta(
     revision: str | None,
     base_revision: str | None,
     dry_run: bool,
+    repo: str | None,
     rerun: bool,
     as_json: bool,
     **options: Any,
@@ -136,12 +78,16 @@ def delta(
     from adapt_convert.formats.location import locate
 
     parsed = Options(**options)
-    directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{_size_name(parsed, options)}")
+    directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{parsed.size_name}")
     if dry_run:
         plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **options)
         emit(plan, True) if as_json else print_plan(plan, console())
         return
     check_destination(directory, overwrite, (base, source))
+    if repo:
+        from adapt_convert.formats.hub import check_login
+
+        check_login(repo)
 
     def announce(*plan: Any) -> None:
         if not as_json:
@@ -153,8 +99,13 @@ def delta(
     if not as_json:
         print_summary(conversion, directory)
     result = _validate_conversion(base, source, directory, as_json, (base_revision, revision)) if rerun else None
+    # One that failed its validation stays here; `push --force` is there for whoever wants it published all the same.
+    pushed = _push(directory, repo) if repo and (result is None or result.passed) else None
     if as_json:
-        emit({"output": str(directory), **conversion.report} | ({"validation": result.to_json()} if result else {}), True)
+        extra = {"validation": result.to_json()} if result else {}
+        emit({"output": str(directory), **conversion.report} | extra | ({"push": pushed} if pushed else {}), True)
+    elif pushed:
+        print_push(pushed)
     if result:
         report_validation(result, as_table=not as_json)
 
@@ -162,7 +113,7 @@ def delta(
 @main.command()
 @click.argument("path")
 @click.argument("path2", required=False)
-@_conversion_options
+@conversion_options
 @REVISION
 @BASE_REVISION
 @JSON
@@ -224,7 +175,7 @@ def merge(
 @main.command()
 @click.argument("base")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@functools.partial(_conversion_options, to="latte")
+@functools.partial(conversion_options, to="latte")
 @OUT
 @OVERWRITE
 @JSON
@@ -252,16 +203,12 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
         print_summary(conversion, directory)
 
 
-def _path_option(*names: str, help: str) -> Callable[[Any], Any]:
-    return click.option(*names, type=click.Path(path_type=Path), help=help)
-
-
 @main.command()
 @click.argument("base")
 @click.argument("ft")
 @click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
-@_path_option("--text", help='Text to run on: plain, or .jsonl with {"text"} lines; Python\'s language reference if nothing is said.')
-@_path_option("--token-ids", help='Token ids to run on, .jsonl with {"input_ids": [...]} lines; needs no tokenizer.')
+@path_option("--text", help='Text to run on: plain, or .jsonl with {"text"} lines; Python\'s language reference if nothing is said.')
+@path_option("--token-ids", help='Token ids to run on, .jsonl with {"input_ids": [...]} lines; needs no tokenizer.')
 @click.option("--context", type=int, metavar="N", help="Tokens per row (256, or what the model or the text allows).")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows at a time.")
 @click.option("--max-tokens", type=int, default=16384, show_default=True, metavar="N", help="Stop after so many tokens of the text.")
@@ -274,8 +221,8 @@ def _path_option(*names: str, help: str) -> Callable[[Any], Any]:
 @click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 to run in; the fine-tune's own by default.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap and of masked positions.")
-@_path_option("-o", "--output", help="Directory to write validation.json into.")
-@_path_option("--html", help="File for the report as one self-contained page.")
+@path_option("-o", "--output", help="Directory to write validation.json into.")
+@path_option("--html", help="File for the report as one self-contained page.")
 @click.option("--no-card", is_flag=True, help="Leave the README.md of the candidates as it is.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 def validate(
@@ -321,6 +268,65 @@ def validate(
 
 
 @main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", metavar="REV", help="Branch to push to, made if need be; main by default.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option("--dry-run", is_flag=True, help="Print what would be sent, and ask nobody.")
+@click.option("--force", is_flag=True, help="Also without a report, or with a validation that failed.")
+@JSON
+def push(directory: Path, repo: str, as_json: bool, **options: Any) -> None:
+    """Publish the adapter in DIRECTORY as the Hub repository REPO (org/name), in one commit.
+
+    The token is the Hub's own: HF_TOKEN, or `hf auth login`.
+
+    \b
+    Example:
+      adapt-convert push ./ft-lora-r16 my-org/ft-lora --dry-run
+    """
+    from adapt_convert.formats.hub import push as push_directory
+
+    result = push_directory(directory, repo, **options)
+    emit(result, True) if as_json else print_push(result)
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@path_option("-o", "--output", required=True, help="Directory for the outputs of all jobs, and for batch.json and index.html.")
+@click.option("--jobs", type=int, metavar="N", help="Processes at a time, as far as memory allows; 1, or all CPUs of a Ray cluster.")
+@click.option("--retry", type=int, default=0, show_default=True, metavar="N", help="Times that a failed job is tried again.")
+@click.option("--memory", metavar="SIZE", help="Memory for all processes together, like 20GB; by default what is free.")
+@click.option("--engine", metavar="WHICH", default="local", show_default=True, help="local, or ray for an existing Ray cluster.")
+@click.option("--address", metavar="HOST:PORT", help="The Ray cluster; the one of this machine by default.")
+@click.option("--copy-to", metavar="URL", help="Copy finished outputs there too: s3://, gs://, hf:// ..., through fsspec.")
+@click.option("--dry-run", is_flag=True, help="Check the manifest and plan every job from headers; convert nothing.")
+@JSON
+def batch(manifest: Path, output: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Run the conversions listed in MANIFEST, a YAML or JSON file of `defaults` and `jobs` (docs/batch.md).
+
+    A base is read once for all LoRAs made from it. Run again after an interruption or with more jobs, and what is finished
+    stays. The exit code is 1 if a job failed, 3 if one failed its validation.
+
+    \b
+    Example:
+      adapt-convert batch jobs.yaml -o ./adapters --jobs 4
+    """
+    from adapt_convert.convert.batch import batch as run_batch
+
+    try:
+        with batch_table(quiet=as_json or dry_run) as on_event:
+            result = run_batch(manifest, output, dry_run=dry_run, on_event=on_event, **options)
+    except KeyboardInterrupt:
+        fail("interrupted; what is finished stays, and the same command goes on from there", 130)
+    if as_json:
+        emit(result, True)
+    else:
+        print_batch(result, output)
+    report_batch(result)
+
+
+@main.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("demo"))
 @JSON
 def demo(directory: Path, as_json: bool) -> None:
@@ -355,7 +361,7 @@ def _validate_conversion(base: str, source: str, directory: Path, as_json: bool,
     return result
 
 
-def _size_name(parsed: Any, options: dict[str, Any]) -> str:
-    if parsed.rank is not None:
-        return f"r{parsed.rank}"
-    return f"e{parsed.energy:g}" if parsed.energy is not None else f"{options['budget'].replace(' ', '')}"
+def _push(directory: Path, repo: str) -> dict[str, Any]:
+    from adapt_convert.formats.hub import push as push_directory
+
+    return push_directory(directory, repo)

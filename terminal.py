@@ -127,6 +127,18 @@ def print_demo(result: dict[str, Any]) -> None:
         terminal.print(command, highlight=False, soft_wrap=True)
 
 
+def print_push(result: dict[str, Any]) -> None:
+    """What was sent, or would be; the card of a dry run last."""
+    for name, size in result["files"].items():
+        click.echo(f"{name}  {size_text(size)}")
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+    if "card" in result:
+        click.echo(f"would be sent to {result['repo']}, with this card:\n\n{result['card']}", nl=False)
+    else:
+        click.echo(f"published: {result.get('pull_request') or result['url']}")
+
+
 def report_validation(result: Validation, as_table: bool) -> None:
     """Print the result as tables, every failing line on standard error, and exit with 3 if there is one."""
     from adapt_convert.formats.validation_table import validation_tables
@@ -145,3 +157,68 @@ def report_validation(result: Validation, as_table: bool) -> None:
         click.echo(f"FAIL {line}", err=True)
     if not result.passed:
         sys.exit(FAILED)
+
+
+@contextmanager
+def batch_table(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A live table of a batch on a terminal: what runs, what failed, and how many are done. Nothing in a pipe."""
+    from rich.live import Live
+    from rich.table import Table
+
+    terminal = console(stderr=True)
+    if quiet or not terminal.is_terminal:
+        yield lambda event: None
+        return
+    running: dict[str, str] = {}
+    done, failures = Counter[str](), list[str]()
+
+    def draw() -> Table:
+        table = Table(title=", ".join(f"{count} {event}" for event, count in done.items()) or "planning")
+        table.add_column("job")
+        table.add_column("state")
+        for name, state in [*list(running.items())[-12:], *((line, "failed") for line in failures[-6:])]:
+            table.add_row(name, state)
+        return table
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "shared":
+            running[event["base"]] = f"{event['left']} tensors to read"
+            if not event["left"]:
+                del running[event["base"]]
+        elif event["event"] == "converting":
+            running[event["job"]] = "converting"
+        elif "job" in event:
+            running.pop(event["job"], None)
+            done[event["event"]] += 1
+            failures.extend([f"{event['job']}: {event['error']}"] if event["event"] == "failed" else [])
+        live.update(draw(), refresh=True)
+
+    with Live(draw(), console=terminal, transient=True, auto_refresh=False) as live:
+        yield on_event
+
+
+def print_batch(result: dict[str, Any], directory: Path) -> None:
+    """One line for each job, and for a run the counts and where its page is."""
+    from adapt_convert.formats.batch_html import read_lines
+
+    for row in result["jobs"]:
+        size = row.get("bytes", row.get("predicted_bytes"))
+        details = "" if size is None else f"  {size_text(size)}"
+        peak = row.get("predicted_peak_memory")
+        details += "" if peak is None else f", peak memory about {size_text(peak)}"
+        if row["status"] != "failed":  # those are listed on standard error
+            click.echo(f"{row['output']}: {row['status']}{' (earlier)' if row.get('skipped') else ''}{details}")
+    if "bases" in result:
+        for line in read_lines(result):
+            click.echo(line)
+        click.echo(f"written to {directory}; see {directory / 'index.html'}")
+
+
+def report_batch(result: dict[str, Any]) -> None:
+    """Every failed job in one line on standard error, and the exit code of the batch."""
+    failed = [row for row in result["jobs"] if row["status"] == "failed"]
+    for row in failed:
+        click.echo(f"FAIL {row['output']}: {row['error']}", err=True)
+    code = result.get("exit_code", 1 if failed else 0)
+    if code:
+        sys.exit(code)

@@ -18,6 +18,7 @@ from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.pieces import Pieces
 from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, make_plan, require_factors
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.report import Record, build_report, dropped, unchanged
@@ -44,21 +45,26 @@ class Conversion:
     """A finished conversion: the adapter, its plan, and the report that `save` completes and writes beside it."""
 
     adapter: Adapter
+    base: Checkpoint
     plan: Plan
     records: list[Record]
     report: dict[str, Any]
     started: float
 
-    def save(self, directory: str | Path, overwrite: bool = False) -> Path:
-        """Write the adapter, `conversion.json` and a model card, all or nothing. Returns the directory."""
+    def save(self, directory: str | Path, overwrite: bool = False, measured: bool = True) -> Path:
+        """Write the adapter, `conversion.json` and a model card, all or nothing. Returns the directory.
+
+        Without `measured` the report leaves out time and memory, which alone differ between two runs.
+        """
         path = Path(directory)
         with atomic_directory(path, overwrite) as staging:
             self.report["bytes"] = self.adapter.write(staging)
             self.report["bytes_exact"] = sum(tensor.nbytes for tensor in self.adapter.exact.values())
-            self.report["seconds"] = round(time.monotonic() - self.started, 3)
-            self.report["peak_memory"] = peak_memory()
+            if measured:
+                self.report["seconds"] = round(time.monotonic() - self.started, 3)
+                self.report["peak_memory"] = peak_memory()
             (staging / "conversion.json").write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-            (staging / "README.md").write_text(model_card(self.report, self.plan.config), encoding="utf-8")
+            (staging / "README.md").write_text(model_card(self.report, self.plan.config, self.base.location), encoding="utf-8")
         return path
 
 
@@ -70,13 +76,14 @@ def convert(
     base_revision: str | None = None,
     progress: Progress = silent,
     on_plan: Callable[[Plan, Source, Options], None] = lambda plan, source, options: None,
+    pieces: Pieces | None = None,
     **options: Any,
 ) -> Conversion:
     """Convert a fine-tune of `base` - a checkpoint or an adapter, each a path or a Hub id - into an adapter.
 
     `options` are the fields of `Options`. `progress(iterable, what)` wraps the long loops; `on_plan` is told what will be done
-    before it is. Raises `AdaptError` for anything
-    that can be mended by the user, always before something is written.
+    before it is; `pieces` keeps what is finished, tensor by tensor, for a run after an interruption. Raises `AdaptError` for
+    anything that can be mended by the user, always before something is written.
     """
     started = time.monotonic()
     chosen = Options(**options)
@@ -85,7 +92,7 @@ def convert(
     require_factors(plan, opened_base, chosen)
     on_plan(plan, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
-    pairs = Pairs(opened_base, opened_source, chosen.torch_device())
+    pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
     stored, lost, records = survey(pairs, plan, chosen, progress)
     adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     records += [_with_lost_rows(record, lost) for record in solved]
@@ -97,32 +104,44 @@ def convert(
         _refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
     order = {entry.name: position for position, entry in enumerate(plan.entries)}
     records.sort(key=lambda record: order[record.entry.name])
-    adapter.base_model = opened_base.origin
+    adapter.base_model = opened_base.location.loadable
+    if isinstance(adapter, LoraAdapter):  # PEFT alone has a place for it
+        adapter.base_revision = opened_base.location.revision
     adapter.task_type = task_type(plan)
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
-    return Conversion(adapter, plan, records, report, started)
+    return Conversion(adapter, opened_base, plan, records, report, started)
 
 
 def open_pair(
     base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None
 ) -> tuple[Checkpoint, Source]:
     """Open both sides from headers; whether the source is a checkpoint or an adapter is detected."""
-    base_location = locate(base, base_revision)
-    if adapter_config_path(base_location) or latte_config_path(base_location):
+    opened_base = open_base(base, base_revision)
+    return opened_base, open_source(opened_base, source, revision)
+
+
+def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a full model from headers."""
+    location = locate(base, revision)
+    if adapter_config_path(location) or latte_config_path(location):
         raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
-    opened_base = Checkpoint(base_location)
+    return Checkpoint(location)
+
+
+def open_source(base: Checkpoint, source: str | Path, revision: str | None = None) -> Source:
+    """Open a fine-tune or an adapter of `base` from headers."""
     location = locate(source, revision)
     config_path = adapter_config_path(location)
     if latte_config_path(location) is not None:
         raise AdaptError(f"{source}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
     if config_path is None:
         checkpoint = Checkpoint(location)
-        return opened_base, checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
+        return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
     if read_json(config_path).get("peft_type") == "LORTA":
-        return opened_base, read_lorta(location, reference_slots(_modules(opened_base), opened_base.config))
-    return opened_base, read_lora(location)
+        return read_lorta(location, reference_slots(_modules(base), base.config))
+    return read_lora(location)
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

@@ -63,11 +63,12 @@ def bundle(
         task.records += project(task.effective, segments, task.held, dtype, progress)
         task.records += store_exact(task.effective, task.held, task.stored)
     adapter.fingerprints = fingerprints(first.effective)
-    adapter.base_model, adapter.task_type = first.effective.pairs.base.origin, task_type(first.plan)
+    opened_base = first.effective.pairs.base
+    adapter.base_model, adapter.task_type = opened_base.location.loadable, task_type(first.plan)
     records = [record for task in tasks for record in task.records]
     adapter.details = describe(adapter, searched)
     report = _report(tasks, chosen) | {"latte": adapter.details}
-    return Conversion(adapter, first.plan, records, report, started)
+    return Conversion(adapter, opened_base, first.plan, records, report, started)
 
 
 def _open(base: str | Path, source: str | Path, options: Options, progress: Progress) -> _Task:

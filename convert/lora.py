@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from adapt_convert.convert.architectures import is_embedding
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.pieces import Piece
 from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.ranks import spend_budget
@@ -29,17 +31,7 @@ def solve_lora(
     _refuse_biases_beside_embeddings(plan, stored)
     modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
     adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
-    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
-    entries, records = plan.having("factor"), []
-    ranks = _ranks_for_budget(pairs, entries, options) if options.budget is not None else {}
-
-    def factor(entry: Entry, delta: Delta) -> tuple[Record, LowRankDelta | None]:
-        return _factor(entry, delta, ranks.get(entry.name), options, dtype)
-
-    for entry, (record, factors) in pairs.each(progress(entries, "factoring"), factor):
-        records.append(record)
-        if factors is not None:
-            (adapter.embeddings if entry.kind == "embedding" else adapter.factors)[entry.module] = factors
+    records = [_place(entry, piece, adapter) for entry, piece in _solved(pairs, plan, options, progress)]
     for module, delta in list(adapter.embeddings.items()):
         for alias in plan.aliases(f"{module}.weight"):  # the same factors, on every module that shares the table
             name = alias.removesuffix(".weight")
@@ -73,6 +65,30 @@ def unstorable(plan: Plan, entry: Entry) -> str | None:
     return None
 
 
+def _solved(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> Iterable[tuple[Entry, Piece]]:
+    """Every matrix of the plan with what `_solve` makes of it: several at a time, or one by one where pieces are kept."""
+    entries = plan.having("factor")
+    ranks = _ranks_for_budget(pairs, entries, options) if options.budget is not None else {}
+    waiting = progress(entries, "factoring")
+    if pairs.pieces is None:
+        return pairs.each(waiting, lambda entry, delta: _solve(pairs, entry, delta, options, ranks.get(entry.name)))
+    return ((entry, _solve_kept(pairs, entry, options, ranks.get(entry.name))) for entry in waiting)
+
+
+def _solve_kept(pairs: Pairs, entry: Entry, options: Options, budgeted: int | None = None) -> Piece:
+    return pairs.kept("factored", entry, lambda: _solve(pairs, entry, pairs.passing_delta(entry), options, budgeted))
+
+
+def prepare(pairs: Pairs, plan: Plan, entry: Entry, options: Options) -> None:
+    """Work out, and keep among the pieces, all that a conversion will ask of the base about one tensor."""
+    if entry.action != "factor" or entry.rows_lost:
+        pairs.change_energy(entry)
+    if entry.action == "factor":
+        _solve_kept(pairs, entry, options)
+    elif entry.action == "store" and entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
+        pairs.difference(entry)
+
+
 def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> dict[str, int]:
     """A first pass over the matrices that keeps singular values alone; a matrix whose known values are all spent is redone
     with twice as many, until none is."""
@@ -103,27 +119,37 @@ def _spectrum(known: dict[str, int], seed: int, entry: Entry, delta: Delta) -> T
     return factorise(delta, known[entry.name], torch.Generator().manual_seed(seed)).values[: known[entry.name]]
 
 
-def _factor(entry: Entry, delta: Delta, budgeted: int | None, options: Options, dtype: torch.dtype) -> tuple[Record, LowRankDelta | None]:
-    """A matrix's record and its factors in the output dtype; `budgeted` is the rank that a budget leaves it."""
+def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted: int | None) -> Piece:
+    """Factors `B (out, r)` and `A (r, in)` in the output dtype, the energy of the change and what they miss of it.
+
+    There are no factors for a matrix that did not change, or to which the budget gives rank 0.
+    """
     generator = torch.Generator().manual_seed(options.seed)
-    if delta.energy() == 0:
-        return unchanged(entry), None
+    if delta.energy() == 0 or budgeted == 0:
+        return Piece({}, {"energy": delta.energy()})
     if options.energy is not None:
         factorisation, rank = factorise_for_energy(delta, options.energy, generator)
     else:
-        chosen = options.rank if budgeted is None else budgeted
-        assert chosen is not None
-        rank = chosen
-        if rank == 0:
-            return dropped(entry, delta.energy(), "the budget captures more elsewhere"), None
+        rank = budgeted or options.rank or 1
         factorisation = factorise(delta, rank, generator)
+    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
     factors = factorisation.truncate(min(rank, len(factorisation.values)))
     written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
     as_read = LowRankDelta(written.B.float(), written.A.float())
     if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
-    record = Record(entry, "factored", factorisation.energy, residual_energy(delta, as_read), rank=written.rank)
-    return record, LowRankDelta(written.B.cpu(), written.A.cpu())
+    figures = {"energy": factorisation.energy, "residual": residual_energy(delta, as_read)}
+    return Piece({"B": written.B.cpu(), "A": written.A.cpu()}, figures)
+
+
+def _place(entry: Entry, piece: Piece, adapter: LoraAdapter) -> Record:
+    """Put a matrix's factors into the adapter."""
+    if not piece.tensors:
+        energy = piece.figures["energy"]
+        return dropped(entry, energy, "the budget captures more elsewhere") if energy else unchanged(entry)
+    held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
+    held[entry.module] = LowRankDelta(piece.tensors["B"], piece.tensors["A"])
+    return Record(entry, "factored", piece.figures["energy"], piece.figures["residual"], rank=held[entry.module].rank)
 
 
 def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[str], adapter: LoraAdapter) -> list[Record]:

@@ -91,6 +91,17 @@ class Options:
         if self.to == "latte" and self.budget is not None:
             raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
 
+    @property
+    def size_name(self) -> str:
+        """How large the adapter is to be, as its directory is named by default: `r16`, `e0.9` or `20MB`."""
+        if self.rank is not None:
+            return f"r{self.rank}"
+        if self.energy is not None:
+            return f"e{self.energy:g}"
+        assert self.budget is not None
+        unit = next(unit for unit in ("gb", "mb", "kb", "b") if self.budget % _UNITS[unit] == 0)
+        return f"{self.budget // _UNITS[unit]}{unit.upper()}"
+
     def torch_device(self) -> torch.device:
         """The device asked for, or CUDA if there is one, or the CPU."""
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

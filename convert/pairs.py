@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.pieces import Piece, Pieces
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.convert.side_by_side import side_by_side
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -39,13 +41,34 @@ class _Scratch(threading.local):
 
 
 class Pairs:
-    """The base and the source of a conversion. Raises `AdaptError` naming the tensor when a change is not finite."""
+    """The base and the source of a conversion. Raises `AdaptError` naming the tensor when a change is not finite.
 
-    def __init__(self, base: Checkpoint, source: Source, device: torch.device) -> None:
+    With `pieces`, what was worked out for a tensor is kept there, and taken from there where an earlier run has left it.
+    """
+
+    def __init__(self, base: Checkpoint, source: Source, device: torch.device, pieces: Pieces | None = None) -> None:
         self.base = base
         self.source = source
         self.device = device
+        self.pieces = pieces
         self._scratch = _Scratch()
+        if pieces is not None:
+            base.store.learn(pieces.base_digests)
+
+    def kept(self, what: str, entry: Entry, make: Callable[[], Piece]) -> Piece:
+        """The piece of an entry: one that an earlier run has left, else `make()`, kept for a later run."""
+        if self.pieces is None:
+            return make()
+        piece = self.pieces.load(f"{what} {entry.name}")
+        if piece is not None:
+            self.base.store.learn(piece.digests["base"])
+            self.source.store.learn(piece.digests["source"])
+            return piece
+        made = make()
+        keys = {"base": [entry.base_key] if entry.base_key else [], "source": entry.part.keys}
+        digests = {"base": self.base.store.known(keys["base"]), "source": self.source.store.known(keys["source"])}
+        self.pieces.save(f"{what} {entry.name}", replace(made, digests=digests))
+        return made
 
     def each(self, entries: Iterable[Entry], work: Callable[[Entry, Delta], Result]) -> Iterator[tuple[Entry, Result]]:
         """`work(entry, change)` of every matrix, in order but several at a time; the change is gone when `work` returns."""
@@ -100,7 +123,7 @@ class Pairs:
         return iter(torch.split(value.reshape(-1), _BLOCK))
 
     def _old_blocks(self, entry: Entry) -> Iterator[Tensor]:
-        return self.base.store.blocks(entry.base_key, _BLOCK) if entry.base_key else iter(())
+        return self.base.blocks(entry.base_key, _BLOCK) if entry.base_key else iter(())
 
     def _read(self, entry: Entry) -> tuple[Tensor | LowRankDelta, Tensor | None]:
         new = entry.part.load()
@@ -116,6 +139,10 @@ class Pairs:
 
         A tensor that the base lacks counts whole among the first. Of integers the number of differing entries is returned.
         """
+        figures = self.kept("compared", entry, lambda: Piece({}, dict(zip(("energy", "lost"), self._compare(entry), strict=True)))).figures
+        return figures["energy"], figures["lost"]
+
+    def _compare(self, entry: Entry) -> tuple[float, float]:
         energy = lost = 0.0
         if entry.part.kind == "low_rank":
             energy = self._low_rank(entry).energy()
@@ -156,6 +183,9 @@ class Pairs:
 
     def difference(self, entry: Entry) -> Tensor:
         """New value less the base's, float32, in the stored layout (for vectors)."""
+        return self.kept("difference", entry, lambda: Piece({"difference": self._difference(entry)}, {})).tensors["difference"]
+
+    def _difference(self, entry: Entry) -> Tensor:
         new, old = self._read(entry)
         assert isinstance(new, Tensor)
         return new.float() if entry.part.kind == "add" or old is None else new.float() - old.float()

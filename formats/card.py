@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
+from adapt_convert.formats.location import Location
 
 _LOAD = {
     "lora": """from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained({base}), "path/of/this/directory")
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}), {here})
 """,
     "latte": """import adapt_convert
 from transformers import {auto}
 
-model = adapt_convert.load({auto}.from_pretrained({base}), "path/of/this/directory")
+model = adapt_convert.load({auto}.from_pretrained({base}), {here})
 """,
     "lorta": """import adapt_convert
 from transformers import {auto}
 
-model = adapt_convert.load({auto}.from_pretrained({base}), "path/of/this/directory")
+model = adapt_convert.load({auto}.from_pretrained({base}), {here})
 """,
 }
 _AUTO = {
@@ -33,19 +39,39 @@ _AUTO = {
 }
 
 
-def model_card(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Markdown with the numbers of `report`; `config` is that of the model class the adapter is for."""
-    base, source = report["inputs"]["base"]["origin"], report["inputs"]["source"]["origin"]
+_HERE = json.dumps("path/of/this/directory")
+_LICENCE = ("license", "license_name", "license_link")
+
+
+def base_licence(directory: Path) -> dict[str, str]:
+    """The licence that a model's own card (`README.md`) declares in its metadata; empty where it declares none."""
+    card = directory / "README.md"
+    try:
+        metadata = metadata_load(card) if card.is_file() else None
+    except (ValueError, OSError, YAMLError):
+        return {}  # somebody else's card, and not what was asked for
+    return {name: metadata[name] for name in _LICENCE if metadata and isinstance(metadata.get(name), str)}
+
+
+def published_card(card: str, repo: str) -> str:
+    """The card with the repository's name where it says how to load the adapter."""
+    return card.replace(_HERE, json.dumps(repo))
+
+
+def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Location) -> str:
+    """Markdown with the numbers of `report`; `config` is that of the model class the adapter is for, `base` what it loads onto."""
+    origin, source = base.origin, report["inputs"]["source"]["origin"]
     architecture = str((config.get("architectures") or [""])[0])
     auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), "AutoModel")
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
-    code = _LOAD[report["target"]].format(auto=auto, base=json.dumps(base))
+    code = _LOAD[report["target"]].format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
-    on_hub = report["inputs"]["base"]["revision"] is not None
-    lineage = f"base_model: {json.dumps(base)}\nbase_model_relation: adapter\n" if on_hub else ""
+    lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}
+    metadata = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (lineage | base_licence(base.directory)).items())
+    commit = f" (commit {base.revision})" if base.is_hub else ""
     return f"""---
-{lineage}library_name: {"peft" if report["target"] == "lora" else "adapt-convert"}
+{metadata}library_name: {"peft" if report["target"] == "lora" else "adapt-convert"}
 tags:
 - {report["target"]}
 - adapt-convert
@@ -53,7 +79,7 @@ tags:
 
 # {report["target"].upper()} of {source}
 
-Converted from `{source}` on `{base}` without training data.
+Converted from `{source}` on `{origin}`{commit} without training data.
 
 - captured energy of the factored matrices: {_percent(report["captured_energy"])}
 - captured energy of all changes: {_percent(report["captured_energy_of_all_changes"])}

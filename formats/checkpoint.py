@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class TensorStore:
         self._owner: dict[str, SafetensorsFile | PickleFile] = {}
         self.infos: dict[str, TensorInfo] = {}
         self._digests: dict[str, str] = {}
+        self._read: list[str] = []  # a list, as several threads read
         for path in files:
             opened = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
             for name, info in opened.infos.items():
@@ -44,6 +45,7 @@ class TensorStore:
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype."""
         tensor = self._owner[name].read(name)
+        self._read.append(name)
         if name not in self._digests:
             self._digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
         return tensor
@@ -53,6 +55,7 @@ class TensorStore:
 
         What is converted block by block stays in the processor's cache, and memory holds no second copy of the tensor.
         """
+        self._read.append(name)
         digest = None if name in self._digests else hashlib.sha256()
         for block in self._owner[name].blocks(name, elements):
             if digest:
@@ -74,6 +77,19 @@ class TensorStore:
     def _hash(self, name: str) -> None:
         for _ in self.blocks(name, _HASHED):
             pass
+
+    @property
+    def reads(self) -> int:
+        """How many tensors were read so far, each as often as it was."""
+        return len(self._read)
+
+    def learn(self, digests: Mapping[str, str]) -> None:
+        """Take the SHA-256 of tensors from an earlier reading, so that `content_hash` need not read them."""
+        self._digests |= digests
+
+    def known(self, names: Iterable[str]) -> dict[str, str]:
+        """The SHA-256 of those of the tensors that were read."""
+        return {name: self._digests[name] for name in names if name in self._digests}
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +120,9 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         return self.store.read(name)
+
+    def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        return self.store.blocks(name, elements)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

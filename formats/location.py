@@ -10,10 +10,11 @@ from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
-_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WITH_REVISION = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 _WEIGHTS = (
-    ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"],
+    ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "latte.safetensors"],
     ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"],
 )
 MAX_JSON = 256 * 2**20  # bytes; tokenizers reach tens of megabytes
@@ -30,11 +31,16 @@ class Location:
 
     @property
     def name(self) -> str:
-        return re.sub(r"@.*$", "", self.origin).rstrip("/").split("/")[-1] if self.is_hub else self._local_name()
+        return self.loadable.rstrip("/").split("/")[-1] if self.is_hub else self._local_name()
 
     @property
     def is_hub(self) -> bool:
         return self.revision is not None
+
+    @property
+    def loadable(self) -> str:
+        """What `from_pretrained` takes: the path, or the Hub id without its revision."""
+        return self.origin.partition("@")[0] if self.is_hub else self.origin
 
     def _local_name(self) -> str:
         return (self.file.stem if self.file else self.directory.resolve().name) or "model"
@@ -55,10 +61,15 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
         return Location(text, path)
     if path.is_file():
         return Location(text, path.parent, path)
-    if not _HUB_ID.match(text) or text.startswith((".", "/", "~")):
+    if not is_hub_id(text):
         raise AdaptError(f"{text}: no such file or directory (a Hub id has the form org/name)")
     repo, _, at = text.partition("@")
     return _from_hub(text, repo, at or revision)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form `org/name` or `org/name@revision`, and is no local path."""
+    return _WITH_REVISION.fullmatch(text) is not None and not Path(text).exists()
 
 
 def require_utf8(path: str) -> None:
@@ -71,7 +82,9 @@ def require_utf8(path: str) -> None:
 
 def _from_hub(origin: str, repo: str, revision: str | None) -> Location:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    from adapt_convert.formats.hub import FAILURES, hub_message  # here, as the Hub's client is asked only for a Hub id
 
     try:
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
@@ -80,15 +93,11 @@ def _from_hub(origin: str, repo: str, revision: str | None) -> Location:
             if any(next(directory.glob(pattern), None) for pattern in patterns):
                 break
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise AdaptError(f"{origin}: is neither a local path nor in the local Hub cache: {_first_line(error)}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise AdaptError(f"{origin}: is no local path and the Hub refused it: {_first_line(error)}") from None
+        raise AdaptError(f"{origin}: is neither a local path nor in the local Hub cache: {hub_message(error)}") from None
+    except FAILURES as error:
+        raise AdaptError(f"{origin}: is no local path and the Hub refused it: {hub_message(error)}") from None
     # In the cache a snapshot is stored under the commit it was resolved to.
     return Location(origin, directory, revision=directory.name)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -190,6 +190,7 @@ class LoraAdapter:
     conv1d: bool = False
     all_modules: list[str] = field(default_factory=list)
     base_model: str = ""
+    base_revision: str | None = None
     task_type: str | None = None
 
     def tensors(self) -> dict[str, Tensor | LazyTensor]:
@@ -215,6 +216,7 @@ class LoraAdapter:
             "peft_type": "LORA",
             "task_type": self.task_type,
             "base_model_name_or_path": self.base_model,
+            "revision": self.base_revision,
             "inference_mode": True,
             "r": common,
             "lora_alpha": common,

@@ -41,6 +41,12 @@ def with_validation(card: str, figures: Mapping[str, Any], validation: Mapping[s
     return f"---\n{metadata}---\n{body}\n\n{_section(figures, validation)}"
 
 
+def failed_validation(card: str) -> bool:
+    """Whether a card carries the section of a validation that failed."""
+    section = _SECTION.search(card)
+    return section is not None and "): fails: " in section[0]
+
+
 def _model_index(figures: Mapping[str, Any], validation: Mapping[str, Any], name: str) -> str:
     task = _TASKS[validation["settings"]["task"]]
     lines = ["model-index:", f"- name: {json.dumps(name)}", "  results:"]

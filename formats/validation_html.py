@@ -10,7 +10,7 @@ from adapt_convert.formats.sizes import size_text
 from adapt_convert.formats.svg import bars, heat_map, lines, scatter
 from adapt_convert.formats.validation_table import label
 
-_CSS = """
+CSS = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--good:#1a7f4b;--bad:#c4381c;
 --heat:#0b6bcb;--s0:#0b6bcb;--s1:#c2570c;--s2:#1a7f4b;--s3:#8b3fc7;--s4:#b3246b;--s5:#6b6f00;--s6:#0a7f8c}
 @media (prefers-color-scheme:dark){:root{--bg:#12151a;--card:#1b2027;--ink:#e7eaee;--soft:#a0a9b5;--line:#323a45;--good:#4cc38a;
@@ -48,7 +48,7 @@ def validation_page(data: Mapping[str, Any]) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{"Pass" if data["passed"] else "Fail"}: {escape(_name(data["fine_tune"]["path"]))}</title>
-<style>{_CSS}</style></head><body><main>
+<style>{CSS}</style></head><body><main>
 {"".join(section for section in sections if section)}
 </main></body></html>
 """

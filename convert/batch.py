@@ -1,0 +1,129 @@
+"""Many conversions over few bases: planned whole, resumable, each failure for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from adapt_convert.convert.batch_inputs import find, foresee, is_done
+from adapt_convert.convert.batch_run import FAILED, Events, Run
+from adapt_convert.convert.batch_state import HIDDEN, JobState, write_whole
+from adapt_convert.convert.conversion import open_base
+from adapt_convert.convert.manifest import Job, parse_manifest, read_manifest
+from adapt_convert.convert.options import parse_size
+from adapt_convert.convert.ray_pool import RayPool
+from adapt_convert.convert.scheduler import LocalPool, Pool, available_memory, run_tasks
+from adapt_convert.formats import remote
+from adapt_convert.formats.atomic import check_destination
+from adapt_convert.formats.batch_html import batch_page
+from adapt_convert.formats.errors import AdaptError
+
+ENGINES = ("local", "ray")
+SUMMARY, LOG, INDEX = "batch.json", "batch.jsonl", "index.html"
+
+
+def batch(
+    manifest: str | Path | Mapping[str, Any],
+    output: str | Path,
+    *,
+    jobs: int | None = None,
+    retry: int = 0,
+    dry_run: bool = False,
+    memory: str | int | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    copy_to: str | None = None,
+    on_event: Events = lambda event: None,
+) -> dict[str, Any]:
+    """Run the conversions of a manifest (docs/batch.md), a file or its content, into directories below `output`.
+
+    `jobs` is the number of processes (1), `retry` how often a failed job is tried again, `memory` (bytes, or text like 20GB)
+    what all processes together may use by prediction: what the machine has to spare by default. With `engine="ray"` the
+    processes are workers of the Ray cluster at `address`, as many as it has CPUs, and Ray minds their memory. Finished outputs
+    are copied below the URL `copy_to` as well. What an earlier run finished from the same inputs, options and version is left
+    as it is. `on_event` is told what also goes into `batch.jsonl`.
+
+    Returns what `batch.json` holds, or with `dry_run` the plan of every job. Raises `AdaptError` when the manifest or the
+    output is refused; a job that fails is a row of the result.
+    """
+    if (jobs is not None and jobs < 1) or retry < 0:
+        raise AdaptError(f"--jobs {jobs}, --retry {retry}: must be whole numbers of at least 1 and 0")
+    if engine not in ENGINES:
+        raise AdaptError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    if copy_to:
+        remote.check_url(copy_to)
+    rows = read_manifest(manifest) if isinstance(manifest, str | Path) else parse_manifest(manifest)
+    root = Path(output)
+    _check_outputs(root, rows)
+    if dry_run:
+        return {"jobs": [_foresee(root, job) for job in rows]}
+    _check_pushes(rows)
+    pool: Pool = RayPool(address, jobs) if engine == "ray" else LocalPool(jobs or 1, _limit(memory))
+    # In this order, so that no process of this batch is left when the lock is released.
+    with _locked(root), contextlib.closing(pool), (root / LOG).open("a", encoding="utf-8") as log:
+        run = Run(root, rows, retry, copy_to, log, on_event)
+        run.plan()
+        run_tasks(run.queue, pool)
+        summary = run.summary()
+        write_whole(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_whole(root / INDEX, batch_page(summary))
+    if copy_to:
+        remote.copy_to(root, [SUMMARY, INDEX], copy_to)
+    return summary
+
+
+def _limit(memory: str | int | None) -> int:
+    if memory is None:
+        return available_memory()
+    return parse_size(memory) if isinstance(memory, str) else memory
+
+
+def _check_outputs(root: Path, jobs: list[Job]) -> None:
+    """Refuse, before anything starts, what would replace somebody else's directory, or one that is read."""
+    if root.exists() and not root.is_dir():
+        raise AdaptError(f"{root} is not a directory; choose another with -o")
+    for job in jobs:
+        ours = JobState(root, job).read() is not None
+        check_destination(root / job.output, ours or job.overwrite, (job.base, job.source))
+
+
+def _check_pushes(jobs: list[Job]) -> None:
+    repos = [job.push for job in jobs if job.push]
+    if repos:
+        from adapt_convert.formats.hub import check_login, check_repo
+
+        for repo in repos:
+            check_repo(repo)
+        check_login(repos[0])
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One batch at a time in a directory; the lock ends with the process, however it ends."""
+    try:
+        (root / HIDDEN).mkdir(parents=True, exist_ok=True)
+        with (root / HIDDEN / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise AdaptError(f"{root}: another batch is running there") from None
+            yield
+    except OSError as error:
+        raise AdaptError(f"{root}: cannot be written: {error.strerror or error}") from None
+
+
+def _foresee(root: Path, job: Job) -> dict[str, Any]:
+    """One row of the dry run."""
+    row: dict[str, Any] = {"output": job.output, "base": job.base, "source": job.source, "to": job.options.to}
+    try:
+        found = find(job)
+        if is_done(JobState(root, job), found):
+            return row | {"status": "up to date"}
+        size, peak = foresee(found, open_base(job.base, job.base_revision))
+        return row | {"status": "to convert", "predicted_bytes": size, "predicted_peak_memory": peak}
+    except AdaptError as error:
+        return row | {"status": FAILED, "error": str(error)}

@@ -1,0 +1,145 @@
+"""The Hub: publishing an adapter in one commit, and saying in one line, without the token, what it refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from adapt_convert.formats.card import published_card
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import HUB_ID, read_json
+from adapt_convert.formats.validation_card import failed_validation
+
+# A connection that breaks raises an error of the client's HTTP library, which differs between its releases.
+FAILURES: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+_REFUSALS: tuple[type[Exception], ...] = (*FAILURES, ValueError)  # with what it finds wrong with a card
+REPORT, CARD, _VALIDATION = "conversion.json", "README.md", "validation.json"
+# What a conversion and its validation write; anything else in the directory is its owner's business.
+_WEIGHTS = ("adapter_model.safetensors", "latte.safetensors")
+_SENT = (CARD, *_WEIGHTS, "adapter_config.json", "latte_config.json", REPORT, _VALIDATION)
+_ATTEMPTS = 3
+_CONFLICTS = (409, 412)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What would be sent: `files` by their path in the repository, the card's text, and what a user should know first."""
+
+    repo: str
+    files: dict[str, Path]
+    card: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        sizes = {name: path.stat().st_size for name, path in self.files.items()} | {CARD: len(self.card.encode())}
+        return {"repo": self.repo, "files": sizes, "notes": list(self.notes)}
+
+
+def push(
+    directory: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Publish an adapter directory as the Hub repository `repo` (`org/name`), which is made if need be.
+
+    Everything goes up in one commit: either all of it is there afterwards or nothing. `revision` is the branch, made if need
+    be; `create_pr` opens a pull request instead of changing it. The token is the Hub client's own (HF_TOKEN, or its login).
+    `dry_run` asks nobody. Returns the repository, the files with their sizes, and unless `dry_run` the commit.
+
+    Raises `AdaptError` for a directory without a report, one whose validation failed (unless `force`), or when the Hub
+    refuses; a conflict with another commit, a server error or a lost connection is tried again first.
+    """
+    upload = prepare(Path(directory), repo, force)
+    if create_pr and revision not in (None, "main"):
+        raise AdaptError("--create-pr and --revision contradict each other; a pull request is made against main")
+    if dry_run:
+        return upload.to_json() | {"card": upload.card}
+    check_login(repo)
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = _commit(api, upload, revision, create_pr)
+    except _REFUSALS as error:
+        raise AdaptError(f"{repo}: nothing was published: {hub_message(error)}") from None
+    result = {"url": commit.commit_url, "commit": commit.oid, "pull_request": commit.pr_url}
+    return upload.to_json() | {name: value for name, value in result.items() if value}
+
+
+def prepare(directory: Path, repo: str, force: bool = False) -> Upload:
+    """Check what is to be published, without any network. Raises `AdaptError`."""
+    check_repo(repo)
+    report_path = directory / REPORT
+    if not report_path.is_file() and not (force and directory.is_dir()):
+        raise AdaptError(f"{directory}: has no {REPORT}, so nobody can tell what it holds; --force pushes it all the same")
+    files = {name: directory / name for name in _SENT if (directory / name).is_file()}
+    if not any(name in files for name in _WEIGHTS):
+        raise AdaptError(f"{directory}: holds no adapter ({' or '.join(_WEIGHTS)}); there is nothing to push")
+    card = files[CARD].read_text(encoding="utf-8") if CARD in files else ""
+    validation = files.get(_VALIDATION)
+    failed = failed_validation(card) or (validation is not None and read_json(validation).get("passed") is False)
+    if failed and not force:
+        raise AdaptError(f"{directory}: its validation failed; --force pushes it all the same")
+    notes = [] if not failed else ["its validation failed"]
+    if report_path.is_file() and read_json(report_path).get("inputs", {}).get("base", {}).get("revision") is None:
+        notes.append("the base was a local path, so the card names no base_model")
+    return Upload(repo, files, published_card(card, repo), tuple(notes))
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what is no Hub id of the form `org/name`."""
+    if not HUB_ID.fullmatch(repo):
+        raise AdaptError(f"{repo}: is no Hub id of the form org/name")
+
+
+def check_login(repo: str) -> None:
+    """Refuse, before any work, a push that cannot succeed: no network allowed, no token, or one that the Hub does not know."""
+    check_repo(repo)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise AdaptError(f"{repo}: HF_HUB_OFFLINE is set, so nothing can be pushed")
+    if get_token() is None:
+        raise AdaptError(f"{repo}: no Hub token; set HF_TOKEN or log in with `hf auth login`")
+    try:
+        HfApi().whoami()
+    except FAILURES as error:
+        raise AdaptError(f"{repo}: the Hub does not accept the token: {hub_message(error)}") from None
+
+
+def _commit(api: HfApi, upload: Upload, revision: str | None, create_pr: bool) -> Any:
+    """One commit. Tried again where a second try may go better, but not for a pull request: that would open a second one."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        # The client marks operations as used, so every attempt gets fresh ones; files that are there already are not sent again.
+        sent: dict[str, Path | bytes] = {**upload.files, CARD: upload.card.encode()}
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sent.items()]
+        try:
+            return api.create_commit(
+                upload.repo, operations, commit_message="Upload by adapt-convert", revision=revision, create_pr=create_pr
+            )
+        except FAILURES as error:
+            response = getattr(error, "response", None)
+            final = response is not None and response.status_code < 500 and response.status_code not in _CONFLICTS
+            if final or create_pr or attempt == _ATTEMPTS:
+                raise
+            time.sleep(attempt)
+    raise AssertionError("unreachable")
+
+
+def hub_message(error: Exception) -> str:
+    """The first line of the client's error, without the token, should a server or proxy have sent it back."""
+    token = get_token()
+    text = str(error).replace(token, "***") if token else str(error)
+    # The client puts what the server said into a paragraph of its own, after a line with the status and a request id.
+    said = [line.strip() for line in text.strip().split("\n") if line.strip()] or [type(error).__name__]
+    return " ".join(said)[:300]

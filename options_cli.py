@@ -1,0 +1,101 @@
+"""What commands share: how they fail, and the options that mean and say the same everywhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adapt_convert.terminal import fail
+
+OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; named after the input if left out.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output; it stays until the new one is whole.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+BASE_REVISION = click.option("--base-revision", metavar="REV", help="Branch, tag or commit of BASE when it is a Hub id.")
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the fine-tune or adapter when it is a Hub id.")
+
+
+class Commands(click.Group):
+    """Turns every refusal of the library into one line and exit code 1; a wrong call exits with 2.
+
+    Every option is read from `ADAPT_CONVERT_COMMAND_OPTION` as well. click's `auto_envvar_prefix` would name some of the
+    variables after parameters of our functions (`as_json`) and not after the option as typed.
+    """
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        for option in cmd.params:
+            if isinstance(option, click.Option):
+                typed = max(option.opts, key=len).removeprefix("--")
+                option.envvar = f"adapt-convert-{name or cmd.name}-{typed}".upper().replace("-", "_")
+        super().add_command(cmd, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            fail("interrupted; nothing was written", 130)
+        except MemoryError:
+            fail("out of memory; close other programs, or convert on a machine with more")
+        except Exception as error:
+            from adapt_convert.formats.errors import AdaptError
+
+            if isinstance(error, BrokenPipeError):  # the reader of our output has left
+                raise SystemExit(1) from None
+            if isinstance(error, AdaptError):
+                fail(str(error))
+            if isinstance(error, RuntimeError) and "out of memory" in str(error):
+                fail("out of memory; try --device cpu")
+            if isinstance(error, OSError):
+                fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
+            raise
+
+
+def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:
+    """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
+    options = [
+        click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta or latte."),
+        click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
+        click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
+        click.option("--budget", metavar="SIZE", help="One budget for all factors, like 20MB, spent where it captures most."),
+        click.option(
+            "--target-modules",
+            multiple=True,
+            metavar="NAME",
+            help="What to factor: all-linear, attention, mlp or module names; commas or repeats.",
+        ),
+        click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats."),
+        click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default."),
+        click.option(
+            "--orientation",
+            default="paper",
+            show_default=True,
+            metavar="WHICH",
+            help="LoRTA only: paper, or reference for the layout of github.com/ihounie/lorta.",
+        ),
+        click.option(
+            "--segments",
+            metavar="N",
+            help="LatTE only: runs of layers with a basis each (1; post-norm encoders: one per layer), or auto.",
+        ),
+        click.option(
+            "--construction",
+            metavar="WHICH",
+            default="residual",
+            show_default=True,
+            help="LatTE only: residual, or score (the paper's Theorem 2; no rotary embeddings).",
+        ),
+        click.option(
+            "--heads", metavar="HOW", default="wider", show_default=True, help="LatTE's score construction: wider heads, or more of them."
+        ),
+        click.option("--strict", is_flag=True, help="Refuse when anything but --exclude'd modules would be lost."),
+        click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default."),
+        click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers."),
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+def path_option(*names: str, help: str, required: bool = False) -> Callable[[Any], Any]:
+    return click.option(*names, type=click.Path(path_type=Path), help=help, required=required)

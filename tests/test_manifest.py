@@ -1,0 +1,182 @@
+"""Manifests: what they expand to, what is refused, and that the published JSON Schema says the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hub_server import Hub
+from test_hub import Session
+
+from adapt_convert.cli import main
+from adapt_convert.convert.manifest import OPTION_SCHEMAS, Job, parse_manifest, read_manifest, schema
+from adapt_convert.convert.options import Options
+from adapt_convert.formats.errors import AdaptError
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture
+def here(pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "base").symlink_to(pairs("llama").base)
+    for name in ("ft-a", "ft-b", "other"):
+        (tmp_path / "fts").mkdir(exist_ok=True)
+        (tmp_path / "fts" / name).symlink_to(pairs("llama").ft)
+    (tmp_path / "fts" / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def jobs(*rows: dict[str, Any], **defaults: Any) -> list[Job]:
+    return parse_manifest({"defaults": {"base": "base", **defaults}, "jobs": list(rows)})
+
+
+def test_one_source_a_pattern_and_a_directory(here: Path) -> None:
+    assert [(job.source, job.output) for job in jobs({"source": "fts/ft-a"})] == [("fts/ft-a", "ft-a-lora-r16")]
+    assert [job.source for job in jobs({"source": "fts/ft-*"})] == ["fts/ft-a", "fts/ft-b"]
+    assert [job.source for job in jobs({"source": "fts"})] == ["fts/ft-a", "fts/ft-b", "fts/other"]  # not the notes
+    (job,) = jobs({"source": "org/ft@v1"})  # a Hub id
+    assert job.output == "ft-lora-r16"
+
+
+def test_options_by_their_names_and_defaults(here: Path) -> None:
+    rows = [
+        {"source": "fts/ft-a", "to": "latte", "segments": "auto", "energy": 0.5},
+        {"source": "fts/ft-b", "budget": "20kB", "output": "deep/{name}", "push": "org/{name}", "exclude": ["lm_head"]},
+    ]
+    first, second = jobs(*rows, rank=8, seed=3, target_modules="q_proj,v_proj")
+    assert first.options == Options(to="latte", segments="auto", energy=0.5, seed=3, target_modules=("q_proj", "v_proj"))
+    assert second.options == Options(budget=20000, seed=3, target_modules=("q_proj", "v_proj"), exclude=("lm_head",))
+    assert (second.output, second.push) == ("deep/ft-b", "org/ft-b")
+    assert first.output == "ft-a-latte-e0.5"
+
+
+def test_every_option_of_delta_has_its_place() -> None:
+    """`--dry-run` and `--json` are the batch's own."""
+    named = {parameter.name for parameter in main.commands["delta"].params} - {"dry_run", "as_json"}
+    named = {{"rerun": "validate", "repo": "push"}.get(name, name) for name in named}
+    assert named == set(schema()["properties"]["jobs"]["items"]["properties"])
+    assert set(OPTION_SCHEMAS) == {field.name for field in fields(Options)}
+
+
+def test_json_is_yaml(here: Path) -> None:
+    content = {"defaults": {"base": "base"}, "jobs": [{"source": "fts/ft-a", "energy": 0.25}]}
+    (here / "jobs.json").write_text(json.dumps(content, indent="\t"))
+    (here / "jobs.yaml").write_text(yaml.safe_dump(content))
+    assert read_manifest("jobs.json") == read_manifest("jobs.yaml") == parse_manifest(content)
+
+
+def test_the_published_schema_is_current() -> None:
+    assert json.loads((DOCS / "batch.schema.json").read_text()) == schema(), "run: python docs/make_batch_schema.py"
+
+
+GOOD = [
+    {"jobs": [{"base": "base", "source": "fts"}]},
+    {"defaults": {"base": "base", "rank": "8", "strict": True}, "jobs": [{"source": "fts/ft-a", "exclude": "lm_head"}]},
+    {"defaults": {"base": "base"}, "jobs": [{"source": "fts/ft-a", "budget": "1MB"}, {"source": "fts/ft-b", "budget": 10**6}]},
+    {"defaults": {"base": "base"}, "jobs": [{"source": "fts/ft-a", "to": "lorta", "orientation": "reference", "dtype": "float16"}]},
+    {"defaults": {"base": "base", "output": "x/{name}"}, "jobs": [{"source": "fts/ft-a", "target_modules": ["q_proj"], "seed": 1}]},
+]
+BAD_SHAPE = [
+    ([], "expected `jobs:`"),
+    ({"jobs": []}, "expected `jobs:`"),
+    ({"jobs": {"source": "fts"}}, "expected `jobs:`"),
+    ({"jobs": ["fts"]}, "jobs[0]: expected names and values"),
+    ({"job": [], "jobs": [{"source": "fts"}]}, "job: unknown"),
+    ({"jobs": [{"base": "base"}]}, "jobs[0]: source: is missing"),
+    ({"defaults": {"source": "fts"}, "jobs": [{"source": "fts"}]}, "defaults: source: no such option here"),
+    ({"defaults": {"rnak": 3}, "jobs": [{"source": "fts"}]}, "defaults: rnak: no such option here"),
+    ({"jobs": [{"base": "base", "source": "fts", "target-modules": "x"}]}, "target-modules: no such option here"),
+    ({"jobs": [{"base": "base", "source": "fts", "dry_run": True}]}, "dry_run: no such option here"),
+    ({"jobs": [{"base": "base", "source": 3}]}, "source: 3 is no text"),
+    ({"jobs": [{"base": "base", "source": ""}]}, "source: '' is no text"),
+    ({"jobs": [{"base": "base", "source": "fts", "strict": "yes"}]}, "strict: 'yes' is neither true nor false"),
+    ({"jobs": [{"base": "base", "source": "fts", "validate": 1}]}, "validate: 1 is neither"),
+    ({"jobs": [{"base": "base", "source": "fts", "rank": None}]}, "rank: has no value"),
+    ({"jobs": [{"base": "base", "source": "fts", "rank": "many"}]}, "(fts): --rank many: must be a whole number"),
+    ({"jobs": [{"base": "base", "source": "fts", "rank": 1.5}]}, "--rank 1.5: must be a whole number"),
+    ({"jobs": [{"base": "base", "source": "fts", "rank": True}]}, "--rank True"),
+    ({"jobs": [{"base": "base", "source": "fts", "to": "dora"}]}, "--to dora: unknown target"),
+    ({"jobs": [{"base": "base", "source": "fts", "dtype": "int8"}]}, "--dtype int8"),
+    ({"jobs": [{"base": "base", "source": "fts", "exclude": [3]}]}, "--exclude [3]"),
+    ({"jobs": [{"base": "base", "source": "fts", "orientation": "sideways"}]}, "--orientation sideways"),
+]
+BAD_MEANING = [
+    ({"jobs": [{"source": "fts"}]}, "base: is missing, here and in the defaults"),
+    ({"jobs": [{"base": "base", "source": "fts", "rank": 0}]}, "--rank 0"),
+    ({"jobs": [{"base": "base", "source": "fts", "rank": 2, "energy": 0.5}]}, "contradict each other"),
+    ({"jobs": [{"base": "base", "source": "nowhere/*"}]}, "nowhere/*: no such file or directory, and no pattern"),
+    ({"jobs": [{"base": "nowhere", "source": "fts"}]}, "base: nowhere: no such file"),
+    ({"jobs": [{"base": "base", "source": "fts", "output": "one"}]}, "is the output of both"),
+    ({"jobs": [{"base": "base", "source": "fts/ft-a", "output": "../out"}]}, "below that of the batch"),
+    ({"jobs": [{"base": "base", "source": "fts/ft-a", "output": "/out"}]}, "below that of the batch"),
+    ({"jobs": [{"base": "base", "source": "fts/ft-a", "output": ".adapt-convert/x"}]}, "below that of the batch"),
+    (
+        {"jobs": [{"base": "base", "source": f"fts/ft-{x}", "output": out} for x, out in (("a", "x"), ("b", "x/y"))]},
+        "x/y: lies in the output of fts/ft-a",
+    ),
+]
+
+
+@pytest.mark.parametrize("manifest", GOOD)
+def test_schema_and_reader_accept(here: Path, manifest: Any) -> None:
+    parse_manifest(manifest)
+    jsonschema.validate(manifest, schema())
+
+
+@pytest.mark.parametrize(("manifest", "message"), BAD_SHAPE)
+def test_schema_and_reader_refuse(here: Path, manifest: Any, message: str) -> None:
+    with pytest.raises(AdaptError) as refused:
+        parse_manifest(manifest)
+    assert message in str(refused.value)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(manifest, schema())
+
+
+@pytest.mark.parametrize(("manifest", "message"), BAD_MEANING)
+def test_only_the_reader_can_refuse(here: Path, manifest: Any, message: str) -> None:
+    with pytest.raises(AdaptError) as refused:
+        parse_manifest(manifest)
+    assert message in str(refused.value)
+    jsonschema.validate(manifest, schema())
+
+
+def test_the_schema_is_valid() -> None:
+    jsonschema.Draft202012Validator.check_schema(schema())
+
+
+def test_a_problem_names_the_job_and_how_many_more_there_are(here: Path) -> None:
+    rows = [{"source": "fts/ft-a"}, {"source": "fts/ft-b", "rank": 0}, {"source": "nowhere"}]
+    (here / "jobs.yaml").write_text(yaml.safe_dump({"defaults": {"base": "base"}, "jobs": rows}))
+    with pytest.raises(AdaptError, match=r"^jobs\.yaml: jobs\[1\] \(fts/ft-b\): --rank 0: .* \(and 1 more such\)$"):
+        read_manifest("jobs.yaml")
+    (here / "broken.yaml").write_text("jobs: [\n")
+    (here / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    for name in ("broken.yaml", "bytes.yaml", "missing.yaml"):
+        with pytest.raises(AdaptError, match=name):
+            read_manifest(name)
+
+
+def test_a_collection_of_the_hub(pairs: Any, tmp_path: Path) -> None:
+    with Hub() as hub:
+        pair = pairs("llama")
+        for name, path in (("org/base", pair.base), ("org/ft-a", pair.ft), ("org/ft-b", pair.ft)):
+            hub.add(name, {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()})
+        hub.collections["org/fine-tunes-0123"] = ["org/ft-a", "org/ft-b"]
+        manifest = {"defaults": {"base": "org/base", "rank": 2}, "jobs": [{"source": "collections/org/fine-tunes-0123"}]}
+        (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(manifest))
+        session = Session(hub, tmp_path)
+        done = session.run("batch", "jobs.yaml", "-o", "out")
+        assert done.returncode == 0, done.stderr
+        assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/conversion.json")) == ["ft-a-lora-r2", "ft-b-lora-r2"]
+        report = json.loads((tmp_path / "out" / "ft-a-lora-r2" / "conversion.json").read_text())
+        assert report["inputs"]["source"]["revision"] == hub.repos["org/ft-a"].refs["main"]
+        assert session.run("batch", "jobs.yaml", "-o", "out").stdout.count("(earlier)") == 2
+        hub.add("org/ft-a", dict(hub.repos["org/ft-b"].files("main")) | {"new.txt": b""})  # another commit
+        assert session.run("batch", "jobs.yaml", "-o", "out").stdout.count("(earlier)") == 1
+        session.assert_no_token()
