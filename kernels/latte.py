@@ -166,10 +166,10 @@ class _Loader:
 
     def _set_exact(self) -> None:
         """Parameters held by value: those of norms by task and row, others for every row, which one adapter alone can ask for."""
-        tasks = self.adapter.tasks
+        tasks, contained = self.adapter.tasks, self._contained()
         for module in sorted({name.rpartition(".")[0] for task in tasks for name in task.exact}):
             live = self.names.live(module)
-            if live in self._in_front():
+            if live in contained:
                 raise AdaptError(f"{self.origin}: holds {module} by value, which its matrices contain: the file was changed")
             norm = self.model.get_submodule(live) if _has(self.model, live) else None
             weight = getattr(norm, "weight", None)
@@ -183,8 +183,8 @@ class _Loader:
             else:
                 self.state.for_all_rows += self._set_values(module)
 
-    def _in_front(self) -> set[str]:
-        """The norms whose gains and biases the readers' matrices contain, and the matrices themselves."""
+    def _contained(self) -> set[str]:
+        """The modules whose values the blocks contain: the matrices, and the norms in front of readers."""
         layout, layers = self.layout, range(len(self.names.blocks))
         inside = [*filter(None, layout.readers), *(r for readers in layout.readers.values() for r in readers), *layout.writers]
         return {self.names.live(f"{layout.block.format(layer)}.{name}") for layer in layers for name in inside}
