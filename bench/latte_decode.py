@@ -32,7 +32,7 @@ with warnings.catch_warnings():
 
 import adapt_convert
 from adapt_convert.convert.delta import LowRankDelta
-from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment
+from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
 from adapt_convert.formats.peft import LoraAdapter
 
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -72,7 +72,9 @@ def make_adapter(model: Any, rank: int) -> LatteAdapter:
                     task.readers[module] = 0.02 * torch.randn(rows, rank, generator=generator)
                 else:
                     task.writers[module] = 0.02 * torch.randn(rank, columns, generator=generator)
-    return LatteAdapter("qwen2", [Segment(0, config.num_hidden_layers, Q)], tasks)
+    weights = {module: model.get_submodule(module).weight for module in (*tasks[0].readers, *tasks[0].writers)}
+    prints = {module: fingerprint(weight, weight.dtype) for module, weight in weights.items()}
+    return LatteAdapter("qwen2", [Segment(0, config.num_hidden_layers, Q)], tasks, prints)
 
 
 def twin(base: Any) -> Any:
@@ -122,7 +124,7 @@ def with_latte(base: Any, adapter: LatteAdapter, tasks: int) -> Any:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "latte"
         directory.mkdir()
-        part = LatteAdapter(adapter.model_type, adapter.segments, adapter.tasks[:tasks])
+        part = LatteAdapter(adapter.model_type, adapter.segments, adapter.tasks[:tasks], adapter.fingerprints)
         part.write(directory)
         return adapt_convert.load(twin(base), directory)
 
