@@ -69,8 +69,8 @@ def make_adapter(pair, config: Any, directory: Path, seed: int = 0) -> Any:
     """A trained-looking adapter: whatever `peft` trains is random. Returns the live model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # peft draws the first factors itself
         model = peft.get_peft_model(pair.load(pair.base), config).eval()
-        torch.manual_seed(seed)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)
@@ -146,7 +146,7 @@ def test_a_smaller_rank_is_the_truncated_svd(adapters, tmp_path: Path, name: str
 
 @pytest.mark.parametrize("name", ["plain", "rsLoRA", "all-linear", "GPT-2, fan_in_fan_out", "bias all", "a classifier's head"])
 def test_lora_to_lorta(adapters, tmp_path: Path, name: str) -> None:
-    pair, adapter, expected, _ = adapters(name)
+    pair, adapter, _, _ = adapters(name)
     before = pair.logits(pair.load(pair.base))
     captured = []
     for rank in (1, 6):
@@ -156,7 +156,8 @@ def test_lora_to_lorta(adapters, tmp_path: Path, name: str) -> None:
     assert 0.02 < captured[0] < captured[1] <= 1
     loaded = pair.logits(adapt_convert.load(pair.load(pair.base), out))
     assert (loaded - before).abs().max() > 1e-2
-    assert (loaded - expected).norm() < (before - expected).norm()
+    adapt_convert.merge(pair.base, out, tmp_path / "merged")
+    torch.testing.assert_close(loaded, pair.logits(pair.load(tmp_path / "merged")), atol=1e-4, rtol=1e-4)
 
 
 def test_what_peft_wrote_as_bin(adapters, tmp_path: Path) -> None:
