@@ -11,14 +11,14 @@ import adapt_convert.convert  # noqa: F401
 globals().pop("convert", None)
 
 if TYPE_CHECKING:
-    from adapt_convert.convert.batch import batch
+    from adapt_convert.convert.batch.batch import batch
     from adapt_convert.convert.conversion import Conversion, convert
     from adapt_convert.convert.demo import run_demo
     from adapt_convert.convert.inspection import inspect
-    from adapt_convert.convert.latte_bundle import bundle
+    from adapt_convert.convert.latte.bundle import bundle
     from adapt_convert.convert.merge import merge
-    from adapt_convert.convert.validation import validate
-    from adapt_convert.convert.validation_result import Validation
+    from adapt_convert.convert.validation.result import Validation
+    from adapt_convert.convert.validation.validate import validate
     from adapt_convert.formats.errors import AdaptError
     from adapt_convert.formats.hub import push
     from adapt_convert.kernels.attach import load, task_ids, unload
@@ -43,9 +43,9 @@ __all__ = [
 _HOMES = {
     "AdaptError": "adapt_convert.formats.errors",
     "Conversion": "adapt_convert.convert.conversion",
-    "Validation": "adapt_convert.convert.validation_result",
-    "batch": "adapt_convert.convert.batch",
-    "bundle": "adapt_convert.convert.latte_bundle",
+    "Validation": "adapt_convert.convert.validation.result",
+    "batch": "adapt_convert.convert.batch.batch",
+    "bundle": "adapt_convert.convert.latte.bundle",
     "convert": "adapt_convert.convert.conversion",
     "inspect": "adapt_convert.convert.inspection",
     "load": "adapt_convert.kernels.attach",
@@ -54,7 +54,7 @@ _HOMES = {
     "run_demo": "adapt_convert.convert.demo",
     "task_ids": "adapt_convert.kernels.attach",
     "unload": "adapt_convert.kernels.attach",
-    "validate": "adapt_convert.convert.validation",
+    "validate": "adapt_convert.convert.validation.validate",
 }
 
 

@@ -27,7 +27,7 @@ from adapt_convert.terminal import (
 )
 
 if TYPE_CHECKING:
-    from adapt_convert.convert.validation_result import Validation
+    from adapt_convert.convert.validation.result import Validation
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -189,7 +189,7 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
     Example:
       adapt-convert bundle ./base ./adapter-a ./adapter-b --to latte --rank 32 -o ./bundle
     """
-    from adapt_convert.convert.latte_bundle import bundle as make_bundle
+    from adapt_convert.convert.latte.bundle import bundle as make_bundle
     from adapt_convert.formats.atomic import check_destination
 
     directory = output or Path(f"bundle-of-{len(sources)}-latte")
@@ -245,9 +245,9 @@ def validate(
     Example:
       adapt-convert validate ./base ./ft ./ft-lora-r16 --text heldout.txt --min-recovered 0.9 -o ./report --html report.html
     """
-    from adapt_convert.convert.validation import validate as run
-    from adapt_convert.convert.validation_result import FILE
-    from adapt_convert.convert.verdict import Thresholds
+    from adapt_convert.convert.validation.result import FILE
+    from adapt_convert.convert.validation.validate import validate as run
+    from adapt_convert.convert.validation.verdict import Thresholds
     from adapt_convert.formats.atomic import check_file
 
     for path in ([output / FILE] if output else []) + ([html] if html else []):
@@ -312,7 +312,7 @@ def batch(manifest: Path, output: Path, as_json: bool, dry_run: bool, **options:
     Example:
       adapt-convert batch jobs.yaml -o ./adapters --jobs 4
     """
-    from adapt_convert.convert.batch import batch as run_batch
+    from adapt_convert.convert.batch.batch import batch as run_batch
 
     try:
         with batch_table(quiet=as_json or dry_run) as on_event:
@@ -351,7 +351,7 @@ def demo(directory: Path, as_json: bool) -> None:
 
 def _validate_conversion(base: str, source: str, directory: Path, as_json: bool, revisions: tuple[str | None, str | None]) -> Validation:
     """Validate a conversion that was just written, on the built-in text; the report goes beside it and into its model card."""
-    from adapt_convert.convert.validation import validate as run
+    from adapt_convert.convert.validation.validate import validate as run
 
     paths = [f"{path}@{revision}" if revision else path for path, revision in zip((base, source), revisions, strict=True)]
     with progress(quiet=as_json) as track:

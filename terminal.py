@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adapt_convert.convert.conversion import Conversion
-    from adapt_convert.convert.validation_result import Validation
+    from adapt_convert.convert.validation.result import Validation
 
 MATERIAL = 0.01  # share of an adapter's energy whose loss in a merge is worth a line
 FAILED = 3  # exit code of a candidate that is not the fine-tune

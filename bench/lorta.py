@@ -24,9 +24,9 @@ import tensorly
 import torch
 from tensorly.decomposition import parafac
 
-from adapt_convert.convert.cp import fit_cp
-from adapt_convert.convert.cp_tensor import CPShape, Slab
 from adapt_convert.convert.delta import Delta, DenseDelta
+from adapt_convert.convert.lorta.cp import fit_cp
+from adapt_convert.convert.lorta.cp_tensor import CPShape, Slab
 
 LETTERS = "ar,jr,hr,lr,mr->ajhlm"
 

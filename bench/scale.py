@@ -41,7 +41,7 @@ _STAGES = {
     "read": {("safetensors_file.py", "read"), ("safetensors_file.py", "_fill"), ("safetensors_file.py", "_opened")},
     "hash": {("checkpoint.py", "read"), ("checkpoint.py", "blocks"), ("checkpoint.py", "_hash")},
     "subtract": {("pairs.py", "_subtract"), ("pairs.py", "_energy")},
-    "sketch": {("delta.py", "matmul"), ("delta.py", "rmatmul"), ("latte_basis.py", "_own_gram"), ("cp_stream.py", "_gram")},
+    "sketch": {("delta.py", "matmul"), ("delta.py", "rmatmul"), ("basis.py", "_own_gram"), ("cp_stream.py", "_gram")},
     "measure": {("delta.py", "residual_energy"), ("delta.py", "energy")},
     "write": {("safetensors_file.py", "write_safetensors")},
 }

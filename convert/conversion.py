@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import module_names
-from adapt_convert.convert.latte import solve_latte
+from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
-from adapt_convert.convert.lorta import reference_slots, solve_lorta
+from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Pieces

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.convert.conversion import convert
-from adapt_convert.convert.live_model import quiet
 from adapt_convert.convert.progress import Progress, silent
+from adapt_convert.convert.validation.live_model import quiet
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.kernels.attach import load

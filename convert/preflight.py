@@ -25,7 +25,7 @@ from adapt_convert.convert.architectures import (
     place_of,
     without_prefix,
 )
-from adapt_convert.convert.latte_layout import check_latte
+from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError

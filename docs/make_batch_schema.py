@@ -5,6 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from adapt_convert.convert.manifest import schema
+from adapt_convert.convert.batch.manifest import schema
 
 Path(__file__).with_name("batch.schema.json").write_text(json.dumps(schema(), indent=1) + "\n")

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp_tensor import CPFactors
 from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.convert.lorta.cp_tensor import CPFactors
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_of
+from adapt_convert.convert.latte.layout import Layout, layout_of, score_layout_of
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, Segment, matches_fingerprint, read_latte
 from adapt_convert.formats.location import Location

@@ -1,4 +1,4 @@
-"""LatTE by the score construction on a live model: wider query and key heads, read from `[x; xbar]` (convert/latte_score.py).
+"""LatTE by the score construction on a live model: wider query and key heads, read from `[x; xbar]` (convert/latte/score.py).
 
 Attention splits its channels into heads of one size, so v is widened by zeros and o reads none of them; the scale of the scores
 stays that of the base, which the stock attention keeps in a field of its own.
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapt_convert.convert.delta import LowRankDelta
-from adapt_convert.convert.latte_layout import ScoreLayout
-from adapt_convert.convert.latte_score import score_blocks, widened
+from adapt_convert.convert.latte.layout import ScoreLayout
+from adapt_convert.convert.latte.score import score_blocks, widened
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapt_convert
-from adapt_convert.convert import attribution
-from adapt_convert.convert.attribution import Change, removed_kl
 from adapt_convert.convert.delta import DenseDelta
-from adapt_convert.convert.outputs import Batch
-from adapt_convert.convert.validation import validate
+from adapt_convert.convert.validation import attribution
+from adapt_convert.convert.validation.attribution import Change, removed_kl
+from adapt_convert.convert.validation.outputs import Batch
+from adapt_convert.convert.validation.validate import validate
 
 IDS = [[(7 * i + 3 * j) % 90 + 3 for i in range(20)] for j in range(4)]
 

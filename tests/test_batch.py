@@ -24,10 +24,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapt_convert
 from adapt_convert.cli import main
-from adapt_convert.convert import batch_run, batch_tasks
-from adapt_convert.convert.batch_inputs import Found
-from adapt_convert.convert.batch_state import HIDDEN
-from adapt_convert.convert.manifest import Job, parse_manifest
+from adapt_convert.convert.batch import run as batch_run
+from adapt_convert.convert.batch import tasks as batch_tasks
+from adapt_convert.convert.batch.inputs import Found
+from adapt_convert.convert.batch.manifest import Job, parse_manifest
+from adapt_convert.convert.batch.state import HIDDEN
 
 RUN = [sys.executable, "-c", "from adapt_convert.cli import main; main()", "batch"]
 

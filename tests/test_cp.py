@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from adapt_convert.convert import cp_stream
-from adapt_convert.convert.cp import fit_cp
-from adapt_convert.convert.cp_als import fit_core, random_model, residual_core
-from adapt_convert.convert.cp_core import Core, normals, product_a
-from adapt_convert.convert.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.lorta import cp_stream
+from adapt_convert.convert.lorta.cp import fit_cp
+from adapt_convert.convert.lorta.cp_als import fit_core, random_model, residual_core
+from adapt_convert.convert.lorta.cp_core import Core, normals, product_a
+from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 
 Deltas = dict[tuple[int, int], Delta]
 

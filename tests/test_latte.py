@@ -42,7 +42,7 @@ from transformers import (
 
 import adapt_convert
 from adapt_convert.convert.conversion import convert
-from adapt_convert.convert.latte_layout import LAYOUTS
+from adapt_convert.convert.latte.layout import LAYOUTS
 from adapt_convert.formats.errors import AdaptError
 
 _TEXT = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import adapt_convert
 from adapt_convert.convert.conversion import convert
 from adapt_convert.convert.delta import LowRankDelta
-from adapt_convert.convert.latte_layout import SCORE_LAYOUTS
-from adapt_convert.convert.latte_score import ScoreBlocks, paper_padding, score_blocks, widened
-from adapt_convert.convert.latte_score_solver import OUT_OF_REACH
+from adapt_convert.convert.latte.layout import SCORE_LAYOUTS
+from adapt_convert.convert.latte.score import ScoreBlocks, paper_padding, score_blocks, widened
+from adapt_convert.convert.latte.score_solver import OUT_OF_REACH
 from adapt_convert.formats.errors import AdaptError
 
 from .conftest import MODELS, save_pair

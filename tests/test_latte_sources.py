@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import adapt_convert
-from adapt_convert.convert import latte_basis, latte_segments
 from adapt_convert.convert.conversion import convert, open_pair
-from adapt_convert.convert.cp import fit_cp
-from adapt_convert.convert.cp_tensor import CPShape, Slab
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta
-from adapt_convert.convert.latte_basis import find_basis
-from adapt_convert.convert.latte_deltas import Effective
+from adapt_convert.convert.latte import basis as basis_module
+from adapt_convert.convert.latte import segments as segments_module
+from adapt_convert.convert.latte.basis import find_basis
+from adapt_convert.convert.latte.deltas import Effective
+from adapt_convert.convert.lorta.cp import fit_cp
+from adapt_convert.convert.lorta.cp_tensor import CPShape, Slab
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import make_plan
@@ -114,7 +115,7 @@ def test_a_lorta_fitted_on_raw_deltas_needs_more_dims_and_gets_exact_with_them(c
 @pytest.mark.parametrize(("overhead", "best"), [(0, 3), (50_000, 1)])
 def test_auto_takes_the_cheapest_cut_that_it_tried(overhead: int, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer has a subspace of its own: one basis for all needs three times the dims, which only costly cuts outweigh."""
-    monkeypatch.setattr(latte_segments, "_CUT_OVERHEAD", overhead)
+    monkeypatch.setattr(segments_module, "_CUT_OVERHEAD", overhead)
     case = save_planted(tmp_path, "llama", attention_bias=False)
     tuned = case.model()
     for number, layer in enumerate(tuned.model.layers):
@@ -177,7 +178,7 @@ def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(monkeypa
         return [work(reads, delta) for reads, delta in deltas]
 
     exact, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
-    monkeypatch.setattr(latte_basis, "GRAM_LIMIT", 0)
+    monkeypatch.setattr(basis_module, "GRAM_LIMIT", 0)
     iterated, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
     energy = [sum(float((d.weight @ Q if reads else d.weight.T @ Q).square().sum()) for reads, d in deltas) for Q in (exact, iterated)]
     assert energy[1] > 0.9999 * energy[0]

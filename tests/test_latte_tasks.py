@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adapt_convert
-from adapt_convert.convert.latte_bundle import bundle
+from adapt_convert.convert.latte.bundle import bundle
 from adapt_convert.formats.errors import AdaptError
 
 from .test_latte import CASES, Planted, batch, logits, plant, save_planted

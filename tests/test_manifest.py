@@ -14,7 +14,7 @@ from hub_server import Hub
 from test_hub import Session
 
 from adapt_convert.cli import main
-from adapt_convert.convert.manifest import OPTION_SCHEMAS, Job, parse_manifest, read_manifest, schema
+from adapt_convert.convert.batch.manifest import OPTION_SCHEMAS, Job, parse_manifest, read_manifest, schema
 from adapt_convert.convert.options import Options
 from adapt_convert.formats.errors import AdaptError
 

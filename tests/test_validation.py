@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapt_convert
-from adapt_convert.convert.validation import validate
-from adapt_convert.convert.verdict import Thresholds
+from adapt_convert.convert.validation.validate import validate
+from adapt_convert.convert.validation.verdict import Thresholds
 from adapt_convert.formats.errors import AdaptError
 
 ROWS = 6

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapt_convert.convert import reference_outputs
-from adapt_convert.convert.live_model import require_run_extra
-from adapt_convert.convert.outputs import Predictions
-from adapt_convert.convert.reference_outputs import ReferenceOutputs
-from adapt_convert.convert.texts import built_in_text, make_corpus, read_documents
-from adapt_convert.convert.validation import validate
-from adapt_convert.convert.verdict import Thresholds
+from adapt_convert.convert.validation import reference_outputs
+from adapt_convert.convert.validation.live_model import require_run_extra
+from adapt_convert.convert.validation.outputs import Predictions
+from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs
+from adapt_convert.convert.validation.texts import built_in_text, make_corpus, read_documents
+from adapt_convert.convert.validation.validate import validate
+from adapt_convert.convert.validation.verdict import Thresholds
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import locate
 

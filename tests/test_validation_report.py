@@ -82,7 +82,7 @@ def test_keys_exit_codes_and_the_failing_line(here: Path) -> None:
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     here: Path, monkeypatch: pytest.MonkeyPatch, option: str, path: str, message: str
 ) -> None:
-    monkeypatch.setattr(sys.modules["adapt_convert.convert.validation"], "open_contender", None)  # nothing is opened
+    monkeypatch.setattr(sys.modules["adapt_convert.convert.validation.validate"], "open_contender", None)  # nothing is opened
     refused = call("good", option, path)
     assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1), refused.output
     assert message in refused.stderr

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from adapt_convert.convert.candidates import Contender, Stage
 from adapt_convert.convert.conversion import peak_memory
-from adapt_convert.convert.live_model import Task
-from adapt_convert.convert.outputs import Batch, continue_greedily, run
+from adapt_convert.convert.validation.candidates import Contender, Stage
+from adapt_convert.convert.validation.live_model import Task
+from adapt_convert.convert.validation.outputs import Batch, continue_greedily, run
 from adapt_convert.formats.errors import AdaptError
 
 ROUNDS = 5

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from adapt_convert.convert.adapter_weights import Holdings
-from adapt_convert.convert.fidelity import Fidelity
+from adapt_convert.convert.validation.adapter_weights import Holdings
+from adapt_convert.convert.validation.fidelity import Fidelity
 from adapt_convert.formats.errors import AdaptError
 
 DEFAULT_MIN_RECOVERED = 0.5

@@ -12,8 +12,8 @@ import torch
 
 from adapt_convert.convert.architectures import heads_of
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
-from adapt_convert.convert.latte_layout import ScoreLayout, score_layout_of
-from adapt_convert.convert.latte_score import check_heads, paper_padding, widened
+from adapt_convert.convert.latte.layout import ScoreLayout, score_layout_of
+from adapt_convert.convert.latte.score import check_heads, paper_padding, widened
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp_als import fit_core, refine
-from adapt_convert.convert.cp_core import Core, Model, balance, normals, solve_proximal
-from adapt_convert.convert.cp_stream import Bases, Stream, find_bases, orthonormal
-from adapt_convert.convert.cp_tensor import CPFactors, CPFit, CPShape, Slab
+from adapt_convert.convert.lorta.cp_als import fit_core, refine
+from adapt_convert.convert.lorta.cp_core import Core, Model, balance, normals, solve_proximal
+from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
+from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_thread
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from adapt_convert.convert.adapter_weights import RECORD, Holdings
-from adapt_convert.convert.attribution import NODES, Attribution
-from adapt_convert.convert.candidates import Contender
-from adapt_convert.convert.fidelity import Fidelity
-from adapt_convert.convert.speed import Speed
-from adapt_convert.convert.texts import Corpus
-from adapt_convert.convert.verdict import Thresholds
+from adapt_convert.convert.validation.adapter_weights import RECORD, Holdings
+from adapt_convert.convert.validation.attribution import NODES, Attribution
+from adapt_convert.convert.validation.candidates import Contender
+from adapt_convert.convert.validation.fidelity import Fidelity
+from adapt_convert.convert.validation.speed import Speed
+from adapt_convert.convert.validation.texts import Corpus
+from adapt_convert.convert.validation.verdict import Thresholds
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.validation_card import with_validation
 from adapt_convert.formats.validation_html import validation_page

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.conversion import Conversion, open_pair, survey, task_type
-from adapt_convert.convert.latte import describe, fingerprints, project, store_exact
-from adapt_convert.convert.latte_deltas import Effective
-from adapt_convert.convert.latte_segments import find_segments
+from adapt_convert.convert.latte.deltas import Effective
+from adapt_convert.convert.latte.segments import find_segments
+from adapt_convert.convert.latte.solver import describe, fingerprints, project, store_exact
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype, require_factors

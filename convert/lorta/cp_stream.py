@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp_core import Core
-from adapt_convert.convert.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+from adapt_convert.convert.lorta.cp_core import Core
+from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.side_by_side import side_by_side
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from adapt_convert.convert.scheduler import Task
+from adapt_convert.convert.batch.scheduler import Task
 from adapt_convert.formats.errors import AdaptError
 
 _RERUNS = 3  # of a task whose worker or node was lost

@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.attribution import Change, parameter_of
-from adapt_convert.convert.candidates import Contender, task_number
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
-from adapt_convert.convert.latte import approximation
-from adapt_convert.convert.latte_deltas import Effective, Matrix
-from adapt_convert.convert.latte_layout import Layout, layout_of, score_layout_of
+from adapt_convert.convert.latte.deltas import Effective, Matrix
+from adapt_convert.convert.latte.layout import Layout, layout_of, score_layout_of
+from adapt_convert.convert.latte.solver import approximation
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
+from adapt_convert.convert.validation.attribution import Change, parameter_of
+from adapt_convert.convert.validation.candidates import Contender, task_number
 from adapt_convert.formats.latte import read_latte
 
 

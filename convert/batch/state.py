@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from adapt_convert.convert.manifest import Job
+from adapt_convert.convert.batch.manifest import Job
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.location import Location
 

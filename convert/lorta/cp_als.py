@@ -1,7 +1,7 @@
 """CP fit of a small dense core: alternating least squares, then damped Gauss-Newton.
 
 Both need two products with the core per iteration and nothing else of its size: `T W` (W: the Khatri-Rao product of all modes but A)
-and `A^T T`, from which the products of all other modes follow cheaply (convert/cp_core.py).
+and `A^T T`, from which the products of all other modes follow cheaply (convert/lorta/cp_core.py).
 
 Sources: Kolda and Bader 2009 (ALS); Tomasi and Bro 2006 and Sorber, Van Barel and De Lathauwer 2013 (Gauss-Newton: `J^T J` is applied
 in closed form and its block diagonal, the normal matrices of ALS, preconditions conjugate gradients).
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.cp_core import (
+from adapt_convert.convert.lorta.cp_core import (
     TINY,
     Core,
     CoreFit,

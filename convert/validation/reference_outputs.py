@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.outputs import Predictions
+from adapt_convert.convert.validation.outputs import Predictions
 from adapt_convert.formats.errors import AdaptError
 
 FULL_LIMIT = 2 * 2**30  # bytes; above it only the largest logits are kept

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.live_model import load_model, quiet, read_config, release, vocabulary_of
+from adapt_convert.convert.validation.live_model import load_model, quiet, read_config, release, vocabulary_of
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS

@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from adapt_convert.convert.batch_inputs import Found, find, foresee, is_done, is_same
-from adapt_convert.convert.batch_state import Identity, JobState, settings_of
-from adapt_convert.convert.batch_tasks import Group, finish, share
+from adapt_convert.convert.batch.inputs import Found, find, foresee, is_done, is_same
+from adapt_convert.convert.batch.manifest import Job
+from adapt_convert.convert.batch.scheduler import Task
+from adapt_convert.convert.batch.state import Identity, JobState, settings_of
+from adapt_convert.convert.batch.tasks import Group, finish, share
 from adapt_convert.convert.conversion import open_base
-from adapt_convert.convert.manifest import Job
-from adapt_convert.convert.scheduler import Task
 from adapt_convert.formats import remote
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.convert.architectures import place_of
-from adapt_convert.convert.attribution import Change, parameter_of
-from adapt_convert.convert.candidates import Contender
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
-from adapt_convert.convert.latte_weights import LatteWeights
+from adapt_convert.convert.latte.weights import LatteWeights
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
 from adapt_convert.convert.svd import factorise
+from adapt_convert.convert.validation.attribution import Change, parameter_of
+from adapt_convert.convert.validation.candidates import Contender
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import read_json
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapt_convert.convert.batch_inputs import find, foresee, is_done
-from adapt_convert.convert.batch_run import FAILED, Events, Run
-from adapt_convert.convert.batch_state import HIDDEN, JobState, write_whole
+from adapt_convert.convert.batch.inputs import find, foresee, is_done
+from adapt_convert.convert.batch.manifest import Job, parse_manifest, read_manifest
+from adapt_convert.convert.batch.ray_pool import RayPool
+from adapt_convert.convert.batch.run import FAILED, Events, Run
+from adapt_convert.convert.batch.scheduler import LocalPool, Pool, available_memory, run_tasks
+from adapt_convert.convert.batch.state import HIDDEN, JobState, write_whole
 from adapt_convert.convert.conversion import open_base
-from adapt_convert.convert.manifest import Job, parse_manifest, read_manifest
 from adapt_convert.convert.options import parse_size
-from adapt_convert.convert.ray_pool import RayPool
-from adapt_convert.convert.scheduler import LocalPool, Pool, available_memory, run_tasks
 from adapt_convert.formats import remote
 from adapt_convert.formats.atomic import check_destination
 from adapt_convert.formats.batch_html import batch_page

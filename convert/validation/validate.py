@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from adapt_convert.convert.adapter_weights import Holdings, changes_of, measure_weights
-from adapt_convert.convert.attribution import Attribution, quadrature, removed_kl
-from adapt_convert.convert.candidates import Contender, Stage, check_vocabularies, contenders_of, open_contender, staged
-from adapt_convert.convert.fidelity import Fidelity, RowSums, Tally, summarise
-from adapt_convert.convert.live_model import Task, model_class_of, read_config, require_run_extra, task_of, vocabulary_of
 from adapt_convert.convert.options import DTYPES, Options
-from adapt_convert.convert.outputs import Batch, continue_greedily, make_batches, predict
-from adapt_convert.convert.probe import PREDICTIONS, ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
 from adapt_convert.convert.progress import Progress, silent
-from adapt_convert.convert.reference_outputs import ReferenceOutputs
-from adapt_convert.convert.speed import Speed, measure_speed
-from adapt_convert.convert.texts import DEFAULT_MAX_TOKENS, Corpus, make_corpus, noise_images
-from adapt_convert.convert.validation_result import Judged, Validation
-from adapt_convert.convert.verdict import Thresholds, fidelity_failures, weight_failures
+from adapt_convert.convert.validation.adapter_weights import Holdings, changes_of, measure_weights
+from adapt_convert.convert.validation.attribution import Attribution, quadrature, removed_kl
+from adapt_convert.convert.validation.candidates import Contender, Stage, check_vocabularies, contenders_of, open_contender, staged
+from adapt_convert.convert.validation.fidelity import Fidelity, RowSums, Tally, summarise
+from adapt_convert.convert.validation.live_model import Task, model_class_of, read_config, require_run_extra, task_of, vocabulary_of
+from adapt_convert.convert.validation.outputs import Batch, continue_greedily, make_batches, predict
+from adapt_convert.convert.validation.probe import PREDICTIONS, ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
+from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs
+from adapt_convert.convert.validation.result import Judged, Validation
+from adapt_convert.convert.validation.speed import Speed, measure_speed
+from adapt_convert.convert.validation.texts import DEFAULT_MAX_TOKENS, Corpus, make_corpus, noise_images
+from adapt_convert.convert.validation.verdict import Thresholds, fidelity_failures, weight_failures
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapt_convert.convert.batch_state import Identity, JobState, settings_of
+from adapt_convert.convert.batch.manifest import Job
+from adapt_convert.convert.batch.state import Identity, JobState, settings_of
 from adapt_convert.convert.conversion import open_source
-from adapt_convert.convert.manifest import Job
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint

@@ -17,10 +17,10 @@ from adapt_convert.convert.architectures import (
     heads_of,
     place_of,
 )
-from adapt_convert.convert.cp import fit_cp
-from adapt_convert.convert.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.delta import Delta, residual_energy
 from adapt_convert.convert.lora import lazy_value
+from adapt_convert.convert.lorta.cp import fit_cp
+from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.candidates import Stage
-from adapt_convert.convert.outputs import Batch, predictions_of, run
-from adapt_convert.convert.reference_outputs import ReferenceOutputs, total_divergence
+from adapt_convert.convert.validation.candidates import Stage
+from adapt_convert.convert.validation.outputs import Batch, predictions_of, run
+from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs, total_divergence
 
 PROBE_TOKENS = 256  # of the first rows: enough for stable ratios, and a 7 B model's outputs stay near 1 GB on the disk
 PROBE_IMAGES = 8

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.batch_state import JobState
+from adapt_convert.convert.batch.manifest import Job
+from adapt_convert.convert.batch.state import JobState
 from adapt_convert.convert.conversion import convert, open_base, open_source
 from adapt_convert.convert.lora import prepare
-from adapt_convert.convert.manifest import Job
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Pieces
 from adapt_convert.convert.preflight import Plan, make_plan
@@ -149,7 +149,7 @@ def _publish(state: JobState) -> None:
 
 def _validate(job: Job, output: Path) -> bool:
     """The verdict, with the report beside the adapter and in its card; untimed, as other jobs run beside it."""
-    from adapt_convert.convert.validation import validate
+    from adapt_convert.convert.validation.validate import validate
 
     base = f"{job.base}@{job.base_revision}" if job.base_revision else job.base
     source = f"{job.source}@{job.revision}" if job.revision else job.source

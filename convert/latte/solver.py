@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
-from adapt_convert.convert.latte_deltas import Effective, Matrix
-from adapt_convert.convert.latte_score_solver import solve_scores
-from adapt_convert.convert.latte_segments import find_segments
+from adapt_convert.convert.latte.deltas import Effective, Matrix
+from adapt_convert.convert.latte.score_solver import solve_scores
+from adapt_convert.convert.latte.segments import find_segments
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs

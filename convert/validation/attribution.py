@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapt_convert.convert.delta import Delta, LowRankDelta
-from adapt_convert.convert.outputs import Batch, call, predictions_of
+from adapt_convert.convert.validation.outputs import Batch, call, predictions_of
 
 NODES = 4  # exact for integrands of degree 7; the KL along the line is near a parabola, its derivative near a straight line
 _TOKENS = 64  # run together

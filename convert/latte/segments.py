@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from adapt_convert.convert.delta import Delta
-from adapt_convert.convert.latte_basis import cut, find_basis
-from adapt_convert.convert.latte_deltas import Effective, Matrix, scaled
+from adapt_convert.convert.latte.basis import cut, find_basis
+from adapt_convert.convert.latte.deltas import Effective, Matrix, scaled
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.progress import Progress
 from adapt_convert.formats.errors import AdaptError

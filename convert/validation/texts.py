@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.live_model import Task, quiet
+from adapt_convert.convert.validation.live_model import Task, quiet
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 

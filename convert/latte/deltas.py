@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
-from adapt_convert.convert.latte_layout import Layout, layout_of
+from adapt_convert.convert.latte.layout import Layout, layout_of
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.side_by_side import side_by_side

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapt_convert.convert.outputs import Predictions
-from adapt_convert.convert.reference_outputs import Comparison
+from adapt_convert.convert.validation.outputs import Predictions
+from adapt_convert.convert.validation.reference_outputs import Comparison
 
 RESAMPLES = 2000
 _Sums = NDArray[np.float64]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.live_model import Task
-from adapt_convert.convert.texts import Corpus, masked
+from adapt_convert.convert.validation.live_model import Task
+from adapt_convert.convert.validation.texts import Corpus, masked
 from adapt_convert.formats.errors import AdaptError
 
 IGNORED = -100  # a position without a target, as in `transformers`
