@@ -16,28 +16,43 @@ from adapt_convert.formats.peft import PREFIX
 from adapt_convert.kernels.lorta import lorta_add, lorta_apply
 from adapt_convert.kernels.surgery import Replaced, WrappedLayer, shape_of, weight_of
 
-_FACTORS = ("A", "B", "heads")
+
+class LortaSlice(nn.Module):
+    """One slice of the tensor: `A (d, r)`, `B (d_h, r)` and `heads (H, r)`, for the rows of a layer's output that `slot` names.
+
+    `A` and `B` are shared by all slices until the model is moved.
+    """
+
+    A: Tensor
+    B: Tensor
+    heads: Tensor
+
+    def __init__(self, slot: Slot, A: Tensor, B: Tensor, heads: Tensor) -> None:
+        super().__init__()
+        self.slot = slot
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
+        self.register_buffer("heads", heads, persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        start, stop, reads = self.slot.start, self.slot.stop, self.slot.transposed
+        if start is None:
+            return lorta_add(y, x, self.A, self.B, self.heads, reads)
+        added = lorta_apply(x, self.A, self.B, self.heads, reads)
+        return torch.cat([y[..., :start], y[..., start:stop] + added, y[..., stop:]], dim=-1)
 
 
 class LortaModule(WrappedLayer):
-    """A linear layer with its slices of a LoRTA added; `A` and `B` are shared by all layers until the model is moved."""
+    """A linear layer with its slices of a LoRTA added."""
 
-    def __init__(self, base: nn.Module, slices: list[tuple[Slot, Tensor, Tensor, Tensor]]) -> None:
+    def __init__(self, base: nn.Module, slices: list[LortaSlice]) -> None:
         super().__init__(base)
-        self.slots = [slot for slot, *_ in slices]
-        for number, (_, *factors) in enumerate(slices):
-            for name, factor in zip(_FACTORS, factors, strict=True):
-                self.register_buffer(f"{name}{number}", factor, persistent=False)
+        self.slices = nn.ModuleList(slices)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        for number, slot in enumerate(self.slots):
-            a, b, heads = (self.get_buffer(f"{name}{number}") for name in _FACTORS)
-            if slot.start is None:
-                y = lorta_add(y, x, a, b, heads, reads=slot.transposed)
-            else:
-                added = lorta_apply(x, a, b, heads, reads=slot.transposed)
-                y = torch.cat([y[..., : slot.start], y[..., slot.start : slot.stop] + added, y[..., slot.stop :]], dim=-1)
+        for part in self.slices:
+            y = part(x, y)
         return y
 
 
@@ -62,7 +77,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: Replaced) -> None:
-    slices: dict[str, list[tuple[Slot, Tensor, Tensor, Tensor]]] = {}
+    slices: dict[str, list[LortaSlice]] = {}
     for block in blocks:
         f = block.factors
         shared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -72,7 +87,7 @@ def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: Replaced) 
             where = (weight.device, weight.dtype)
             a, b = shared.setdefault(where, (f.A.to(*where), f.B.to(*where)))
             heads = (f.C_h[block.group[slot.matrix]] * f.C_l[slot.layer] * f.C_m[slot.matrix]).to(*where)
-            slices.setdefault(slot.module, []).append((slot, a, b, heads))
+            slices.setdefault(slot.module, []).append(LortaSlice(slot, a, b, heads))
     for name, parts in slices.items():
         state.swap(model, name, LortaModule(model.get_submodule(name), parts))
 
