@@ -11,7 +11,15 @@ import click
 
 from adapt_convert.terminal import fail
 
-OUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write; named after the input if left out.")
+
+class _NamedPath(click.Path):
+    """A path; an empty one, which would be the working directory, is a wrong call."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(value or self.fail("an empty path", param, ctx), param, ctx)
+
+
+OUT = click.option("-o", "--output", type=_NamedPath(path_type=Path), help="Directory to write; named after the input if left out.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output; it stays until the new one is whole.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 BASE_REVISION = click.option("--base-revision", metavar="REV", help="Branch, tag or commit of BASE when it is a Hub id.")
@@ -98,4 +106,4 @@ def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callabl
 
 
 def path_option(*names: str, help: str, required: bool = False) -> Callable[[Any], Any]:
-    return click.option(*names, type=click.Path(path_type=Path), help=help, required=required)
+    return click.option(*names, type=_NamedPath(path_type=Path), help=help, required=required)

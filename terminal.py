@@ -219,6 +219,8 @@ def report_batch(result: dict[str, Any]) -> None:
     failed = [row for row in result["jobs"] if row["status"] == "failed"]
     for row in failed:
         click.echo(f"FAIL {row['output']}: {row['error']}", err=True)
+    if "error" in result:
+        click.echo(f"FAIL {result['error']}", err=True)
     code = result.get("exit_code", 1 if failed else 0)
     if code:
         sys.exit(code)

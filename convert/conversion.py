@@ -27,7 +27,7 @@ from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, latte_config_path
-from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
@@ -130,12 +130,17 @@ def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
     return Checkpoint(location)
 
 
+def refuse_latte(source: Location) -> None:
+    """Refuse, as something to convert, what is a LatTE already."""
+    if latte_config_path(source) is not None:
+        raise AdaptError(f"{source.origin}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
+
+
 def open_source(base: Checkpoint, source: str | Path, revision: str | None = None) -> Source:
     """Open a fine-tune or an adapter of `base` from headers."""
     location = locate(source, revision)
     config_path = adapter_config_path(location)
-    if latte_config_path(location) is not None:
-        raise AdaptError(f"{source}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
+    refuse_latte(location)
     if config_path is None:
         checkpoint = Checkpoint(location)
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -125,11 +126,15 @@ def parse_size(text: str) -> int:
 
 def _whole_number(option: str, value: object) -> int:
     try:
-        if isinstance(value, int | str) and not isinstance(value, bool):
-            return int(value)
+        if isinstance(value, int | str) and not isinstance(value, bool) and (number := int(value)).bit_length() < 64:
+            return number
     except ValueError:
         pass
-    raise AdaptError(f"{option} {value}: must be a whole number")
+    raise AdaptError(f"{option} {_brief(value)}: must be a whole number")
+
+
+def _brief(value: object) -> str:
+    return value if isinstance(value, str) else reprlib.repr(value)  # a manifest may hold anything, of any size
 
 
 def _number(option: str, value: object) -> float:
@@ -138,7 +143,7 @@ def _number(option: str, value: object) -> float:
             return float(value)
     except ValueError:
         pass
-    raise AdaptError(f"{option} {value}: must be a number")
+    raise AdaptError(f"{option} {_brief(value)}: must be a number")
 
 
 def _bytes(option: str, value: object) -> int:
@@ -152,7 +157,7 @@ def _segments(option: str, value: object) -> int | str:
 def _names(option: str, value: object) -> tuple[str, ...]:
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
-        raise AdaptError(f"{option} {value}: must be names of modules")
+        raise AdaptError(f"{option} {_brief(value)}: must be names of modules")
     return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
 
 

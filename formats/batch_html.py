@@ -17,14 +17,15 @@ def batch_page(summary: Mapping[str, Any]) -> str:
     """The page of `batch.json`; links are relative to the batch's directory."""
     counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items())
     bad = summary["exit_code"] != 0
-    reads = "".join(f"<li>{escape(line)}</li>" for line in read_lines(summary))
+    lines = read_lines(summary) + ([summary["error"]] if "error" in summary else [])
+    notes = "".join(f"<li>{escape(line)}</li>" for line in lines)
     head = "".join(f"<th>{title}</th>" for title in ("output", "source", "target", "status", "captured energy", "size", ""))
     rows = "".join(_row(row) for row in summary["jobs"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>Batch of {len(summary["jobs"])} conversions</title><style>{CSS}</style></head><body><main>
 <h1>Batch of {len(summary["jobs"])} conversions</h1>
-<div class="card verdict{" bad" if bad else ""}"><b>{escape(counts)}</b><ul>{reads}</ul></div>
+<div class="card verdict{" bad" if bad else ""}"><b>{escape(counts)}</b><ul>{notes}</ul></div>
 <div class="scroll"><table><tr>{head}</tr>
 {rows}</table></div>
 </main></body></html>

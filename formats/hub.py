@@ -9,11 +9,13 @@ from typing import Any
 
 import huggingface_hub.constants
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from adapt_convert.formats.card import published_card
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import HUB_ID, read_json
+from adapt_convert.formats.published import LATTE, PEFT, Report, check_adapter, private_paths, without_paths
 from adapt_convert.formats.validation_card import failed_validation
 
 # A connection that breaks raises an error of the client's HTTP library, which differs between its releases.
@@ -21,23 +23,27 @@ FAILURES: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 _REFUSALS: tuple[type[Exception], ...] = (*FAILURES, ValueError)  # with what it finds wrong with a card
 REPORT, CARD, _VALIDATION = "conversion.json", "README.md", "validation.json"
 # What a conversion and its validation write; anything else in the directory is its owner's business.
-_WEIGHTS = ("adapter_model.safetensors", "latte.safetensors")
-_SENT = (CARD, *_WEIGHTS, "adapter_config.json", "latte_config.json", REPORT, _VALIDATION)
+_WEIGHTS = (PEFT[0], LATTE[0])
+_SENT = (CARD, *PEFT, *LATTE, REPORT, _VALIDATION)
 _ATTEMPTS = 3
 _CONFLICTS = (409, 412)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What would be sent: `files` by their path in the repository, the card's text, and what a user should know first."""
+    """What would be sent: `files` by their path in the repository, and what a user should know first."""
 
     repo: str
-    files: dict[str, Path]
-    card: str
+    files: dict[str, Path | bytes]
     notes: tuple[str, ...]
 
+    @property
+    def card(self) -> str:
+        content = self.files.get(CARD, b"")
+        return content.decode() if isinstance(content, bytes) else ""
+
     def to_json(self) -> dict[str, Any]:
-        sizes = {name: path.stat().st_size for name, path in self.files.items()} | {CARD: len(self.card.encode())}
+        sizes = {name: len(held) if isinstance(held, bytes) else held.stat().st_size for name, held in self.files.items()}
         return {"repo": self.repo, "files": sizes, "notes": list(self.notes)}
 
 
@@ -66,14 +72,16 @@ def push(
     if dry_run:
         return upload.to_json() | {"card": upload.card}
     check_login(repo)
-    api = HfApi()
+    api, left = HfApi(), ""
     try:
+        is_new = not api.repo_exists(repo)
         api.create_repo(repo, private=private or None, exist_ok=True)
+        left = " (the repository was made, and is empty)" if is_new else ""
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
         commit = _commit(api, upload, revision, create_pr)
     except _REFUSALS as error:
-        raise AdaptError(f"{repo}: nothing was published: {hub_message(error)}") from None
+        raise AdaptError(f"{repo}: nothing was published{left}: {hub_message(error)}") from None
     result = {"url": commit.commit_url, "commit": commit.oid, "pull_request": commit.pr_url}
     return upload.to_json() | {name: value for name, value in result.items() if value}
 
@@ -84,24 +92,51 @@ def prepare(directory: Path, repo: str, force: bool = False) -> Upload:
     report_path = directory / REPORT
     if not report_path.is_file() and not (force and directory.is_dir()):
         raise AdaptError(f"{directory}: has no {REPORT}, so nobody can tell what it holds; --force pushes it all the same")
-    files = {name: directory / name for name in _SENT if (directory / name).is_file()}
-    if not any(name in files for name in _WEIGHTS):
-        raise AdaptError(f"{directory}: holds no adapter ({' or '.join(_WEIGHTS)}); there is nothing to push")
-    card = files[CARD].read_text(encoding="utf-8") if CARD in files else ""
-    validation = files.get(_VALIDATION)
-    failed = failed_validation(card) or (validation is not None and read_json(validation).get("passed") is False)
+    found = {name: directory / name for name in _SENT if (directory / name).is_file()}
+    report = Report.read(report_path) if REPORT in found else None
+    check_adapter(directory, report)
+    card = _read_text(found[CARD]) if CARD in found else ""
+    validation = read_json(found[_VALIDATION]) if _VALIDATION in found else {}
+    failed = failed_validation(card) or validation.get("passed") is False
     if failed and not force:
         raise AdaptError(f"{directory}: its validation failed; --force pushes it all the same")
     notes = [] if not failed else ["its validation failed"]
-    if report_path.is_file() and read_json(report_path).get("inputs", {}).get("base", {}).get("revision") is None:
+    if report is not None and report.base_is_local:
         notes.append("the base was a local path, so the card names no base_model")
-    return Upload(repo, files, published_card(card, repo), tuple(notes))
+    hidden = private_paths(report, validation)
+    files: dict[str, Path | bytes] = dict(found)
+    for name in found:
+        if name not in _WEIGHTS:
+            files[name] = without_paths(_read_text(found[name]), hidden).encode()
+    if CARD in found:
+        files[CARD] = published_card(without_paths(card, hidden), repo).encode()
+    return Upload(repo, files, tuple(notes))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise AdaptError(f"{path}: is not text in UTF-8") from None
+    except OSError as error:
+        raise AdaptError(f"{path}: cannot be opened: {error.strerror}") from None
 
 
 def check_repo(repo: str) -> None:
-    """Refuse what is no Hub id of the form `org/name`."""
+    """Refuse what is no Hub id of the form `org/name`, by the Hub's own rules for both."""
     if not HUB_ID.fullmatch(repo):
         raise AdaptError(f"{repo}: is no Hub id of the form org/name")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise AdaptError(f"{repo}: is no Hub id: {error}") from None
+
+
+def check_token(origin: str) -> None:
+    """Refuse a token that no HTTP header can carry; the client would fail over it."""
+    token = get_token()
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise AdaptError(f"{origin}: the Hub token (HF_TOKEN) holds characters that no token has; copy it anew")
 
 
 def check_login(repo: str) -> None:
@@ -111,18 +146,20 @@ def check_login(repo: str) -> None:
         raise AdaptError(f"{repo}: HF_HUB_OFFLINE is set, so nothing can be pushed")
     if get_token() is None:
         raise AdaptError(f"{repo}: no Hub token; set HF_TOKEN or log in with `hf auth login`")
+    check_token(repo)
     try:
         HfApi().whoami()
     except FAILURES as error:
-        raise AdaptError(f"{repo}: the Hub does not accept the token: {hub_message(error)}") from None
+        answered = getattr(error, "response", None) is not None
+        what = "the Hub does not accept the token" if answered else "the Hub cannot be reached"
+        raise AdaptError(f"{repo}: {what}: {hub_message(error)}") from None
 
 
 def _commit(api: HfApi, upload: Upload, revision: str | None, create_pr: bool) -> Any:
     """One commit. Tried again where a second try may go better, but not for a pull request: that would open a second one."""
     for attempt in range(1, _ATTEMPTS + 1):
         # The client marks operations as used, so every attempt gets fresh ones; files that are there already are not sent again.
-        sent: dict[str, Path | bytes] = {**upload.files, CARD: upload.card.encode()}
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sent.items()]
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in upload.files.items()]
         try:
             return api.create_commit(
                 upload.repo, operations, commit_message="Upload by adapt-convert", revision=revision, create_pr=create_pr

@@ -10,8 +10,8 @@ from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WITH_REVISION = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_WITH_REVISION = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?", re.ASCII)
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 _WEIGHTS = (
     ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "latte.safetensors"],
@@ -50,12 +50,13 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
     """A local path, or else a Hub id of the form `org/name` or `org/name@revision`.
 
     The Hub is asked only for an id that is no local path, and then only for the files that are read.
-    Raises `AdaptError` when neither exists.
+    Raises `AdaptError` when neither exists, or for a `revision` of what has none or names another.
     """
     text = str(origin)
     if not text:
         raise AdaptError("an empty path: no such file or directory")  # Path("") would be the working directory
     require_utf8(text)
+    refuse_revision(text, revision)
     path = Path(origin).expanduser()
     if path.is_dir():
         return Location(text, path)
@@ -72,6 +73,16 @@ def is_hub_id(text: str) -> bool:
     return _WITH_REVISION.fullmatch(text) is not None and not Path(text).exists()
 
 
+def refuse_revision(origin: str, revision: str | None) -> None:
+    """Refuse a revision that would be ignored: of a local path, or beside one in the id itself."""
+    if revision is None:
+        return
+    if Path(origin).expanduser().exists():
+        raise AdaptError(f"{origin}: is a local path, which has no revision {revision}")
+    if "@" in origin:
+        raise AdaptError(f"{origin}: names a revision itself, and {revision} was given beside it; give one")
+
+
 def require_utf8(path: str) -> None:
     """Refuse a path that no text file could name: reports and cards are written in UTF-8."""
     try:
@@ -84,8 +95,9 @@ def _from_hub(origin: str, repo: str, revision: str | None) -> Location:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    from adapt_convert.formats.hub import FAILURES, hub_message  # here, as the Hub's client is asked only for a Hub id
+    from adapt_convert.formats.hub import FAILURES, check_token, hub_message  # here, as the Hub's client is asked only for a Hub id
 
+    check_token(origin)
     try:
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
         for patterns in _WEIGHTS:

@@ -27,7 +27,8 @@ from adapt_convert.cli import main
 from adapt_convert.convert.batch import run as batch_run
 from adapt_convert.convert.batch import tasks as batch_tasks
 from adapt_convert.convert.batch.inputs import Found
-from adapt_convert.convert.batch.manifest import Job, parse_manifest
+from adapt_convert.convert.batch.job import Job
+from adapt_convert.convert.batch.manifest import parse_manifest
 from adapt_convert.convert.batch.state import HIDDEN
 
 RUN = [sys.executable, "-c", "from adapt_convert.cli import main; main()", "batch"]
@@ -59,6 +60,13 @@ def many(pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (root / "jobs.yaml").write_text(yaml.safe_dump({"defaults": {"base": "llama", "rank": 3}, "jobs": jobs}))
     return root
+
+
+def save_tokenizer(directory: Path) -> None:
+    words = models.WordLevel({"[UNK]": 0} | {word: i for i, word in enumerate(["the", "of", "a", "is", "to", "in"], 1)}, "[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def run(root: Path, output: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -128,8 +136,8 @@ def test_what_is_finished_is_left_alone(many: Path, clean: subprocess.CompletedP
     assert outputs(many / "again") == outputs(many / "clean")
 
 
-def disturb(root: Path, output: str, seed: int, *arguments: object) -> None:
-    """Start the batch, and kill its process with SIGKILL at a random point of its log."""
+def disturb(root: Path, output: str, seed: int, *arguments: object) -> int:
+    """Start the batch, and kill its process with SIGKILL at a random point of its log; returns how it ended."""
     chance = random.Random(seed)
     log = root / output / "batch.jsonl"
     before = len(log.read_text().splitlines()) if log.is_file() else 0
@@ -139,12 +147,12 @@ def disturb(root: Path, output: str, seed: int, *arguments: object) -> None:
         time.sleep(0.001)
     time.sleep(chance.random() * 0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    return process.wait()
 
 
 def test_killed_at_any_point_the_result_is_the_same(many: Path, clean: subprocess.CompletedProcess[str]) -> None:
-    for seed in range(5):
-        disturb(many, "killed", seed, "--jobs", 1 + seed % 2)
+    ended = [disturb(many, "killed", seed, "--jobs", 1 + seed % 2) for seed in range(5)]
+    assert ended.count(-signal.SIGKILL) >= 3, ended  # the others were over before they could be killed
     done = run(many, "killed", "--jobs", 2)
     assert done.returncode == 1
     assert outputs(many / "killed") == outputs(many / "clean")
@@ -163,6 +171,21 @@ def test_ctrl_c_is_one_line_and_ends_every_process(many: Path) -> None:
     assert process.communicate(timeout=60)[1] == "Error: interrupted; what is finished stays, and the same command goes on from there\n"
     assert process.returncode == 130
     assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1])
+def test_ctrl_c_in_a_terminal_reaches_every_process(many: Path, delay: float) -> None:
+    """As a terminal sends it: to the whole group, workers that are just starting among them."""
+    output = f"terminal-{delay}"
+    command = [*RUN, "jobs.yaml", "-o", output, "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=many, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not _workers(process.pid):
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "Error: interrupted; what is finished stays, and the same command goes on from there\n"
+    assert process.returncode == 130
 
 
 def test_half_done_jobs_go_on_by_matrix(many: Path, tmp_path: Path) -> None:
@@ -210,10 +233,13 @@ def test_a_killed_worker_costs_nothing_but_time(many: Path, clean: subprocess.Co
     assert outputs(many / "worker") == outputs(many / "clean")
 
 
+def _workers(parent: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(parent).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
 def _kill_a_worker(parent: int) -> None:
-    workers: list[psutil.Process] = []
-    while not workers:
-        workers = [child for child in psutil.Process(parent).children() if "spawn_main" in " ".join(child.cmdline())]
+    while not (workers := _workers(parent)):
+        pass
     workers[0].kill()
 
 
@@ -274,10 +300,7 @@ def test_retries(many: Path, tmp_path: Path) -> None:
 
 def test_a_failed_validation_is_exit_code_3(many: Path, tmp_path: Path) -> None:
     shutil.copytree(many / "fts" / "llama" / "llama-00", tmp_path / "ft")
-    words = models.WordLevel({"[UNK]": 0} | {word: i for i, word in enumerate(["the", "of", "a", "is", "to", "in"], 1)}, "[UNK]")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(tmp_path / "ft" / "tokenizer.json"))
+    save_tokenizer(tmp_path / "ft")
     defaults = {"base": str(many / "llama"), "source": str(tmp_path / "ft"), "validate": True}
     manifest = {"jobs": [{**defaults, "rank": rank} for rank in (32, 1)]}
     for skipped in (False, True):
@@ -289,23 +312,6 @@ def test_a_failed_validation_is_exit_code_3(many: Path, tmp_path: Path) -> None:
         made = tmp_path / "out" / f"ft-lora-r{rank}"
         assert json.loads((made / "validation.json").read_text())["passed"] is passed
         assert f'href="ft-lora-r{rank}/validation.html"' in (tmp_path / "out" / "index.html").read_text()
-
-
-def test_copies_at_a_url(many: Path, tmp_path: Path) -> None:
-    jobs = [{"source": str(many / "fts" / "llama" / f"llama-0{n}"), "output": f"out-{n}"} for n in range(2)]
-    manifest = {"defaults": {"base": str(many / "llama"), "rank": 2}, "jobs": jobs}
-    for number in range(2):  # the second time from what is finished
-        assert adapt_convert.batch(manifest, tmp_path / "local", copy_to=f"file://{tmp_path}/far-{number}")["exit_code"] == 0
-        far = tmp_path / f"far-{number}"
-        assert outputs(far) == outputs(tmp_path / "local")
-        assert sorted(path.name for path in far.iterdir()) == ["batch.json", "index.html", "out-0", "out-1"]
-    with pytest.raises(adapt_convert.AdaptError, match="--copy-to nosuch://x"):
-        adapt_convert.batch(manifest, tmp_path / "other", copy_to="nosuch://x")
-    (tmp_path / "file").touch()
-    with pytest.raises(adapt_convert.AdaptError, match="cannot be written"):
-        adapt_convert.batch(manifest, tmp_path / "third", copy_to=f"file://{tmp_path}/file/x")
-    failed = json.loads((tmp_path / "third" / "batch.json").read_text())["jobs"]
-    assert ["cannot be written" in row["error"] for row in failed] == [True, True]
 
 
 def test_the_unforeseen_stays_alone_too(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

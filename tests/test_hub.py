@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hub_server import Fault, Hub
+from safetensors.torch import save_file
 
 import adapt_convert
 from adapt_convert import AdaptError
@@ -169,7 +171,8 @@ def test_what_passes_is_tried_again(hub: Hub, session: Session, adapter: Path) -
 @pytest.mark.parametrize("fault", [Fault("/commit/", 409, 99, True), Fault("/commit/", 403, 99, True), Fault("/commit/", "drop", 99)])
 def test_what_stays_is_one_line_and_nothing_is_half_published(hub: Hub, session: Session, adapter: Path, fault: Fault) -> None:
     hub.faults = [fault]
-    assert "org/adapter: nothing was published" in one_line(session.run("push", adapter, "org/adapter"))
+    for left in (" (the repository was made, and is empty)", ""):  # the second time it was there
+        assert f"org/adapter: nothing was published{left}: " in one_line(session.run("push", adapter, "org/adapter"))
     assert hub.repos["org/adapter"].files("main") == {}
 
 
@@ -227,6 +230,67 @@ def test_what_is_not_published(adapter: Path, tmp_path: Path) -> None:
     for directory in (adapter, tmp_path / "nowhere"):
         with pytest.raises(AdaptError):
             adapt_convert.push(directory, "org/adapter", dry_run=True, force=True)
+
+
+def _break_report(adapter: Path, **changes: Any) -> None:
+    report = json.loads((adapter / "conversion.json").read_text())
+    (adapter / "conversion.json").write_text(json.dumps(report | changes))
+
+
+BROKEN = {
+    "truncated weights": lambda d: os.truncate(d / "adapter_model.safetensors", 100),
+    "other weights": lambda d: save_file({"x": torch.zeros(3)}, d / "adapter_model.safetensors"),
+    "no config": lambda d: (d / "adapter_config.json").unlink(),
+    "a report of a LatTE": lambda d: _break_report(d, target="latte"),
+    "a report of nothing": lambda d: _break_report(d, target=[]),
+    "inputs that are a list": lambda d: _break_report(d, inputs=[]),
+    "a base that is a text": lambda d: _break_report(d, inputs={"base": "b", "source": "s"}),
+    "a size that is a text": lambda d: _break_report(d, bytes="many"),
+    "a card in another encoding": lambda d: (d / "README.md").write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_not_published(adapter: Path, name: str) -> None:
+    BROKEN[name](adapter)
+    with pytest.raises(AdaptError, match=str(adapter)):
+        adapt_convert.push(adapter, "org/adapter", dry_run=True)
+
+
+def test_no_local_path_and_no_empty_card_are_published(hub: Hub, session: Session, adapter: Path, pairs: Any) -> None:
+    local = str(pairs("llama").base.parent)
+    assert all(local in (adapter / name).read_text() for name in ("README.md", "conversion.json", "adapter_config.json"))
+    validation = {"passed": True, "base": {"path": f"{local}/base"}, "text": "deep/held.txt", "command": f"x {local}/base deep/held.txt"}
+    (adapter / "validation.json").write_text(json.dumps(validation))
+    done = session.run("push", adapter, "org/adapter")
+    assert done.returncode == 0, done.stderr
+    published = hub.repos["org/adapter"].files("main")
+    assert sorted(published) == sorted([*WRITTEN, "validation.json"])
+    for name, content in published.items():
+        assert local.encode() not in content
+        assert b"deep/" not in content, name
+    assert "Converted from `ft` on `base`" in published["README.md"].decode()
+    assert json.loads(published["conversion.json"])["inputs"]["base"]["origin"] == "base"
+    (adapter / "README.md").unlink()
+    assert session.run("push", adapter, "org/bare", "--force").returncode == 0
+    assert "README.md" not in hub.repos["org/bare"].files("main")
+
+
+def test_a_token_that_no_header_can_carry(hub: Hub, session: Session, adapter: Path) -> None:
+    token = "hf_sécret"
+    for arguments in (("push", adapter, "org/adapter"), ("delta", "org/base", "org/ft")):
+        line = one_line(session.run(*arguments, HF_TOKEN=token))
+        assert "characters that no token has" in line
+        assert token not in line
+
+
+def test_a_revision_that_would_be_ignored(session: Session, pairs: Any) -> None:
+    assert "names a revision itself" in one_line(session.run("delta", "org/base", "org/ft@main", "--revision", "v9"))
+    assert "is a local path" in one_line(session.run("delta", pairs("llama").base, "org/ft", "--base-revision", "v9"))
+
+
+def test_a_hub_that_cannot_be_reached(session: Session, adapter: Path) -> None:
+    assert "cannot be reached" in one_line(session.run("push", adapter, "org/adapter", HF_ENDPOINT="http://127.0.0.1:9"))
 
 
 def test_a_batch_publishes(hub: Hub, session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hub_server import Hub
 from test_hub import Session
 
 from adapt_convert.cli import main
-from adapt_convert.convert.batch.manifest import OPTION_SCHEMAS, Job, parse_manifest, read_manifest, schema
+from adapt_convert.convert.batch.job import Job
+from adapt_convert.convert.batch.manifest import OPTION_SCHEMAS, parse_manifest, read_manifest, schema
 from adapt_convert.convert.options import Options
 from adapt_convert.formats.errors import AdaptError
 
@@ -42,6 +44,38 @@ def test_one_source_a_pattern_and_a_directory(here: Path) -> None:
     assert [job.source for job in jobs({"source": "fts"})] == ["fts/ft-a", "fts/ft-b", "fts/other"]  # not the notes
     (job,) = jobs({"source": "org/ft@v1"})  # a Hub id
     assert job.output == "ft-lora-r16"
+
+
+def test_local_collections_and_a_directory_with_its_base(here: Path) -> None:
+    (here / "collections").symlink_to("fts")
+    assert [job.source for job in jobs({"source": "./collections/ft-*"})] == ["collections/ft-a", "collections/ft-b"]
+    assert [job.source for job in jobs({"source": "collections/ft-a"})] == ["collections/ft-a"]
+    shutil.copytree(here / "base", here / "fts" / "base")
+    assert [job.source for job in jobs({"source": "fts"}, base="fts/base")] == ["fts/ft-a", "fts/ft-b", "fts/other"]
+    assert [job.source for job in jobs({"source": "fts/*a*"}, base="fts/base")] == ["fts/ft-a"]
+
+
+UNREADABLE = {
+    "broken.yaml": b"jobs: [\n",
+    "bytes.yaml": b"\xff\xfe\x00",
+    "date.yaml": b"jobs: [{source: 2026-99-99}]\n",
+    "digits.json": b'{"jobs": [{"rank": ' + b"9" * 5000 + b"}]}",
+    "digits.yaml": b"jobs: [{base: base, source: fts, rank: 0x" + b"f" * 5000 + b"}]\n",
+    "deep.json": b"[" * 100000,
+    "twice.yaml": b"jobs: [{source: fts, base: base, rank: 1, rank: 2}]\n",
+    "twice.json": b'{"jobs": [{"source": "fts", "base": "base", "rank": 1, "rank": 2}]}',
+    "aliases.yaml": b"jobs: [{base: base, source: fts, exclude: [&a [x], "
+    + b", ".join(b"&%c [%s]" % (n, b", ".join([b"*%c" % (n - 1)] * 9)) for n in range(98, 107))
+    + b"]}]\n",
+}
+
+
+@pytest.mark.parametrize("name", [*UNREADABLE, "missing.yaml"])
+def test_what_is_no_manifest_is_one_line(here: Path, name: str) -> None:
+    if name in UNREADABLE:
+        (here / name).write_bytes(UNREADABLE[name])
+    with pytest.raises(AdaptError, match=name):
+        read_manifest(name)
 
 
 def test_options_by_their_names_and_defaults(here: Path) -> None:
@@ -106,6 +140,7 @@ BAD_SHAPE = [
     ({"jobs": [{"base": "base", "source": "fts", "exclude": [3]}]}, "--exclude [3]"),
     ({"jobs": [{"base": "base", "source": "fts", "orientation": "sideways"}]}, "--orientation sideways"),
 ]
+RESERVED = ("batch.json", "batch.jsonl/x", "index.html/")
 BAD_MEANING = [
     ({"jobs": [{"source": "fts"}]}, "base: is missing, here and in the defaults"),
     ({"jobs": [{"base": "base", "source": "fts", "rank": 0}]}, "--rank 0"),
@@ -114,6 +149,27 @@ BAD_MEANING = [
     ({"jobs": [{"base": "nowhere", "source": "fts"}]}, "base: nowhere: no such file"),
     ({"jobs": [{"base": "base", "source": "fts", "output": "one"}]}, "is the output of both"),
     ({"jobs": [{"base": "base", "source": "fts/ft-a", "output": "../out"}]}, "below that of the batch"),
+    *(
+        ({"jobs": [{"base": "base", "source": f"fts/ft-{x}", "output": out} for x, out in (("a", "x/y"), ("b", spelt))]}, "output of both")
+        for spelt in ("x/y/", "./x/y", "x//y", "x/./y")
+    ),
+    *(({"jobs": [{"base": "base", "source": "fts/ft-a", "output": name}]}, "the batch itself") for name in RESERVED),
+    *(({"jobs": [{"base": "base", "source": "fts/ft-a", "output": name}]}, "can be printed") for name in ("a\0", "\udce9", "a\x1b[2J")),
+    ({"jobs": [{"base": "base", "source": "fts/*", "push": "org/one"}]}, "both fts/ft-a and fts/ft-b would go there"),
+    (
+        {"jobs": [{"base": "base", "source": "fts/ft-a", "push": name, "output": name} for name in ("org/a", "Org/A")]},
+        "Org/A: both fts/ft-a and fts/ft-a would go there",
+    ),
+    *(
+        ({"jobs": [{"base": "base", "source": "fts/ft-a", "push": name}]}, "is no Hub id")
+        for name in ("ft", "org/a--b", "org/a.git", f"org/{'a' * 100}", "org/ä")
+    ),
+    ({"jobs": [{"base": "base", "source": "fts/ft-a", "revision": "v9"}]}, "fts/ft-a: is a local path, which has no revision v9"),
+    ({"jobs": [{"base": "base", "source": "org/ft", "base_revision": "v9"}]}, "base: is a local path, which has no revision"),
+    ({"jobs": [{"base": "base", "source": "org/ft@v2", "revision": "v9"}]}, "org/ft@v2: names a revision itself"),
+    ({"jobs": [{"base": "base", "source": "./collections/ft-*"}]}, "no such file or directory, and no pattern"),
+    ({"jobs": [{"base": "base", "source": "a\0b"}]}, "no such file or directory"),
+    ({"jobs": [{"base": "base\0", "source": "fts"}]}, "no such file or directory"),
     ({"jobs": [{"base": "base", "source": "fts/ft-a", "output": "/out"}]}, "below that of the batch"),
     ({"jobs": [{"base": "base", "source": "fts/ft-a", "output": ".adapt-convert/x"}]}, "below that of the batch"),
     (
@@ -155,11 +211,6 @@ def test_a_problem_names_the_job_and_how_many_more_there_are(here: Path) -> None
     (here / "jobs.yaml").write_text(yaml.safe_dump({"defaults": {"base": "base"}, "jobs": rows}))
     with pytest.raises(AdaptError, match=r"^jobs\.yaml: jobs\[1\] \(fts/ft-b\): --rank 0: .* \(and 1 more such\)$"):
         read_manifest("jobs.yaml")
-    (here / "broken.yaml").write_text("jobs: [\n")
-    (here / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    for name in ("broken.yaml", "bytes.yaml", "missing.yaml"):
-        with pytest.raises(AdaptError, match=name):
-            read_manifest(name)
 
 
 def test_a_collection_of_the_hub(pairs: Any, tmp_path: Path) -> None:

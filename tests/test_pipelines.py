@@ -12,8 +12,10 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from test_batch import save_tokenizer
 
 import adapt_convert
 from adapt_convert.cli import main
@@ -26,9 +28,17 @@ def block(language: str) -> str:
     return found
 
 
+def low_rank(model: Any) -> None:
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight += 0.1 * torch.outer(torch.randn(weight.shape[0]), torch.randn(weight.shape[1]))
+
+
 @pytest.fixture
-def here(pairs: Any, tmp_path: Path) -> Path:
-    pair = pairs("llama")
+def here(make_pair: Any, tmp_path: Path) -> Path:
+    """Fine-tunes that an adapter can hold, as a workflow that validates them needs."""
+    pair = make_pair(tmp_path / "pair", "llama", low_rank)
+    save_tokenizer(pair.base)
     (tmp_path / "fine-tunes").mkdir()
     (tmp_path / "base").symlink_to(pair.base)
     for name in ("ft-a", "ft-b"):
@@ -51,7 +61,7 @@ def test_the_github_workflow(here: Path) -> None:
     assert list(steps) == ["Install", "Publish"]
     assert "ft-b-lora-r16: to convert" in printed["Plan"]
     assert json.loads((here / "result.json").read_text())["counts"] == {"converted": 2}
-    assert re.fullmatch(r"(ft-[ab]-lora-r16 converted 0\.\d+\n){2}", printed["Summarise"])
+    assert re.fullmatch(r"(ft-[ab]-lora-r16 converted [01]\.\d+\n){2}", printed["Summarise"])
     assert "would be sent to my-org/ft-a-lora-r16" in printed["Check what would be published"]
 
 

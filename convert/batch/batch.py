@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapt_convert.convert.batch.checks import refuse_chains
 from adapt_convert.convert.batch.inputs import find, foresee, is_done
-from adapt_convert.convert.batch.manifest import Job, parse_manifest, read_manifest
+from adapt_convert.convert.batch.job import Job
+from adapt_convert.convert.batch.manifest import parse_manifest, read_manifest
 from adapt_convert.convert.batch.ray_pool import RayPool
 from adapt_convert.convert.batch.run import FAILED, Events, Run
 from adapt_convert.convert.batch.scheduler import LocalPool, Pool, available_memory, run_tasks
-from adapt_convert.convert.batch.state import HIDDEN, JobState, write_whole
+from adapt_convert.convert.batch.state import HIDDEN, INDEX, LOG, SUMMARY, JobState, write_whole
 from adapt_convert.convert.conversion import open_base
 from adapt_convert.convert.options import parse_size
 from adapt_convert.formats import remote
@@ -23,7 +25,6 @@ from adapt_convert.formats.batch_html import batch_page
 from adapt_convert.formats.errors import AdaptError
 
 ENGINES = ("local", "ray")
-SUMMARY, LOG, INDEX = "batch.json", "batch.jsonl", "index.html"
 
 
 def batch(
@@ -50,30 +51,53 @@ def batch(
     Returns what `batch.json` holds, or with `dry_run` the plan of every job. Raises `AdaptError` when the manifest or the
     output is refused; a job that fails is a row of the result.
     """
-    if (jobs is not None and jobs < 1) or retry < 0:
-        raise AdaptError(f"--jobs {jobs}, --retry {retry}: must be whole numbers of at least 1 and 0")
-    if engine not in ENGINES:
-        raise AdaptError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
-    if copy_to:
-        remote.check_url(copy_to)
+    _check_options(jobs, retry, memory, engine, address)
     rows = read_manifest(manifest) if isinstance(manifest, str | Path) else parse_manifest(manifest)
+    if not str(output):
+        raise AdaptError("-o: an empty path; name a directory")
     root = Path(output)
+    if copy_to:
+        remote.check_url(copy_to, root)
     _check_outputs(root, rows)
     if dry_run:
         return {"jobs": [_foresee(root, job) for job in rows]}
-    _check_pushes(rows)
+    _check_login(rows)
     pool: Pool = RayPool(address, jobs) if engine == "ray" else LocalPool(jobs or 1, _limit(memory))
-    # In this order, so that no process of this batch is left when the lock is released.
-    with _locked(root), contextlib.closing(pool), (root / LOG).open("a", encoding="utf-8") as log:
+    # Closed also when the lock is refused; and before the lock is released, so that no process of this batch is left then.
+    with contextlib.closing(pool), _locked(root), contextlib.closing(pool), (root / LOG).open("a", encoding="utf-8") as log:
         run = Run(root, rows, retry, copy_to, log, on_event)
         run.plan()
         run_tasks(run.queue, pool)
         summary = run.summary()
-        write_whole(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        write_whole(root / INDEX, batch_page(summary))
-    if copy_to:
-        remote.copy_to(root, [SUMMARY, INDEX], copy_to)
+        _write(root, summary)
+        if copy_to:
+            _copy_summary(root, summary, copy_to)
     return summary
+
+
+def _write(root: Path, summary: Mapping[str, Any]) -> None:
+    write_whole(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_whole(root / INDEX, batch_page(summary))
+
+
+def _copy_summary(root: Path, summary: dict[str, Any], url: str) -> None:
+    """A copy that fails is said in the summary, and no reason to be without it."""
+    try:
+        remote.copy_to(root, [SUMMARY, INDEX], url)
+    except AdaptError as error:
+        summary |= {"exit_code": 1, "error": f"the summary was not copied: {error}"}
+        _write(root, summary)
+
+
+def _check_options(jobs: int | None, retry: int, memory: str | int | None, engine: str, address: str | None) -> None:
+    if not isinstance(retry, int) or not isinstance(jobs, int | None) or (jobs is not None and jobs < 1) or retry < 0:
+        raise AdaptError(f"--jobs {jobs}, --retry {retry}: must be whole numbers of at least 1 and 0")
+    if engine not in ENGINES:
+        raise AdaptError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    if engine == "ray" and memory is not None:
+        raise AdaptError("--memory is an option of --engine local; Ray minds the memory of its cluster")
+    if engine != "ray" and address is not None:
+        raise AdaptError("--address is an option of --engine ray")
 
 
 def _limit(memory: str | int | None) -> int:
@@ -89,16 +113,15 @@ def _check_outputs(root: Path, jobs: list[Job]) -> None:
     for job in jobs:
         ours = JobState(root, job).read() is not None
         check_destination(root / job.output, ours or job.overwrite, (job.base, job.source))
+    refuse_chains(root, jobs)
 
 
-def _check_pushes(jobs: list[Job]) -> None:
-    repos = [job.push for job in jobs if job.push]
-    if repos:
-        from adapt_convert.formats.hub import check_login, check_repo
+def _check_login(jobs: list[Job]) -> None:
+    repo = next((job.push for job in jobs if job.push), None)
+    if repo:
+        from adapt_convert.formats.hub import check_login
 
-        for repo in repos:
-            check_repo(repo)
-        check_login(repos[0])
+        check_login(repo)
 
 
 @contextlib.contextmanager
@@ -123,6 +146,8 @@ def _foresee(root: Path, job: Job) -> dict[str, Any]:
         found = find(job)
         if is_done(JobState(root, job), found):
             return row | {"status": "up to date"}
+        if not job.overwrite:
+            JobState(root, job).refuse_foreign()
         size, peak = foresee(found, open_base(job.base, job.base_revision))
         return row | {"status": "to convert", "predicted_bytes": size, "predicted_peak_memory": peak}
     except AdaptError as error:

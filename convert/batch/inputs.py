@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapt_convert.convert.batch.manifest import Job
-from adapt_convert.convert.batch.state import Identity, JobState, settings_of
-from adapt_convert.convert.conversion import open_source
+from adapt_convert.convert.batch.job import Job
+from adapt_convert.convert.batch.state import Identity, JobState, files_of, settings_of
+from adapt_convert.convert.conversion import open_source, refuse_latte
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import make_plan, require_factors
+from adapt_convert.convert.validation.live_model import require_run_extra, vocabulary_of
+from adapt_convert.convert.validation.texts import has_tokenizer
 from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate
 
 
@@ -28,6 +31,7 @@ class Found:
 def find(job: Job) -> Found:
     """Locate both sides of a job. Raises `AdaptError`."""
     base, source = locate(job.base, job.base_revision), locate(job.source, job.revision)
+    refuse_latte(source)
     if base.is_hub:
         job = replace(job, base=base.loadable, base_revision=base.revision)
     if source.is_hub:
@@ -37,10 +41,20 @@ def find(job: Job) -> Found:
 
 def foresee(found: Found, base: Checkpoint) -> tuple[int, int]:
     """Predicted bytes and peak memory, from headers. Raises `AdaptError` for a pair or options that cannot be converted."""
+    if found.job.validate:
+        _check_validation(found, base)
     source = open_source(base, found.job.source, found.job.revision)
     plan = make_plan(base, source, found.job.options)
     require_factors(plan, base, found.job.options)
     return predict(plan, source, found.job.options)
+
+
+def _check_validation(found: Found, base: Checkpoint) -> None:
+    """Refuse, before a conversion, a validation that would have nothing to run on, or nothing to run with."""
+    require_run_extra()
+    reads_text = vocabulary_of(base.config) is not None
+    if reads_text and not (has_tokenizer(found.source) or has_tokenizer(found.base)):
+        raise AdaptError(f"validate: {found.source.origin} and {found.base.origin} have no tokenizer; put its files into one of them")
 
 
 def is_same(record: Mapping[str, Any], found: Found) -> bool:
@@ -54,4 +68,4 @@ def is_same(record: Mapping[str, Any], found: Found) -> bool:
 def is_done(state: JobState, found: Found) -> bool:
     """Whether the output is there, made from the same options, version and inputs."""
     record = state.read()
-    return record is not None and "result" in record and record["files"] == state.output_files() and is_same(record, found)
+    return record is not None and "result" in record and record["files"] == files_of(state.output) and is_same(record, found)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
+from adapt_convert.convert.batch.checks import output_problems, push_problems
+from adapt_convert.convert.batch.job import Job
+from adapt_convert.convert.batch.sources import find_sources, source_name
 from adapt_convert.convert.options import CONSTRUCTIONS, DTYPES, HEADS, TARGETS, Options
-from adapt_convert.formats.checkpoint import weight_files
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.location import Location, is_hub_id
+from adapt_convert.formats.location import is_hub_id, refuse_revision
 
 _SIZES = ("rank", "energy", "budget")
-_COLLECTION = "collections/"
 _WHOLE = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\s*\d+\s*$"}]}
 _NAMES = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _TEXT, _FLAG = {"type": "string", "minLength": 1}, {"type": "boolean"}
@@ -69,49 +70,44 @@ def schema() -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """One conversion: `source` on `base` with `options`, to the directory `output` below that of the batch."""
-
-    base: str
-    source: str
-    output: str
-    options: Options
-    revision: str | None = None
-    base_revision: str | None = None
-    overwrite: bool = False
-    validate: bool = False
-    push: str | None = None
-
-    @property
-    def shares_its_base(self) -> bool:
-        """Whether the base can be read once for this job and others: a LoRA, whose matrices are solved one by one.
-
-        A budget is spent after a first pass over all matrices, so such a job reads the base for itself.
-        """
-        return self.options.to == "lora" and self.options.budget is None
-
-    def settings(self) -> dict[str, Any]:
-        """What is asked for, but for the inputs; plain data."""
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.options).items()}
-        return {"options": options, "validate": self.validate, "push": self.push}
-
-
 def read_manifest(path: str | Path) -> list[Job]:
     """The jobs of a YAML or JSON file, in its order. Raises `AdaptError` with the first problem and the number of others."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         try:
-            content = json.loads(text)  # which YAML's parser takes in part only: it refuses tabs, and 1e-3 is text to it
+            # YAML's parser takes JSON in part only: it refuses tabs, and 1e-3 is text to it.
+            content = json.loads(text, object_pairs_hook=_unique)
         except ValueError:
-            content = yaml.safe_load(text)
+            content = yaml.load(text, _Loader)
     except OSError as error:
         raise AdaptError(f"{path}: cannot be opened: {error.strerror}") from None
     except UnicodeDecodeError:
         raise AdaptError(f"{path}: is not text in UTF-8") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last: a date or number that cannot be
         raise AdaptError(f"{path}: is not valid YAML: {error}") from None
+    except AdaptError as error:
+        raise AdaptError(f"{path}: {error}") from None
     return parse_manifest(content, str(path))
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's safe types, and no name twice in one mapping, of which the last would win unseen."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        _refuse_twice([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return node
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise AdaptError(f"{twice[0]}: is given twice in one place")
 
 
 def parse_manifest(content: object, origin: str = "manifest") -> list[Job]:
@@ -131,7 +127,8 @@ def parse_manifest(content: object, origin: str = "manifest") -> list[Job]:
         if not found:
             found = [f"jobs[{number}] ({row['source']}): {problem}" for problem in _expand(defaults, row, jobs)]
         problems += found
-    problems += _clashes(jobs)
+    problems += output_problems(jobs)
+    problems += push_problems(jobs)
     if problems:
         raise _refusal(origin, problems)
     return jobs
@@ -145,15 +142,15 @@ def _refusal(origin: str, problems: list[str]) -> AdaptError:
 def _shape_problems(row: object, forbidden: tuple[str, ...] = ()) -> Iterator[str]:
     """What is wrong with a job or the defaults by itself; the values of options are checked by `Options`."""
     if not isinstance(row, dict):
-        yield f"expected names and values, found {row!r}"
+        yield f"expected names and values, found {reprlib.repr(row)}"
         return
     for name, value in row.items():
         if name in forbidden or name not in {*_JOB_SCHEMAS, *OPTION_SCHEMAS}:
             yield f"{name}: no such option here; an option is named as on the command line, with _ for -"
         elif name in _FLAGS and not isinstance(value, bool):
-            yield f"{name}: {value!r} is neither true nor false"
+            yield f"{name}: {reprlib.repr(value)} is neither true nor false"
         elif (name in _JOB_SCHEMAS or name in ("to", "device", "dtype")) and name not in _FLAGS and not (isinstance(value, str) and value):
-            yield f"{name}: {value!r} is no text"
+            yield f"{name}: {reprlib.repr(value)} is no text"
         elif value is None:
             yield f"{name}: has no value"
     if not forbidden and "source" not in row:
@@ -170,76 +167,18 @@ def _expand(defaults: Mapping[str, Any], row: Mapping[str, Any], jobs: list[Job]
         return
     try:
         options = Options(**{field.name: merged[field.name] for field in fields(Options) if field.name in merged})
-        sources = _sources(merged["source"])
+        sources = find_sources(merged["source"], merged["base"])
+        for path, name in [(merged["base"], "base_revision"), *((source, "revision") for source in sources)]:
+            refuse_revision(path, merged.get(name))
         if not is_hub_id(merged["base"]) and not Path(merged["base"]).expanduser().exists():
             raise AdaptError(f"base: {merged['base']}: no such file or directory")
-    except (AdaptError, OSError) as error:
+    except (AdaptError, OSError, ValueError) as error:  # the last: a path with a null character
         yield str(error)
         return
     settings = {n: merged[n] for n in ("revision", "base_revision", "overwrite", "validate") if n in merged}
     for source in sources:
-        name = _name(source)
+        name = source_name(source)
         output = str(merged.get("output", f"{{name}}-{options.to}-{options.size_name}")).replace("{name}", name)
+        output = PurePosixPath(output).as_posix()  # one spelling: x/ and ./x are x
         push = merged["push"].replace("{name}", name) if "push" in merged else None
         jobs.append(Job(merged["base"], source, output, options, push=push, **settings))
-
-
-def _sources(source: str) -> list[str]:
-    """The one source named; the matches of a pattern; the models in a directory; the models of a Hub collection."""
-    path = Path(source).expanduser()
-    if _COLLECTION in source and not path.exists():
-        return _collection(source)
-    if path.is_dir() and not _is_model(path):
-        found = sorted(str(child) for child in path.iterdir() if child.is_dir() and _is_model(child))
-        return found or [source]  # one that is no model is refused for what it lacks, when its turn comes
-    if path.exists() or is_hub_id(source):
-        return [source]
-    found = sorted(name for name in glob.glob(str(path)) if Path(name).is_dir() or _is_model(Path(name)))
-    if not found:
-        raise AdaptError(f"source: {source}: no such file or directory, and no pattern that matches any")
-    return found
-
-
-def _is_model(path: Path) -> bool:
-    try:
-        location = Location(str(path), path) if path.is_dir() else Location(str(path), path.parent, path)
-        return bool(weight_files(location))
-    except AdaptError:
-        return False
-
-
-def _collection(source: str) -> list[str]:
-    from huggingface_hub import get_collection
-
-    from adapt_convert.formats.hub import FAILURES, hub_message
-
-    slug = source.partition(_COLLECTION)[2]
-    try:
-        found = [item.item_id for item in get_collection(slug).items if item.item_type == "model"]
-    except FAILURES as error:
-        raise AdaptError(f"source: {source}: the Hub refused it: {hub_message(error)}") from None
-    if not found:
-        raise AdaptError(f"source: {source}: a collection without models")
-    return found
-
-
-def _name(source: str) -> str:
-    """What to call a source in a path: its last component, without a revision or the ending of a file."""
-    path = Path(os.path.abspath(Path(source).expanduser()))
-    return path.name if path.is_dir() else path.stem if path.is_file() else source.partition("@")[0].rpartition("/")[2]
-
-
-def _clashes(jobs: list[Job]) -> Iterator[str]:
-    """Outputs that are no directories below that of the batch, or that are, or hold, those of other jobs."""
-    taken: dict[str, Job] = {}
-    for job in jobs:
-        parts = Path(job.output).parts
-        if Path(job.output).is_absolute() or not parts or any(part.startswith(".") for part in parts):
-            yield f"{job.output}: the output of {job.source} has to be a directory below that of the batch"
-        elif job.output in taken:
-            yield f"{job.output}: is the output of both {taken[job.output].source} and {job.source}; use {{name}} in it"
-        taken[job.output] = job
-    for job in jobs:
-        for parent in Path(job.output).parents:
-            if str(parent) in taken:
-                yield f"{job.output}: lies in the output of {taken[str(parent)].source}"

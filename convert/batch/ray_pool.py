@@ -35,7 +35,7 @@ class RayPool:
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         self.size = size or int(sum(node.get("CPU", 0) for node in nodes)) or 1
         self.memory = int(sum(node.get("memory", 0) for node in nodes))
-        self.largest = int(max(node.get("memory", 0) for node in nodes))
+        self.largest = int(max((node.get("memory", 0) for node in nodes), default=0))
         self._remote = ray.remote(max_retries=_RERUNS)(_call)
 
     def submit(self, task: Task) -> Future[Any]:

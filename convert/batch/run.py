@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from adapt_convert.convert.batch.inputs import Found, find, foresee, is_done, is_same
-from adapt_convert.convert.batch.manifest import Job
+from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.scheduler import Task
 from adapt_convert.convert.batch.state import Identity, JobState, settings_of
 from adapt_convert.convert.batch.tasks import Group, finish, share
@@ -30,6 +30,17 @@ Events = Callable[[dict[str, Any]], None]
 
 def _on_gpu(job: Job) -> bool:
     return job.options.device is not None and job.options.device.startswith("cuda")
+
+
+def _about(found: Found, weights: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+    """What a record says a job is made from; `weights` are the SHA-256 of both sides, by role, once they were read."""
+    base, source = found.identities
+    known = weights or {"base": None, "source": None}
+    return {
+        "settings": settings_of(found.job),
+        "base": asdict(replace(base, weights=known["base"])),
+        "source": asdict(replace(source, weights=known["source"])),
+    }
 
 
 @dataclass
@@ -95,26 +106,37 @@ class Run:
         return None
 
     def _begin(self, state: JobState, found: Found) -> None:
-        """Take up what an interrupted run has left if it is of the same inputs and options; forget anything else."""
+        """Take up what an interrupted run has left if it is of the same inputs and options; forget anything else but the output."""
+        if not found.job.overwrite:
+            state.refuse_foreign()
         record = state.read()
         if record is not None and not is_same(record, found):
-            state.restart()
-        base, source = found.identities
-        state.write({"settings": settings_of(found.job), "base": asdict(base), "source": asdict(source)})
+            state.clean()
+        state.write(_about(found) | {"files": record["files"] if record else {}})
 
     def _skip(self, job: Job, state: JobState) -> None:
         record = state.read()
         assert record is not None
-        if record.get("copied_to") != self.copy_to:
-            self._copy(job, state)
-            state.write(record | {"copied_to": self.copy_to})
-        self.results[job.output] = record["result"] | {"skipped": True}
-        self.tell("skipped", job=job.output)
+        if self._deliver(job, state, record):
+            self.results[job.output] = record["result"] | {"skipped": True}
+            self.tell("skipped", job=job.output)
 
-    def _copy(self, job: Job, state: JobState) -> None:
-        if self.copy_to:
-            names = [path.name for path in state.output.iterdir() if path.is_file()]
-            remote.copy_to(state.output, names, f"{self.copy_to.rstrip('/')}/{job.output}")
+    def _deliver(self, job: Job, state: JobState, record: Mapping[str, Any]) -> bool:
+        """Copy a finished output if that was not done yet, and say whether it is there; the conversion stays in any case."""
+        if self.copy_to is None or record["copied_to"] == remote.shown(self.copy_to):
+            return True
+        for attempt in range(self.retry + 1):
+            try:
+                names = [path.name for path in state.output.iterdir() if path.is_file()]
+                remote.copy_to(state.output, names, self.copy_to, job.output)
+                state.write({**record, "copied_to": remote.shown(self.copy_to)})
+                return True
+            except (AdaptError, OSError) as error:
+                if attempt < self.retry:
+                    self.tell("retrying", job=job.output, error=str(error))
+                else:
+                    self._fail(job, error)
+        return False
 
     def _queue_together(self, base: Checkpoint, waiting: list[tuple[Found, int]]) -> None:
         """One task for each tensor of the base; after the last one the jobs are finished one by one."""
@@ -160,23 +182,20 @@ class Run:
         def done(result: dict[str, Any]) -> None:
             reads = "shared_reads" if job.shares_its_base else "other_reads"
             self.bases[job.base, job.base_revision][reads] += result.pop("base_reads")
+            weights, files = result.pop("weights"), result.pop("files")
+            result["status"] = DIFFERS if result["passed"] is False else CONVERTED
+            record = _about(found, weights) | {"files": files, "result": result, "copied_to": None}
             try:
                 if (Identity.of(found.base), Identity.of(found.source)) != found.identities:
                     raise AdaptError("an input was changed while it was read")
-                self._copy(job, state)
+                state.write(record)  # before the copy, whose failure is none of the conversion
+                state.clean()
             except (AdaptError, OSError) as error:
                 failed(error)
                 return
-            weights = result.pop("weights")
-            status = DIFFERS if result["passed"] is False else CONVERTED
-            self.results[job.output] = result | {"status": status}
-            base, source = (replace(i, weights=weights[r]) for i, r in zip(found.identities, ("base", "source"), strict=True))
-            state.write(
-                {"settings": settings_of(job), "base": asdict(base), "source": asdict(source)}
-                | {"files": state.output_files(), "result": self.results[job.output], "copied_to": self.copy_to}
-            )
-            state.clean()
-            self.tell(status, job=job.output, seconds=round(time.monotonic() - since, 3))
+            if self._deliver(job, state, record):
+                self.results[job.output] = result
+                self.tell(result["status"], job=job.output, seconds=round(time.monotonic() - since, 3))
 
         def failed(error: BaseException) -> None:
             if attempts and attempts <= self.retry:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,11 +63,18 @@ class LocalPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # which would unblock SIGINT if the first process had to start it
         theirs, self._lifeline = context.Pipe(duplex=False)
         self._executor = ProcessPoolExecutor(self.size, context, _end_with, (theirs,))
 
     def submit(self, task: Task) -> Future[Any]:
-        return self._executor.submit(task.function, *task.arguments)
+        # Processes start here, when they are needed. They inherit that SIGINT is blocked: Ctrl-C reaches them too, and before
+        # `_end_with` runs it would end them with a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._executor.submit(task.function, *task.arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def restart(self) -> None:
         self.close()
@@ -136,9 +144,9 @@ def _admit(queue: deque[Task], running: dict[Future[Any], Task], pool: Pool) -> 
             task.failed(AdaptError(f"needs about {task.memory >> 20} MiB of memory, and the batch may use {pool.largest >> 20} MiB"))
         elif sum(other.memory for other in running.values()) + task.memory <= pool.memory:
             queue.remove(task)
-            task.started()
             try:
                 running[pool.submit(task)] = task
+                task.started()
             except BrokenProcessPool:  # a process died since the last result
                 queue.appendleft(task)
                 if not running:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from adapt_convert.convert.batch.manifest import Job
+from adapt_convert.convert.batch.job import Job
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
+from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 
 HIDDEN = ".adapt-convert"  # below the batch's directory
+SUMMARY, LOG, INDEX = "batch.json", "batch.jsonl", "index.html"
+REPORT = "conversion.json"
 # Beside the weights these decide what a conversion writes: the last one for the licence in the card.
 _SMALL = ("config.json", "adapter_config.json", "latte_config.json", "README.md")
-_MADE = ("*.safetensors", "*_config.json", "conversion.json")
+_MADE = ("*.safetensors", "*_config.json", REPORT)
+_CARD = "README.md"
+_LATER = ("validation.json", "validation.html")
+_SLUG = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -65,35 +71,64 @@ class JobState:
 
     def __init__(self, root: Path, job: Job) -> None:
         self.output = root / job.output
-        self.directory = root / HIDDEN / "jobs" / quote(job.output, safe="")
+        # A name of its own for every output, that is short whatever the output is called.
+        slug = re.sub(r"[^\w.-]+", "-", job.output, flags=re.ASCII)[:_SLUG]
+        self.directory = root / HIDDEN / "jobs" / f"{slug}-{hashlib.sha256(job.output.encode()).hexdigest()[:16]}"
         self._file = self.directory / "state.json"
 
     def read(self) -> dict[str, Any] | None:
         """What was recorded last; None when there is nothing that can be used."""
         try:
-            state = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            for role in ("base", "source"):
+                Identity.from_json(state[role])
+            sound = isinstance(state["settings"], dict) and all(isinstance(digest, str) for digest in state["files"].values())
+            return state if sound and ("result" not in state or _is_result(state["result"], state["copied_to"])) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        return state if isinstance(state, dict) and {"settings", "base", "source"} <= set(state) else None
 
     def write(self, state: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps(state, indent=1) + "\n")
 
-    def restart(self) -> None:
-        """Forget everything that an earlier run has left, but for its output."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def clean(self) -> None:
-        """Of a finished job the record alone is kept."""
+        """Remove all that an earlier run has left but the record, which alone says that the output is ours."""
         for path in self.directory.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def output_files(self) -> dict[str, int]:
-        """Sizes of what the job has written; a card or a later validation is its owner's to change."""
-        names = sorted(path for pattern in _MADE for path in self.output.glob(pattern))
-        return {path.name: path.stat().st_size for path in names}
+    def refuse_foreign(self) -> None:
+        """Refuse to replace an output that holds what this job has not written. Raises `AdaptError`."""
+        record = self.read()
+        if record is None or not self.output.exists() or not any(self.output.iterdir()):
+            return  # without a record `check_destination` has decided
+        written = record["files"]
+        names = sorted(path.name for path in self.output.iterdir())
+        # A validation that was killed may have left half a file, hidden under the name it was to have.
+        halves = tuple(f".{name}." for name in (_CARD, *_LATER))
+        extra = [name for name in names if name not in {*written, *_LATER} and not name.startswith(halves)]
+        if extra:
+            raise AdaptError(f"{self.output}: is out of date, but holds {extra[0]}, which is not this batch's; move it, or set overwrite")
+        if files_of(self.output).get(REPORT) != written.get(REPORT):
+            raise AdaptError(f"{self.output}: is out of date, but was replaced by another run; move it, or set overwrite")
+
+
+def files_of(output: Path) -> dict[str, str]:
+    """SHA-256 of what a job has written, by name. Of the card only that it is there: its text is its owner's to change."""
+    made = sorted(path for pattern in _MADE for path in output.glob(pattern))
+    card = {_CARD: "present"} if (output / _CARD).is_file() else {}
+    return {path.name: _file_hash(path) for path in made if path.is_file()} | card
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_result(result: dict[str, Any], copied_to: object) -> bool:
+    """Whether it has what a summary needs."""
+    numbers = isinstance(result["bytes"], int) and isinstance(result["captured_energy"], float | int)
+    return numbers and isinstance(result["status"], str) and isinstance(result["passed"], bool | None) and isinstance(copied_to, str | None)
 
 
 def settings_of(job: Job) -> dict[str, Any]:

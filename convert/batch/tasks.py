@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.batch.manifest import Job
-from adapt_convert.convert.batch.state import JobState
+from adapt_convert.convert.batch.job import Job
+from adapt_convert.convert.batch.state import JobState, files_of
 from adapt_convert.convert.conversion import convert, open_base, open_source
 from adapt_convert.convert.lora import prepare
 from adapt_convert.convert.pairs import Pairs
@@ -124,6 +124,7 @@ def _finish(job: Job, state: JobState, base_digests: dict[str, str]) -> dict[str
         "weights": {role: report["inputs"][role]["sha256"] for role in ("base", "source")},
         "base_reads": conversion.base.store.reads,
         "passed": _validate(job, state.output) if job.validate else None,
+        "files": files_of(state.output),
     }
     if job.push and result["passed"] is not False:
         from adapt_convert.formats.hub import push
@@ -140,10 +141,16 @@ def _sweep(directory: Path) -> None:
 
 
 def _publish(state: JobState) -> None:
-    """Rename the made directory to the output; an earlier output is out of the way for that moment only."""
+    """Rename the made directory to the output; an earlier output is out of the way for that moment only.
+
+    What the record says is in the output is true whenever this process is killed: between the two names nothing is there.
+    """
     state.output.parent.mkdir(parents=True, exist_ok=True)
     if state.output.exists():
         os.rename(state.output, state.directory / _OLD)
+    record = state.read()
+    assert record is not None  # written when the job was planned
+    state.write(record | {"files": files_of(state.directory / _MADE)})
     os.rename(state.directory / _MADE, state.output)
 
 

@@ -16,6 +16,7 @@ from adapt_convert.convert.validation.live_model import Task, quiet
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 DEFAULT_CONTEXT = 256  # tokens
 DEFAULT_MAX_TOKENS = 16384
 _CHARACTERS_PER_TOKEN = 12  # no tokenizer makes fewer tokens of text than this; more text than needed is not tokenised
@@ -140,13 +141,16 @@ def noise_images(config: Mapping[str, Any], seed: int) -> Corpus:
     return Corpus(f"built-in: {_IMAGES} images of normal noise (seed {seed})", rows, 1)
 
 
+def has_tokenizer(location: Location) -> bool:
+    return any((location.directory / name).is_file() for name in _TOKENIZERS)
+
+
 def load_tokenizer(locations: Sequence[Location]) -> Any:
     """The first tokenizer found in `locations`. Raises `AdaptError` pointing to --token-ids."""
     from transformers import AutoTokenizer
 
     for location in locations:
-        files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-        if any((location.directory / name).is_file() for name in files):
+        if has_tokenizer(location):
             try:
                 with quiet():
                     return AutoTokenizer.from_pretrained(location.directory, local_files_only=True)
