@@ -218,6 +218,7 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
 @click.option("--min-top1", type=float, metavar="F", help="Least share of equal most likely tokens.")
 @click.option("--max-slowdown", type=float, metavar="F", help="Largest ratio of a candidate's times to the base's.")
 @click.option("--no-speed", is_flag=True, help="Leave out the timing.")
+@click.option("--no-attribution", is_flag=True, help="Leave out the KL by matrix, which runs the base 4 times forth and back.")
 @click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 to run in; the fine-tune's own by default.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap and of masked positions.")
@@ -233,6 +234,7 @@ def validate(
     html: Path | None,
     no_card: bool,
     no_speed: bool,
+    no_attribution: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -255,16 +257,15 @@ def validate(
     limits = {name: options.pop(name) for name in ("min_recovered", "max_kl", "min_top1", "max_slowdown")}
     tasks = [name.strip() for value in options.pop("tasks") for name in value.split(",") if name.strip()]
     with progress(quiet=as_json) as track:
-        result = run(base, ft, *candidates, tasks=tasks, thresholds=Thresholds(**limits), speed=not no_speed, progress=track, **options)
+        options |= {"speed": not no_speed, "attribution": not no_attribution}
+        result = run(base, ft, *candidates, tasks=tasks, thresholds=Thresholds(**limits), progress=track, **options)
     if output:
         result.save(output)
     if html:
         result.save_html(html)
-    if not no_card:
-        result.update_cards()
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=1))
-    report_validation(result, as_table=not as_json)
+    report_validation(result, as_table=not as_json, cards=not no_card)
 
 
 @main.command()

@@ -139,22 +139,31 @@ def print_push(result: dict[str, Any]) -> None:
         click.echo(f"published: {result.get('pull_request') or result['url']}")
 
 
-def report_validation(result: Validation, as_table: bool) -> None:
-    """Print the result as tables, every failing line on standard error, and exit with 3 if there is one."""
-    from adapt_convert.formats.validation_table import validation_tables
+def report_validation(result: Validation, as_table: bool, cards: bool = False) -> None:
+    """Print the result as tables and every failing line on standard error, then update the model `cards`; exit with 3 if a line failed."""
+    from adapt_convert.formats.errors import AdaptError
+    from adapt_convert.formats.validation_table import count, validation_tables
 
     if as_table:
         data, terminal = result.to_json(), console()
+        threads = count(data["settings"]["threads"], "thread")
         for table in validation_tables(data):
             terminal.print(table)
         terminal.print(
-            f"{data['tokens']} tokens of {data['text']}; {data['dtype']} on {data['device']}, {data['settings']['threads']} threads",
+            f"{data['tokens']} tokens of {data['text']}; {data['dtype']} on {data['device']}, {threads}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
+    if result.warning:
+        click.echo(f"Warning: {result.warning}", err=True)
     for line in result.failures:
         click.echo(f"FAIL {line}", err=True)
+    try:
+        if cards:
+            result.update_cards()
+    except AdaptError as error:
+        click.echo(f"Warning: {error}", err=True)
     if not result.passed:
         sys.exit(FAILED)
 

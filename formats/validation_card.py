@@ -20,6 +20,7 @@ _TASKS = {
     "classes": "text-classification",
     "features": "feature-extraction",
 }
+_CLASSIFIERS = {"ForImageClassification": "image-classification", "ForTokenClassification": "token-classification"}
 _METRICS = (
     ("kl_divergence", "KL(fine-tune || this)", "kl"),
     ("recovered_kl", "recovered share of the base's KL", "recovered"),
@@ -48,7 +49,9 @@ def failed_validation(card: str) -> bool:
 
 
 def _model_index(figures: Mapping[str, Any], validation: Mapping[str, Any], name: str) -> str:
-    task = _TASKS[validation["settings"]["task"]]
+    settings = validation["settings"]
+    of_class = (task for suffix, task in _CLASSIFIERS.items() if settings["model_class"].endswith(suffix))
+    task = next(of_class, _TASKS[settings["task"]])
     lines = ["model-index:", f"- name: {json.dumps(name)}", "  results:"]
     lines += ["  - task:", f"      type: {task}", "    dataset:"]
     lines += [f"      name: {json.dumps(validation['text'])}", "      type: text", "    metrics:"]

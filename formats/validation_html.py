@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_convert.formats.sizes import size_text
 from adapt_convert.formats.svg import bars, heat_map, lines, scatter
-from adapt_convert.formats.validation_table import label
+from adapt_convert.formats.validation_table import count, label, labelled, share_text
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--good:#1a7f4b;--bad:#c4381c;
@@ -32,6 +32,9 @@ font-size:.88rem}
 .tick{font-size:12px;fill:var(--soft)}.axis{font-size:13px;fill:var(--soft)}.name{font-size:13px;fill:var(--ink)}
 .grid{stroke:var(--line)}.mark{stroke:var(--soft);stroke-dasharray:4 3}.whisker{stroke:var(--ink);stroke-width:2}
 .cell{stroke:var(--line);stroke-width:.6}
+.ramp{display:inline-block;width:90px;height:.8em;vertical-align:-.1em;border:1px solid var(--line);
+background:linear-gradient(90deg,transparent,var(--heat))}
+.names td:first-child,.names th:first-child{position:sticky;left:0;background:var(--card)}
 @media (max-width:520px){.tick{font-size:16px}.axis,.name{font-size:17px}.scroll .tick{font-size:12px}}
 """
 _SPEEDS = (
@@ -42,6 +45,7 @@ _SPEEDS = (
 
 def validation_page(data: Mapping[str, Any]) -> str:
     """The page for the content of `validation.json`. Everything that came from outside is escaped."""
+    data = labelled(data)
     rows = [data["base"], *data["candidates"]]
     numbers = {label(row): number for number, row in enumerate(rows)}  # one colour for a model in all charts
     sections = [_verdict(data), _figures(data, rows), _size_and_speed(rows, numbers), _inside(data, numbers), _spectra(data), _repeat(data)]
@@ -58,10 +62,6 @@ def _name(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _percent(share: float | None, digits: int = 1) -> str:
-    return "-" if share is None else f"{share:.{digits}%}"
-
-
 def _number(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else format(value, form)
 
@@ -76,7 +76,7 @@ def _verdict(data: Mapping[str, Any]) -> str:
         title = f"{len(failed)} of {count} candidates fail{'s' if len(failed) == 1 else ''}"
     cards = []
     for row in data["candidates"]:
-        said = f"removes {_percent(row['recovered'])} of the base's distance to the fine-tune" if row["recovered"] is not None else ""
+        said = f"removes {share_text(row['recovered'])} of the base's distance to the fine-tune" if row["recovered"] is not None else ""
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in row["reasons"])
         cards.append(
             f'<div class="card verdict{"" if row["passed"] else " bad"} wrap"><b>{"PASS" if row["passed"] else "FAIL"}</b> '
@@ -84,9 +84,10 @@ def _verdict(data: Mapping[str, Any]) -> str:
             f"{f'<ul>{reasons}</ul>' if reasons else ''}</div>"
         )
     fine_tune = data["fine_tune"]["path"]
+    warning = f"<p class='card verdict bad wrap'>{escape(data['warning'].capitalize())}.</p>" if data["warning"] else ""
     return (
         f"<h1>{' '.join(title.split())}</h1><p class='soft wrap'>Is it still <b>{escape(_name(fine_tune))}</b>? Rerun on {data['tokens']} "
-        f"tokens of {escape(data['text'])}; {escape(data['dtype'])} on {escape(data['device'])}.</p>"
+        f"tokens of {escape(data['text'])}; {escape(data['dtype'])} on {escape(data['device'])}.</p>{warning}"
         f"<div class=grid2>{''.join(cards)}</div>"
     )
 
@@ -94,7 +95,7 @@ def _verdict(data: Mapping[str, Any]) -> str:
 def _figures(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     is_kl = rows[0]["kl"] is not None
     heads = ["", "KL to the fine-tune" if is_kl else "output error", "95 % interval", "recovered", "top-1", "perplexity"]
-    heads += ["largest logit difference", "greedy agreement", "captured energy", "size"]
+    heads += ["largest logit difference", "greedy agreement", "captured energy of the weights", "size"]
     lines_of_table = []
     for row in rows:
         details, interval = row["details"], row["kl_ci95"]
@@ -102,22 +103,20 @@ def _figures(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             escape(label(row)) + (" (base)" if row["kind"] == "base" else ""),
             _number(row["kl"] if is_kl else details["error"]),
             f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else "-",
-            _percent(row["recovered"]),
-            _percent(row["top1"]),
+            share_text(row["recovered"]),
+            share_text(row["top1"]),
             _number(row["perplexity"], ".3f"),
             _number(details["max_logit_difference"], ".3g"),
-            _percent(details["greedy_agreement"]),
-            _percent(details["captured_energy"]),
+            share_text(details["greedy_agreement"]),
+            share_text(details["captured_energy"]),
             size_text(row["bytes"]),
         ]
         lines_of_table.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{title}</th>" for title in heads)
+    table = f"<tr>{''.join(f'<th>{title}</th>' for title in heads)}</tr>{''.join(lines_of_table)}"
     note = (
         f"The fine-tune's own perplexity is {_number(data['fine_tune']['perplexity'], '.3f')}." if data["fine_tune"]["perplexity"] else ""
     )
-    return (
-        f"<h2>Fidelity</h2><div class='card scroll'><table><tr>{head}</tr>{''.join(lines_of_table)}</table></div><p class=soft>{note}</p>"
-    )
+    return f"<h2>Fidelity</h2><div class='card scroll names'><table>{table}</table></div><p class=soft>{note}</p>"
 
 
 def _size_and_speed(rows: Sequence[Mapping[str, Any]], numbers: Mapping[str, int]) -> str:
@@ -136,14 +135,17 @@ def _size_and_speed(rows: Sequence[Mapping[str, Any]], numbers: Mapping[str, int
             cards.append(f"<div class=card><h3>Speed: {title}</h3>{bars(shown, unit, title, numbers)}</div>")
     silent = [label(row) for row in rows if row["passed"] is False and not row["speed"]]
     note = f"<p class='soft wrap'>Not timed, as another model's speed says nothing: {escape(', '.join(silent))}.</p>" if silent else ""
+    note += "<p class=soft>Whiskers: the 95 % interval of a recovered share; the range over the rounds of a time.</p>"
     return f"<h2>Size and speed</h2><div class=grid2>{''.join(cards)}</div>{note}"
 
 
 def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
     """Heat maps by layer and matrix, hidden states by layer, and where energy and function disagree."""
     parts = []
+    shares = [abs(share) for row in data["candidates"] for share in _cells(row["details"]["matrices"], "recovered_kl").values()]
+    full = max(shares, default=0.0) or 1.0  # one scale for all maps, so that they compare
     for row in data["candidates"]:
-        drawn = [_energy_map(row["details"]), _kl_map(row["details"])]
+        drawn = [_energy_map(row["details"]), _kl_map(row["details"], full)]
         if any(drawn):
             apart = _apart(row["details"]["disagreements"])
             parts.append(f"<div class=card><p class=wrap><b>{escape(label(row))}</b></p>{''.join(drawn)}{apart}</div>")
@@ -155,10 +157,15 @@ def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
         note = f"<p class='soft wrap'>Not compared, their states have another width: {escape(', '.join(others))}.</p>" if others else ""
         parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}{note}</div>")
     scale = (
-        "<p class=soft>Energy: the full colour is 100 %; red is below 0 %, farther from the fine-tune than the base. KL: the full "
-        "colour is the largest share of the map; red adds to the base's KL.</p>"
+        f"<p class=soft>Energy: {_ramp('0%', '100%')}; red is below 0%, farther from the fine-tune than the base."
+        + (f" KL: {_ramp('0%', share_text(full, 2))} in all maps; red adds to the base's KL." if shares else "")
+        + "</p>"
     )
     return f"<h2>By layer and matrix</h2>{scale}<div class=grid2>{''.join(parts)}</div>" if parts else ""
+
+
+def _ramp(low: str, high: str) -> str:
+    return f"{low} <span class=ramp></span> {high}"
 
 
 def _energy_map(details: Mapping[str, Any]) -> str:
@@ -170,22 +177,24 @@ def _energy_map(details: Mapping[str, Any]) -> str:
     return f"<h3>{title}</h3><div class=scroll>{_map(cells, title)}</div>{note}"
 
 
-def _kl_map(details: Mapping[str, Any]) -> str:
-    """Whose share of the base's KL each matrix removes, with the sum beside what was measured."""
+def _kl_map(details: Mapping[str, Any], full: float) -> str:
+    """Whose share of the base's KL each matrix removes, with the sum beside what was measured; `full` has the full colour."""
     found = details["attribution"]
     cells = _cells(details["matrices"], "recovered_kl")
     title = "Recovered KL by matrix"
     if not found or not cells:
         note = found["note"] if found else None
         return f"<h3>{title}</h3><p class='soft wrap'>Left out: {escape(note)}.</p>" if note else ""
-    full = max(abs(share) for share in cells.values()) or 1.0
-    others = _percent(found["sum"] - sum(cells.values()))
+    others = share_text(found["sum"] - sum(cells.values()))
     role, layer = max(cells, key=lambda place: cells[place])
     rows = "row" if found["rows"] == 1 else f"{found['rows']} rows"
+    name, share = found["largest_other"] or ("", 0.0)
+    most = f", most of all {escape(name)} with {share_text(share, 2)}" if share > 0 else ""
     return (
-        f"<h3>{title}</h3><div class=scroll>{_map(cells, title, full)}</div><p class='soft wrap'>{escape(role)} of layer {layer} "
-        f"removes most, {cells[role, layer]:.2%} of the base's KL. With {others} from embeddings, norms and biases, all sum to "
-        f"{_percent(found['sum'])}; {_percent(found['measured'])} was measured on the same {rows}.</p>"
+        f"<h3>{title}</h3><div class=scroll>{_map(cells, title, full)}</div><p class='soft wrap'>Of the matrices shown, {escape(role)} of "
+        f"layer {layer} removes most, {share_text(cells[role, layer], 2)} of the base's KL. What is not shown (embeddings, heads, norms, "
+        f"biases) removes {others}{most}. All sum to {share_text(found['sum'])}; {share_text(found['measured'])} was measured on the same "
+        f"{rows}.</p>"
     )
 
 
@@ -211,7 +220,7 @@ def _apart(disagreements: Sequence[Mapping[str, Any]]) -> str:
     if not disagreements:
         return ""
     worst = disagreements[0]
-    energy, output = _percent(worst["captured_energy"]), _percent(worst["recovered_output"])
+    energy, output = share_text(worst["captured_energy"]), share_text(worst["recovered_output"])
     return (
         f"<p class='soft wrap'>Weights and function are more than 25 points apart in {len(disagreements)} matrices, most in "
         f"{escape(worst['matrix'])}: {energy} of the energy, {output} of the output.</p>"
@@ -243,7 +252,8 @@ def _spectra(data: Mapping[str, Any]) -> str:
 def _repeat(data: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{escape(name)} {escape(number)}" for name, number in data["versions"].items())
     settings = data["settings"]
+    command = f"<pre>{escape(data['command'])}</pre>" if data["command"] else "<p>From Python, with the same rows of token ids.</p>"
     return (
-        f"<h2>Repeat it</h2><pre>{escape(data['command'])}</pre><p class='soft wrap'>{escape(settings['device_name'])}, "
-        f"{settings['threads']} threads, seed {settings['seed']}; {versions}.</p>"
+        f"<h2>Repeat it</h2>{command}<p class='soft wrap'>{escape(settings['device_name'])}, "
+        f"{count(settings['threads'], 'thread')}, seed {settings['seed']}; {versions}.</p>"
     )

@@ -16,6 +16,7 @@ def validation_tables(data: Mapping[str, Any]) -> list[Table]:
 
     Two tables, as 80 columns hold no more.
     """
+    data = labelled(data)
     rows = [data["base"], *data["candidates"]]
     fine_tune = {"kl": None, "recovered": None, "top1": None, "passed": None, "details": {}, **data["fine_tune"], "kind": "fine-tune"}
     return [_table([rows[0], fine_tune, *rows[1:]], _FIDELITY), _table(rows, _COST)]
@@ -24,6 +25,7 @@ def validation_tables(data: Mapping[str, Any]) -> list[Table]:
 def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, Any]]) -> Table:
     """One line a row; a column that nothing fills is left out."""
     from rich.table import Table
+    from rich.text import Text
 
     columns = [(title, [show(row) for row in rows]) for title, show in shown]
     columns = [(title, cells) for title, cells in columns if any(cell != "-" for cell in cells)]
@@ -31,7 +33,7 @@ def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, Any]]) 
     for title, _ in columns:
         table.add_column(title, justify="left" if title in ("model", "kind", "verdict") else "right", overflow="fold")
     for cells in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))  # a name may hold what rich takes for markup
     return table
 
 
@@ -39,20 +41,64 @@ def verdict(row: Mapping[str, Any]) -> str:
     return {None: "-", True: "pass", False: "FAIL"}[row["passed"]]
 
 
+def labelled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `validation.json` with a `label` in each model: the shortest end of its path that no other path has, with the
+    task of a bundle."""
+    models = [data["base"], data["fine_tune"], *data["candidates"]]
+    paths = {str(row["path"]): str(row["path"]).rstrip("/").split("/") for row in models}
+
+    def shortest(path: str) -> str:
+        others = [parts for other, parts in paths.items() if other != path]
+        ends = ("/".join(paths[path][-n:]) for n in range(1, len(paths[path])) if all(paths[path][-n:] != o[-n:] for o in others))
+        return next(ends, path)
+
+    def named(row: Mapping[str, Any]) -> dict[str, Any]:
+        task = row.get("details", {}).get("task")
+        return {**row, "label": shortest(str(row["path"])) + (f" [{task}]" if task else "")}
+
+    candidates = [named(row) for row in data["candidates"]]
+    return {**data, "base": named(data["base"]), "fine_tune": named(data["fine_tune"]), "candidates": candidates}
+
+
 def label(row: Mapping[str, Any]) -> str:
-    """The end of a path that tells candidates apart, with the task of a bundle."""
-    task = row["details"].get("task")
-    return str(row["path"]).rstrip("/").rsplit("/", 1)[-1] + (f" [{task}]" if task else "")
+    return str(row["label"])
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def share_text(share: float | None, digits: int = 1) -> str:
+    """A share in per cent; below -1000 % only that it is."""
+    if share is None:
+        return "-"
+    return "below -1000%" if share < -10 else f"{share:.{digits}%}"
+
+
+def _share(*keys: str) -> Any:
+    find = _value(*keys)
+    return lambda row: share_text(find(row))
 
 
 def _number(form: str, *keys: str) -> Any:
+    find = _value(*keys)
+
     def show(row: Mapping[str, Any]) -> str:
-        value: Any = row
-        for key in keys:
-            value = value.get(key) if value is not None else None
+        value = find(row)
         return "-" if value is None else format(value, form)
 
     return show
+
+
+def _value(*keys: str) -> Any:
+    def find(row: Mapping[str, Any]) -> Any:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if value is not None else None
+        return value
+
+    return find
 
 
 _SPEED = ("speed", "prefill_tokens_per_second", "median")
@@ -61,14 +107,14 @@ _FIDELITY: tuple[tuple[str, Any], ...] = (
     ("kind", lambda row: row["kind"]),
     ("KL", _number(".4g", "kl")),
     ("error", _number(".4g", "details", "error")),
-    ("recovered", _number(".1%", "recovered")),
-    ("top-1", _number(".1%", "top1")),
+    ("recovered", _share("recovered")),
+    ("top-1", _share("top1")),
     ("perplexity", _number(".3f", "perplexity")),
     ("verdict", verdict),
 )
 _COST: tuple[tuple[str, Any], ...] = (
     ("model", label),
-    ("captured energy", _number(".1%", "details", "captured_energy")),
+    ("captured energy", _share("details", "captured_energy")),
     ("size", lambda row: size_text(row["bytes"])),
     ("prefill/s", _number(".0f", *_SPEED)),
     ("s/token", _number(".4f", "speed", "seconds_per_output_token", "median")),

@@ -56,6 +56,8 @@ def test_shares_of_every_kind_sum_to_the_measured_kl(pairs: Any, tmp_path: Path,
         details = row.to_json()["details"]
         shares = [matrix["recovered_kl"] or 0.0 for matrix in details["matrices"].values()]
         assert sum(shares) + details["attribution"]["other"] == pytest.approx(found.total)
+        other = details["attribution"]["largest_other"]
+        assert other is None or found.removed[other[0]] == other[1]
         assert details["attribution"]["rows"] == (8 if name == "vit" else 4)
         assert details["attribution"]["note"] is None
 

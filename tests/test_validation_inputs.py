@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapt_convert.convert.validation import reference_outputs
-from adapt_convert.convert.validation.live_model import require_run_extra
+from adapt_convert.convert.validation.live_model import load_model, require_run_extra
 from adapt_convert.convert.validation.outputs import Predictions
 from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs
 from adapt_convert.convert.validation.texts import built_in_text, make_corpus, read_documents
@@ -126,6 +126,9 @@ REFUSALS = [
     ({"token_ids": IDS, "thresholds": {"min_recovered": math.nan}}, r"--min-recovered nan"),
     ({"token_ids": IDS, "thresholds": {"min_top1": -0.5}}, r"--min-top1 -0.5"),
     ({"token_ids": IDS, "thresholds": {"max_kl": math.inf}}, r"--max-kl inf"),
+    ({"token_ids": [[-1, 5, 6]]}, r"token_ids: holds a negative number"),
+    ({"token_ids": [["a"]]}, r"token_ids: expected rows of whole numbers"),
+    ({"token_ids": 7}, r"token_ids: expected rows of whole numbers"),
     ({"token_ids": IDS, "thresholds": {"max_slowdown": 1.5}}, r"--max-slowdown and --no-speed contradict"),
     ({"token_ids": IDS, "seed": -1}, r"--seed -1"),
     ({"token_ids": IDS, "seed": 2**64}, r"--seed 18446744073709551616"),
@@ -159,6 +162,83 @@ def test_a_checkpoint_with_a_hole_is_refused(pairs: Any, tmp_path: Path) -> None
     save_file(weights, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdaptError, match=r"merged: lacks model.layers.1.mlp.gate_proj.weight and 1 more"):
         validate(pair.base, pair.ft, tmp_path / "merged", token_ids=IDS, speed=False)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def with_other_shapes(path: Path) -> None:
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(50, 32)
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(("damage", "message"), [(cut, r"{}.*bytes"), (with_other_shapes, r"up_proj.*{}")])
+@pytest.mark.parametrize("damaged", ["ft", "merged"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(pairs: Any, tmp_path: Path, damaged: str, damage: Any, message: str) -> None:
+    pair = pairs("llama")
+    shutil.copytree(pair.ft, tmp_path / damaged)
+    damage(tmp_path / damaged / "model.safetensors")
+    paths = (tmp_path / "ft", pair.ft) if damaged == "ft" else (pair.ft, tmp_path / "merged")
+    with pytest.raises(AdaptError, match=message.format(damaged)):
+        validate(pair.base, *paths, token_ids=IDS, speed=False)
+    with pytest.raises(AdaptError, match=rf"{damaged}: transformers cannot load it"):
+        load_model(locate(tmp_path / damaged), pair.model_class, torch.device("cpu"), None)
+
+
+def test_another_architecture_is_refused_before_it_is_built(pairs: Any, tmp_path: Path) -> None:
+    pair, other = pairs("llama"), pairs("mistral")
+    for paths in ((pair.base, pair.ft, other.ft), (other.base, pair.ft, pair.ft)):
+        with pytest.raises(AdaptError, match=r"says model_type mistral, that of .* llama: it is another model"):
+            validate(*paths, token_ids=IDS, speed=False)
+    shutil.copytree(pair.ft, tmp_path / "merged")
+    config = json.loads((pair.ft / "config.json").read_text())
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(AdaptError, match=r"says architectures .*LlamaForSequenceClassification"):
+        validate(pair.base, pair.ft, tmp_path / "merged", token_ids=IDS, speed=False)
+
+
+def test_documents_without_text_are_left_out(pairs: Any, tmp_path: Path) -> None:
+    ft = with_tokenizer(pairs("llama").ft, tmp_path / "ft")
+    config, where = json.loads((ft / "config.json").read_text()), [locate(ft)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", words(7), "  \n", words(9))))
+    assert [len(row) for row in make_corpus("classes", config, where, path, None, None, 10**6).rows] == [7, 9]
+    path.write_text(json.dumps({"text": " "}) + "\n")
+    with pytest.raises(AdaptError, match=r"rows.jsonl: holds no text"):
+        make_corpus("classes", config, where, path, None, None, 10**6)
+
+
+def test_a_small_corpus_is_warned_of(pairs: Any) -> None:
+    config = json.loads((pairs("llama").ft / "config.json").read_text())
+    for rows, said in (([[5] * 4], "only 4 tokens in a single row"), (IDS, "only 80 tokens in 4 rows"), ([[5] * 300], "in a single row")):
+        assert said in (make_corpus("causal", config, [], None, rows, None, 10**6).warning or "")
+    assert make_corpus("causal", config, [], None, [[5] * 128] * 2, None, 10**6).warning is None
+
+
+def test_thresholds_of_another_type_are_refused(pairs: Any) -> None:
+    pair = pairs("llama")
+    with pytest.raises(AdaptError, match=r"thresholds=0.9: give a Thresholds"):
+        validate(pair.base, pair.ft, pair.ft, token_ids=IDS, thresholds=0.9)  # type: ignore[arg-type]
+
+
+def test_a_nested_vocabulary_is_checked(pairs: Any) -> None:
+    config = {"text_config": {"vocab_size": 90}}
+    with pytest.raises(AdaptError, match=r"token 95, but the model knows 90"):
+        make_corpus("causal", config, [], None, [[5, 95]], None, 10**6)
+
+
+@pytest.mark.parametrize("damaged", ["base", "ft"])
+def test_outputs_that_are_not_finite_are_refused(pairs: Any, tmp_path: Path, damaged: str) -> None:
+    pair = pairs("llama")
+    paths = {"base": pair.base, "ft": pair.ft} | {damaged: tmp_path / damaged}
+    shutil.copytree(getattr(pair, damaged), tmp_path / damaged)
+    weights = load_file(tmp_path / damaged / "model.safetensors")
+    weights["model.norm.weight"] *= 1e38  # finite itself
+    save_file(weights, tmp_path / damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdaptError, match=rf"{damaged}: its outputs are NaN or infinite"):
+        validate(*paths.values(), pair.ft, token_ids=IDS, speed=False)
 
 
 def test_different_vocabularies_are_refused(pairs: Any, make_pair: Any, tmp_path: Path) -> None:

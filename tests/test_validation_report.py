@@ -21,6 +21,7 @@ import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from test_validation_inputs import with_tokenizer, words
 
 import adapt_convert
 from adapt_convert.cli import main
@@ -102,6 +103,73 @@ def test_speed_of_the_base_and_of_those_that_pass(here: Path) -> None:
     assert result.base.speed.slowdown == 1.0
     assert good.speed.switch > 0
     assert good.contender.bytes == (here / "good" / "adapter_model.safetensors").stat().st_size
+
+
+def test_speed_within_the_positions_of_the_model_on_its_longest_rows(pairs: Any) -> None:
+    pair = pairs("gpt2")  # 64 positions
+    ids = [[(7 * i + 3 * j) % 90 + 3 for i in range(length)] for j, length in enumerate((5, 64, 64, 9))]
+    result = adapt_convert.validate(pair.base, pair.ft, pair.ft, token_ids=ids, context=64, batch=2)
+    for row in (result.base, *result.candidates):
+        assert row.speed.per_token.median > 0
+        assert (row.speed.rows, row.speed.length) == (2, 64)
+    details = result.to_json()["candidates"][0]["details"]
+    assert (details["attribution"]["rows"], details["attribution"]["tokens"]) == (2, 128)
+
+
+def test_a_card_that_cannot_be_changed_costs_no_figures(here: Path) -> None:
+    shutil.copytree(here / "good", here / "second")
+    (here / "good" / "README.md").write_text("no metadata")
+    done = call("good", "second", "--no-speed")
+    assert done.exit_code == 0, done.output
+    assert "recovered" in done.stdout
+    assert "Warning: README.md of good: has no metadata block" in done.stderr
+    assert "## Validation" in (here / "second" / "README.md").read_text()
+
+
+def test_the_card_of_an_image_classifier_names_its_task(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("vit")
+    lora = adapt_convert.convert(pair.base, pair.ft, rank=8).save(tmp_path / "lora")
+    (card,) = adapt_convert.validate(pair.base, pair.ft, lora, speed=False, attribution=False).update_cards()
+    _, results = model_index_to_eval_results(yaml.safe_load(card.read_text().split("---\n")[1])["model-index"])
+    assert {result.task_type for result in results} == {"image-classification"}
+
+
+def test_names_are_shown_as_they_are_and_told_apart(here: Path) -> None:
+    for name in ("x/l", "y/l", "lo[bold]"):
+        shutil.copytree(here / "good", here / name)
+    done = call("x/l", "y/l", "lo[bold]", "--no-speed", "--no-card", "--html", "page.html")
+    assert all(name in done.stdout for name in ("x/l", "y/l", "lo[bold]"))
+    page = (here / "page.html").read_text()
+    assert "x/l" in page
+    assert page.count("Recovered KL by matrix</h3>") == page.count("Of the matrices shown, ") == 3
+    assert page.count("class=ramp") == 2  # one scale for all maps of a kind
+
+
+def test_no_attribution(here: Path) -> None:
+    done = call("good", "--no-speed", "--no-card", "--no-attribution", "--json")
+    data = json.loads(done.stdout)
+    assert data["candidates"][0]["details"]["attribution"] is None
+    assert {row["recovered_kl"] for row in data["candidates"][0]["details"]["matrices"].values()} == {None}
+    assert data["candidates"][0]["speed"] is None
+    assert "Warning: only 80 tokens in 4 rows" in done.stderr
+    assert data["warning"] in done.stderr
+
+
+@pytest.mark.parametrize("name", ["built-in.txt", "token ids"])
+def test_the_command_repeats_the_validation(pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pair = pairs("llama")
+    monkeypatch.chdir(tmp_path)
+    with_tokenizer(pair.ft, tmp_path / "ft")
+    (tmp_path / name).write_text(words(100))
+    arguments = [pair.base, "ft", pair.ft, "--text", name, "--context", 20, "--no-speed", "--no-attribution", "--min-recovered"]
+    done = CliRunner().invoke(main, ["validate", *map(str, arguments), "0.12345678901", "--json"])
+    assert done.exit_code == 0, done.output
+    first = json.loads(done.stdout)
+    again = CliRunner().invoke(main, [*shlex.split(first["command"])[1:], "--json"])
+    assert json.loads(again.stdout) == first
+    rows = adapt_convert.validate(pair.base, pair.ft, pair.ft, token_ids=[[5, 6, 7]] * 2, speed=False)
+    assert rows.command is None
+    assert "From Python" in validation_page(rows.to_json())
 
 
 def test_delta_validate(here: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.architectures import place_of
+from adapt_convert.convert.architectures import aliases_of, place_of
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.latte.weights import LatteWeights
@@ -58,12 +58,15 @@ class MatrixShare:
 @dataclass
 class Holdings:
     """Everything that one candidate holds. `note` says what its energies are of when they are not of the plain weights, or why they
-    could not be measured; `recorded` is then the captured energy by tensor that the `conversion.json` beside it states."""
+    could not be measured; `recorded` is then the captured energy by tensor that the `conversion.json` beside it states. `joint`
+    marks factors that all matrices share, fitted to their sum. `damage` is what is wrong with the numbers themselves."""
 
     shares: list[MatrixShare] = field(default_factory=list)
     recorded: dict[str, float] = field(default_factory=dict)
     note: str | None = None
     record_errors: list[str] = field(default_factory=list)
+    joint: bool = False
+    damage: str | None = None
 
     @property
     def captured(self) -> float | None:
@@ -90,8 +93,32 @@ class Holdings:
     @property
     def captured_of_adapted(self) -> float | None:
         """Share of the energy of the matrices that the candidate approximates."""
-        energy = sum(share.energy for share in self._adapted)
-        return sum(share.captured * share.energy for share in self._adapted) / energy if energy else None
+        return _captured(self._adapted) if self._adapted else None
+
+    @property
+    def least_captured(self) -> tuple[str, float] | None:
+        """The adapted matrix that is farthest from the fine-tune, and its captured energy.
+
+        A projection moves none away. One CP tensor is fitted to all of them in sum, which holds for each role and each layer (its
+        factors for these are least-squares solutions) but for no single matrix: there, the worst role or layer.
+        """
+        groups: dict[str, list[MatrixShare]] = {}
+        for share in self._adapted:
+            names = [share.role, f"layer {share.layer}"] if self.joint else [share.name]
+            for name in names:
+                groups.setdefault(name, []).append(share)
+        found = {name: _captured(shares) for name, shares in groups.items()}
+        return min(found.items(), key=lambda pair: pair[1]) if found else None
+
+    @property
+    def zeroed(self) -> list[str]:
+        """Matrices that changed and whose factors are all zero, in a role that the candidate adapts elsewhere."""
+        roles = {share.role for share in self._adapted}
+        return [share.name for share in self.matrices if share.rank and not share.norm and share.role in roles]
+
+
+def _captured(shares: list[MatrixShare]) -> float:
+    return sum(share.captured * share.energy for share in shares) / sum(share.energy for share in shares)
 
 
 def measure_weights(
@@ -103,12 +130,15 @@ def measure_weights(
 ) -> tuple[dict[Contender, Holdings], dict[str, list[float]]]:
     """Captured energy of every candidate, and singular values of the change of one middle layer's matrices.
 
-    Reads one tensor of each at a time. A candidate that the project cannot read as a change of weights gets a note instead.
+    Reads one tensor of each at a time. A candidate that the project cannot read as a change of weights gets a note instead, one
+    whose numbers are damaged (NaN) the reason for its failure.
     """
-    holdings = {candidate: Holdings() for candidate in candidates}
+    holdings = {candidate: Holdings(joint=candidate.kind == "lorta") for candidate in candidates}
     try:
         pairs, plan = _open(base, fine_tune)
     except AdaptError as error:
+        if not fine_tune.is_adapter:  # a damaged file; adapters may be of a kind that only peft reads
+            raise
         return {candidate: Holdings(note=str(error)) for candidate in holdings}, {}
     opened: dict[Contender, _Adapter | LatteWeights] = {}
     for candidate, held in holdings.items():
@@ -117,6 +147,8 @@ def measure_weights(
             if isinstance(weights := opened[candidate], LatteWeights) and weights.is_effective:
                 held.shares, held.note = _effective_shares(weights, base, fine_tune, plan, progress), EFFECTIVE
         except AdaptError as error:
+            if not candidate.is_adapter:
+                raise
             opened.pop(candidate, None)
             held.note, held.recorded = str(error), _recorded(candidate)
     spectra: dict[str, list[float]] = {}
@@ -125,10 +157,15 @@ def measure_weights(
         change = _change(pairs, entry)
         if change is None or not (energy := change.energy()):
             continue
-        for candidate, weights in opened.items():
-            if not weights.is_effective or entry.name in weights.values:
+        for candidate, weights in list(opened.items()):
+            if weights.is_effective and entry.name not in weights.values:
+                continue
+            try:
                 mine, rank = weights.delta(entry), weights.rank(entry)
                 holdings[candidate].shares.append(_share(entry.name, entry.module, plan, change, energy, mine, rank, entry.part.shape))
+            except AdaptError as error:
+                del opened[candidate]
+                holdings[candidate] = Holdings(note=str(error), damage=str(error))
         if entry in wanted:
             rank = min(SPECTRUM_VALUES, *change.shape)
             spectra[entry.name] = factorise(change, rank, torch.Generator().manual_seed(seed)).values[:rank].tolist()
@@ -179,15 +216,23 @@ class _Adapter:
     values: frozenset[str] = frozenset()
 
     def __init__(self, pairs: Pairs, plan: Plan) -> None:
-        self._pairs, self._entries = pairs, plan.by_name
+        self._pairs, self._plan = pairs, plan
 
     def delta(self, entry: Entry) -> Delta | None:
-        theirs = self._entries.get(entry.name)
+        theirs = self._counterpart(entry.name)
         return _change(self._pairs, theirs) if theirs else None
 
     def rank(self, entry: Entry) -> int | None:
-        theirs = self._entries.get(entry.name)
+        theirs = self._counterpart(entry.name)
         return theirs.part.rank if theirs else None
+
+    def _counterpart(self, name: str) -> Entry | None:
+        """The entry of that name, or of a parameter that shares its value: PEFT can hold a shared bias by its alias alone. A head
+        that shares the embedding's weight is no counterpart, as PEFT parts the two."""
+        names = [name]
+        if self._plan.follows_ties or name.endswith(".bias"):
+            names += aliases_of(name, self._plan.family, self._plan.config)
+        return next((self._plan.by_name[each] for each in names if each in self._plan.by_name), None)
 
 
 def _open(base: Contender, other: Contender, options: Options | None = None) -> tuple[Pairs, Plan]:

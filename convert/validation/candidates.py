@@ -66,19 +66,26 @@ def contenders_of(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
         return [contender]
     if not tasks:
         raise AdaptError(f"{path}: is a bundle of {', '.join(held)}; say with --tasks which of them is the fine-tune's")
-    chosen = [replace(contender, task=task) for task in tasks]
-    for each in chosen:
-        task_number(each)
-    return chosen
+    chosen: dict[int, Contender] = {}  # a task may be named twice, also by its name and its number
+    for task in tasks:
+        each = replace(contender, task=task)
+        chosen.setdefault(task_number(each), each)
+    return list(chosen.values())
 
 
-def check_vocabularies(checkpoints: Sequence[Contender]) -> None:
-    """Refuse models whose logits cannot be compared."""
-    sizes = {contender.path: vocabulary_of(read_config(contender.location)) for contender in checkpoints}
-    first, *others = sizes.items()
-    for path, size in others:
-        if size != first[1]:
-            raise AdaptError(f"{path} has a vocabulary of {size}, {first[0]} one of {first[1]}: their outputs cannot be compared")
+def check_configs(like: Contender, checkpoints: Sequence[Contender]) -> None:
+    """Refuse models whose logits cannot be compared with those of `like`, or that its class would build with other weights."""
+    expected = read_config(like.location)
+    for contender in checkpoints:
+        config = read_config(contender.location)
+        size, wanted = vocabulary_of(config), vocabulary_of(expected)
+        if size != wanted:
+            raise AdaptError(f"{contender.path} has a vocabulary of {size}, {like.path} one of {wanted}: their outputs cannot be compared")
+        # A base may have another head than its fine-tune, or none.
+        for name in ("model_type", "architectures") if contender.kind == "merged" else ("model_type",):
+            found, theirs = config.get(name), expected.get(name)
+            if found and theirs and found != theirs:
+                raise AdaptError(f"{contender.path}: config.json says {name} {found}, that of {like.path} {theirs}: it is another model")
 
 
 class Stage:
@@ -96,7 +103,7 @@ class Stage:
         self.fine_tune = fine_tune
         self.device = device
         self.dtype = dtype
-        self._class = model_class
+        self.model_class = model_class
         self._checkpoint: Contender | None = None
         self._current: Contender | None = None
         self._detach: Callable[[], object] | None = None
@@ -131,7 +138,7 @@ class Stage:
 
     def _load(self, contender: Contender) -> None:
         like = self.fine_tune.location if contender.kind == "base" and not self.fine_tune.is_adapter else None
-        self.model, missing = load_model(contender.location, self._class, self.device, self.dtype, like)
+        self.model, missing = load_model(contender.location, self.model_class, self.device, self.dtype, like)
         self.root = self.model
         self.dtype = self.dtype or next(self.root.parameters()).dtype
         self._checkpoint = contender
@@ -235,7 +242,8 @@ def _load_peft(root: nn.Module, contender: Contender) -> Any:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         if "out of memory" in str(error):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        said = f"it fails on the key {error}" if isinstance(error, KeyError) else str(error)
+        lines = said.strip().splitlines() or [type(error).__name__]
         raise AdaptError(f"{contender.path}: peft cannot load it onto the base: {' '.join(lines[:2])[:300]}") from None
     return model.eval()
 

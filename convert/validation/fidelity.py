@@ -78,6 +78,9 @@ class Fidelity:
     max_logit_difference: float
 
 
+UNKNOWN = Fidelity(None, None, None, None, None, None, None, None, None, math.nan)  # of a model that could not be run
+
+
 def summarise(sums: RowSums, base: RowSums, seed: int) -> Fidelity:
     """The figures of one model; `base` are those of the untouched base on the same rows."""
     draws = _draws(len(sums.items), seed)

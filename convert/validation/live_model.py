@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from adapt_convert.formats.errors import AdaptError
@@ -73,6 +74,14 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
     return int(size) if isinstance(size, int) else None
 
 
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Number of tokens that a model reads at most; None where its configuration sets no limit."""
+    limit = next((int(config[k]) for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)), None)
+    if limit is not None and "roberta" in str(config.get("model_type")):
+        limit -= 2  # its positions start behind the padding index
+    return limit
+
+
 def load_model(
     location: Location, model_class: Any, device: torch.device, dtype: torch.dtype | None, like: Location | None = None
 ) -> tuple[Any, frozenset[str]]:
@@ -81,9 +90,11 @@ def load_model(
     `dtype` None is the checkpoint's own. `like` lends the number and names of classes to a base whose head is another one. Raises
     `AdaptError` for what cannot be loaded.
     """
-    config = model_class.config_class.from_pretrained(location.directory, local_files_only=True)
+    with quiet():
+        config = model_class.config_class.from_pretrained(location.directory, local_files_only=True)
     if like is not None:
-        theirs = model_class.config_class.from_pretrained(like.directory, local_files_only=True)
+        with quiet():
+            theirs = model_class.config_class.from_pretrained(like.directory, local_files_only=True)
         for name in _LABELS:
             if getattr(theirs, name, None) is not None and getattr(config, name, None) != getattr(theirs, name):
                 setattr(config, name, getattr(theirs, name))
@@ -94,8 +105,11 @@ def load_model(
             options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True}
             options |= {"ignore_mismatched_sizes": True} if like is not None else {}
             loaded, report = model_class.from_pretrained(location.directory, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise AdaptError(f"{location.origin}: transformers cannot load it: {str(error).strip().splitlines()[0][:300]}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AdaptError(f"{location.origin}: transformers cannot load it: {reason[0][:300]}") from None
     model: nn.Module = loaded.eval().requires_grad_(False)
     return model.to(device), frozenset(report["missing_keys"])
 

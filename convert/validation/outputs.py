@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -30,6 +30,12 @@ class Batch:
     def rows(self) -> int:
         return len(next(iter(self.inputs.values())))
 
+    @property
+    def length(self) -> int:
+        """Tokens in a row that the model reads; 1 for an image."""
+        ids = self.inputs.get("input_ids")
+        return ids.shape[1] if ids is not None else 1
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -40,6 +46,11 @@ class Predictions:
     targets: Tensor | None
     row: Tensor
     is_logits: bool
+
+
+def longest(batches: Sequence[Batch]) -> Batch:
+    """The first of the batches with the longest rows: short documents say little of how a model runs."""
+    return max(batches, key=lambda batch: batch.length)
 
 
 def make_batches(corpus: Corpus, task: Task, config: Mapping[str, Any], size: int, seed: int) -> list[Batch]:

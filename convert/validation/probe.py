@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.convert.validation.candidates import Stage
-from adapt_convert.convert.validation.outputs import Batch, predictions_of, run
+from adapt_convert.convert.validation.outputs import Batch, longest, predictions_of, run
 from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs, total_divergence
 
 PROBE_TOKENS = 256  # of the first rows: enough for stable ratios, and a 7 B model's outputs stay near 1 GB on the disk
@@ -45,12 +45,12 @@ class ProbeErrors:
 
 
 def probe_batch(batches: list[Batch]) -> Batch:
-    """The first rows, as many of one length as hold `PROBE_TOKENS` tokens and at least one, or `PROBE_IMAGES` images."""
-    first = batches[0]
+    """The first of the longest rows, as many as hold `PROBE_TOKENS` tokens and at least one, or `PROBE_IMAGES` images."""
+    first = longest(batches)
     ids = first.inputs.get("input_ids")
     rows = PROBE_IMAGES if ids is None else max(1, PROBE_TOKENS // ids.shape[1])
-    shapes = [{name: value.shape[1:] for name, value in batch.inputs.items()} for batch in batches[:rows]]
-    alike = [batch for batch, shape in zip(batches, shapes, strict=False) if shape == shapes[0]]
+    shape = {name: value.shape[1:] for name, value in first.inputs.items()}
+    alike = [batch for batch in batches if {name: value.shape[1:] for name, value in batch.inputs.items()} == shape][:rows]
     inputs = {name: torch.cat([batch.inputs[name] for batch in alike])[:rows] for name in first.inputs}
     scored = torch.cat([batch.scored for batch in alike if batch.scored is not None])[:rows] if first.scored is not None else None
     if ids is not None:

@@ -78,10 +78,13 @@ class Judged:
         if not isinstance(found, Attribution):
             return {"note": found} if found else None
         listed = self._matrices()
+        others = {name: share for name, share in found.removed.items() if name not in listed}
+        unplaced = others | {name: share for name, share in found.removed.items() if name in listed and listed[name].get("layer") is None}
         return {
             "sum": found.total,
             "measured": found.measured,
-            "other": sum(share for name, share in found.removed.items() if name not in listed),
+            "other": sum(others.values()),
+            "largest_other": max(unplaced.items(), key=lambda pair: pair[1], default=None),
             "rows": found.rows,
             "tokens": found.tokens,
             "nodes": NODES,
@@ -129,10 +132,13 @@ class Validation:
     fine_tune_perplexity: float | None
     corpus: Corpus
     task: str
+    model_class: str
     device: str
     dtype: str
     batch: int
     seed: int
+    speed: bool
+    attribution: bool
     thresholds: Thresholds
     spectra: dict[str, list[float]]
     top_k: int | None
@@ -145,6 +151,11 @@ class Validation:
     def failures(self) -> list[str]:
         """One line for every reason of every candidate that fails."""
         return [f"{row.contender.path}: {reason}" for row in self.candidates for reason in row.reasons]
+
+    @property
+    def warning(self) -> str | None:
+        """Why the figures say little; None where nothing speaks against them."""
+        return self.corpus.warning
 
     def to_json(self) -> dict[str, Any]:
         """Plain data as in `validation.json` (docs/validation.md); a number that is not finite is None."""
@@ -161,10 +172,17 @@ class Validation:
             "dtype": self.dtype,
             "text": self.corpus.name,
             "tokens": self.corpus.tokens,
+            "warning": self.warning,
             "versions": _versions(),
             "passed": self.passed,
             "settings": {
-                **{"task": self.task, "context": self.corpus.context, "rows": len(self.corpus.rows), "batch": self.batch},
+                **{
+                    "task": self.task,
+                    "model_class": self.model_class,
+                    "context": self.corpus.context,
+                    "rows": len(self.corpus.rows),
+                    "batch": self.batch,
+                },
                 **{"seed": self.seed, "threads": torch.get_num_threads(), "device_name": _device_name(self.device)},
                 **{"top_k": self.top_k, "thresholds": asdict(self.thresholds)},
             },
@@ -175,19 +193,21 @@ class Validation:
         return finite
 
     @property
-    def command(self) -> str:
-        """The command line that repeats this validation."""
+    def command(self) -> str | None:
+        """The command line that repeats this validation; None where the rows were given in Python."""
+        if self.corpus.option is None:
+            return None
         words = ["adapt-convert", "validate", self.base.contender.path, self.fine_tune.path]
         words += list(dict.fromkeys(row.contender.path for row in self.candidates))
-        if not self.corpus.name.startswith(("built-in", "token ids")):
-            words += ["--text" if self.corpus.tokenizer is not None else "--token-ids", self.corpus.name]
+        words += self.corpus.option
         if self.corpus.rows[0].ndim == 1:
             words += ["--context", str(self.corpus.context), "--max-tokens", str(self.corpus.tokens)]
         tasks = [row.contender.task for row in self.candidates if row.contender.task]
         words += ["--tasks", ",".join(dict.fromkeys(tasks))] if tasks else []
         words += ["--batch", str(self.batch), "--dtype", self.dtype, "--device", self.device, "--seed", str(self.seed)]
         for name, limit in asdict(self.thresholds).items():
-            words += [f"--{name.replace('_', '-')}", f"{limit:g}"] if limit is not None else []
+            words += [f"--{name.replace('_', '-')}", str(limit)] if limit is not None else []
+        words += ([] if self.speed else ["--no-speed"]) + ([] if self.attribution else ["--no-attribution"])
         return shlex.join(words)
 
     def save(self, directory: str | Path) -> Path:
@@ -202,16 +222,24 @@ class Validation:
         return Path(path)
 
     def update_cards(self) -> list[Path]:
-        """Put the figures into the `README.md` of every candidate that this project wrote and that is not a Hub download."""
-        written = []
+        """Put the figures into the `README.md` of every candidate that this project wrote and that is not a Hub download.
+
+        Raises `AdaptError` for the cards that could not be changed, after the others were.
+        """
+        written, refused = [], []
         data = self.to_json()
         for row, figures in zip(self.candidates, data["candidates"], strict=True):
             directory = row.contender.location.directory
             card = directory / "README.md"
             if row.contender.location.is_hub or not (directory / RECORD).is_file() or not card.is_file():
                 continue
-            _write(card, with_validation(card.read_text(encoding="utf-8"), figures, data, row.contender.location.name))
-            written.append(card)
+            try:
+                _write(card, with_validation(card.read_text(encoding="utf-8"), figures, data, row.contender.location.name))
+                written.append(card)
+            except (AdaptError, OSError, UnicodeDecodeError) as error:
+                refused.append(str(error) if isinstance(error, AdaptError) else f"{card}: cannot be read: {error}")
+        if refused:
+            raise AdaptError("; ".join(refused))
         return written
 
 

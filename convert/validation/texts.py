@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.validation.live_model import Task, quiet
+from adapt_convert.convert.validation.live_model import Task, positions_of, quiet, vocabulary_of
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 DEFAULT_CONTEXT = 256  # tokens
 DEFAULT_MAX_TOKENS = 16384
+ENOUGH_TOKENS = 256  # fewer make figures that another sample would not repeat
 _CHARACTERS_PER_TOKEN = 12  # no tokenizer makes fewer tokens of text than this; more text than needed is not tokenised
 _IMAGES = 16
 _MASKED_SHARE = 0.15  # as BERT was trained
@@ -27,17 +29,27 @@ JOIN = "\n\n"
 
 @dataclass(frozen=True)
 class Corpus:
-    """`rows` are sequences of token ids (int64, at most the context long), or images `(channels, height, width)` float32."""
+    """`rows` are sequences of token ids (int64, at most the context long), or images `(channels, height, width)` float32. `option` is
+    what chooses them on the command line; None for rows given in Python."""
 
     name: str
     rows: tuple[Tensor, ...]
     context: int
     tokenizer: Any = None
+    option: tuple[str, ...] | None = ()
 
     @property
     def tokens(self) -> int:
         """Token positions fed to the models; for images their number."""
         return sum(len(row) if row.ndim == 1 else 1 for row in self.rows)
+
+    @property
+    def warning(self) -> str | None:
+        """Why figures on these rows say little; None for enough of them."""
+        if self.rows[0].ndim > 1 or (self.tokens >= ENOUGH_TOKENS and len(self.rows) > 1):
+            return None
+        rows = "a single row" if len(self.rows) == 1 else f"{len(self.rows)} rows"
+        return f"only {self.tokens} tokens in {rows} were run: the figures say little of other text; give more with --text or --token-ids"
 
 
 def built_in_text() -> tuple[str, str]:
@@ -109,12 +121,18 @@ def make_corpus(
     """
     if text is not None and token_ids is not None:
         raise AdaptError("--text and --token-ids contradict each other; give one")
+    option: tuple[str, ...] | None = None
     if token_ids is not None:
-        path = token_ids if isinstance(token_ids, str | Path) else None
-        rows = read_token_ids(Path(token_ids)) if isinstance(token_ids, str | Path) else [list(row) for row in token_ids]
-        name, documents, tokenizer = str(path or "token ids"), True, None
+        is_file = isinstance(token_ids, str | Path)
+        rows = read_token_ids(Path(token_ids)) if isinstance(token_ids, str | Path) else _checked_rows(token_ids)
+        name, documents, tokenizer = str(token_ids) if is_file else "token ids", True, None
+        option = ("--token-ids", name) if is_file else None
     else:
         name, texts = (str(text), read_documents(Path(text))) if text is not None else _as_documents(built_in_text())
+        option = ("--text", name) if text is not None else ()
+        texts = [each for each in texts if each.strip()]
+        if not texts:
+            raise AdaptError(f"{name}: holds no text")
         documents = text is not None and Path(text).suffix == ".jsonl" and task not in ("causal", "seq2seq")
         tokenizer = load_tokenizer(locations)
         budget = _CHARACTERS_PER_TOKEN * max_tokens
@@ -125,7 +143,18 @@ def make_corpus(
     blocks = _cut(rows, length, keep_short=documents)
     _check_ids(blocks, config, name)
     kept = blocks[: max(1, max_tokens // length)] if not documents else _first_tokens(blocks, max_tokens)
-    return Corpus(name, tuple(torch.tensor(block) for block in kept), length, tokenizer)
+    return Corpus(name, tuple(torch.tensor(block) for block in kept), length, tokenizer, option)
+
+
+def _checked_rows(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows given in Python, of whatever counts as a whole number there."""
+    try:
+        checked = [[operator.index(token) for token in row] for row in rows]
+    except TypeError:
+        raise AdaptError("token_ids: expected rows of whole numbers, like [[1, 2, 3], [4, 5]]") from None
+    if any(token < 0 for row in checked for token in row):
+        raise AdaptError("token_ids: holds a negative number; leave padding out")
+    return checked
 
 
 def _as_documents(named: tuple[str, str]) -> tuple[str, list[str]]:
@@ -164,9 +193,7 @@ def load_tokenizer(locations: Sequence[Location]) -> Any:
 
 
 def _context_for(asked: int | None, config: Mapping[str, Any], longest: int, name: str) -> int:
-    limit = next((int(config[k]) for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)), None)
-    if limit is not None and "roberta" in str(config.get("model_type")):
-        limit -= 2  # its positions start behind the padding index
+    limit = positions_of(config)
     if asked is None:
         if longest < 2:
             raise AdaptError(f"{name}: has {longest} tokens; at least 2 are needed")
@@ -200,9 +227,9 @@ def _first_tokens(blocks: list[list[int]], max_tokens: int) -> list[list[int]]:
 
 
 def _check_ids(blocks: list[list[int]], config: Mapping[str, Any], name: str) -> None:
-    vocabulary = config.get("vocab_size")
+    vocabulary = vocabulary_of(config)
     largest = max((max(block) for block in blocks), default=0)
-    if isinstance(vocabulary, int) and largest >= vocabulary:
+    if vocabulary is not None and largest >= vocabulary:
         raise AdaptError(f"{name}: holds token {largest}, but the model knows {vocabulary} tokens; is this its tokenizer?")
 
 

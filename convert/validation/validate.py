@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,14 +18,22 @@ from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.validation.adapter_weights import Holdings, changes_of, measure_weights
 from adapt_convert.convert.validation.attribution import Attribution, quadrature, removed_kl
-from adapt_convert.convert.validation.candidates import Contender, Stage, check_vocabularies, contenders_of, open_contender, staged
-from adapt_convert.convert.validation.fidelity import Fidelity, RowSums, Tally, summarise
-from adapt_convert.convert.validation.live_model import Task, model_class_of, read_config, require_run_extra, task_of, vocabulary_of
-from adapt_convert.convert.validation.outputs import Batch, continue_greedily, make_batches, predict
+from adapt_convert.convert.validation.candidates import Contender, Stage, check_configs, contenders_of, open_contender, staged
+from adapt_convert.convert.validation.fidelity import UNKNOWN, Fidelity, RowSums, Tally, summarise
+from adapt_convert.convert.validation.live_model import (
+    Task,
+    model_class_of,
+    positions_of,
+    read_config,
+    require_run_extra,
+    task_of,
+    vocabulary_of,
+)
+from adapt_convert.convert.validation.outputs import continue_greedily, longest, make_batches, predict
 from adapt_convert.convert.validation.probe import PREDICTIONS, ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
 from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs
 from adapt_convert.convert.validation.result import Judged, Validation
-from adapt_convert.convert.validation.speed import Speed, measure_speed
+from adapt_convert.convert.validation.speed import Speed, Work, measure_speed
 from adapt_convert.convert.validation.texts import DEFAULT_MAX_TOKENS, Corpus, make_corpus, noise_images
 from adapt_convert.convert.validation.verdict import Thresholds, fidelity_failures, weight_failures
 from adapt_convert.formats.errors import AdaptError
@@ -46,6 +56,7 @@ class ValidationOptions:
     device: str | None = None
     seed: int = 0
     speed: bool = True
+    attribution: bool = True
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -81,7 +92,9 @@ def validate(
     require_run_extra()
     if not candidates:
         raise AdaptError("no candidate was given; name at least one adapter or merged checkpoint")
-    limits = thresholds or Thresholds()
+    limits = Thresholds() if thresholds is None else thresholds
+    if not isinstance(limits, Thresholds):
+        raise AdaptError(f"thresholds={limits!r}: give a Thresholds(min_recovered=...)")
     if limits.max_slowdown is not None and not chosen.speed:
         raise AdaptError("--max-slowdown and --no-speed contradict each other; give one")
     with _memory_errors(chosen):
@@ -90,12 +103,17 @@ def validate(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What running one model gave: its comparison, a look inside, greedy agreement, and the seconds that loading it took."""
+    """What running one model gave: its comparison, a look inside, greedy agreement, and the seconds that loading it took; or, with
+    no comparison, why it could not be run."""
 
-    sums: RowSums
+    sums: RowSums | None
     probe: ProbeErrors
-    greedy: float | None
-    load: float
+    greedy: float | None = None
+    load: float = 0.0
+    error: str | None = None
+
+    def figures(self, base: _Seen, seed: int) -> Fidelity:
+        return summarise(self.sums, base.sums, seed) if self.sums and base.sums else UNKNOWN
 
 
 class _Run:
@@ -119,10 +137,10 @@ class _Run:
         if tasks and not any(candidate.task for candidate in self.candidates):
             raise AdaptError(f"--tasks {','.join(tasks)}: no candidate is a bundle of several tasks")
         self.options, self.thresholds, self.progress = options, thresholds, progress
-        class_location = self.base.location if self.fine_tune.is_adapter else self.fine_tune.location
-        self.config = read_config(class_location)
-        check_vocabularies([c for c in (self.base, self.fine_tune, *self.candidates) if not c.is_adapter])
-        model_class = model_class_of(class_location)
+        whole = self.base if self.fine_tune.is_adapter else self.fine_tune
+        self.config = read_config(whole.location)
+        check_configs(whole, [c for c in (self.base, *self.candidates) if not c.is_adapter])
+        model_class = model_class_of(whole.location)
         self.task: Task = task_of(model_class, self.config)
         dtype = DTYPES[options.dtype] if options.dtype else None
         self.stage = Stage(self.base, self.fine_tune, model_class, options.torch_device, dtype)
@@ -147,12 +165,15 @@ class _Run:
             with ReferenceOutputs(self._expected_bytes()) as outputs:
                 perplexity = self._reference(outputs)
                 base = self._compare(self.base, outputs)
+                assert base.sums is not None
+                if not math.isfinite(base.sums.divergence.sum()):
+                    raise AdaptError(f"{self.base.path}: its outputs are NaN or infinite; a wider --dtype may help")
                 if not base.sums.divergence.sum() > 0:
                     raise AdaptError(f"{self.base.path} and {self.fine_tune.path} give the same outputs: there is nothing to validate")
                 removed = {candidate: self._removed_kl(candidate, base.probe, outputs) for candidate in self.candidates}
-                seen = {self.base: base} | {contender: self._compare(contender, outputs) for contender in self._in_turn()}
-            figures = {contender: summarise(row.sums, base.sums, self.options.seed) for contender, row in seen.items()}
-            reasons = {c: self._reasons(figures[c], figures[self.base], c, holdings[c]) for c in self.candidates}
+                seen = {self.base: base} | {contender: self._try(contender, outputs) for contender in self._in_turn()}
+            figures = {c: row.figures(base, self.options.seed) for c, row in seen.items()}
+            reasons = {c: self._reasons(seen[c], figures[c], figures[self.base], c, holdings[c]) for c in self.candidates}
             loads = {contender: row.load for contender, row in seen.items()}
             speeds = self._speed([candidate for candidate in self.candidates if not reasons[candidate]], loads)
         rows = [
@@ -166,10 +187,13 @@ class _Run:
             fine_tune_perplexity=perplexity,
             corpus=self.corpus,
             task=self.task,
+            model_class=self.stage.model_class.__name__,
             device=str(self.stage.device),
             dtype=str(self.stage.dtype).removeprefix("torch."),
             batch=self.options.batch,
             seed=self.options.seed,
+            speed=self.options.speed,
+            attribution=self.options.attribution,
             thresholds=self.thresholds,
             spectra=spectra,
             top_k=outputs.top_k,
@@ -195,7 +219,19 @@ class _Run:
         self.continuation = list(self._continuations())
         self.stage.clear()
         sums = tally.sums()
+        if not math.isfinite(sums.divergence.sum()):
+            raise AdaptError(f"{self.fine_tune.path}: its outputs are NaN or infinite; a wider --dtype may help")
         return summarise(sums, sums, self.options.seed).perplexity
+
+    def _try(self, contender: Contender, outputs: ReferenceOutputs) -> _Seen:
+        """An adapter that cannot be put on or run has failed, and the others go on; a checkpoint that is damaged is refused."""
+        try:
+            return self._compare(contender, outputs)
+        except AdaptError as error:
+            if not contender.is_adapter:
+                raise
+            self.stage.clear()  # nobody knows what it left behind
+            return _Seen(None, ProbeErrors(), error=str(error))
 
     def _compare(self, contender: Contender, outputs: ReferenceOutputs) -> _Seen:
         seconds = self.stage.show(contender)
@@ -206,11 +242,14 @@ class _Run:
         probe = compare_probe(self.stage, self.probe, self.modules, outputs)
         return _Seen(tally.sums(), probe, self._greedy_agreement(), seconds)
 
-    def _removed_kl(self, candidate: Contender, base: ProbeErrors, outputs: ReferenceOutputs) -> dict[str, float] | str:
-        """The KL that each parameter of the candidate removes on the probe rows, in nats; or why that is not known.
+    def _removed_kl(self, candidate: Contender, base: ProbeErrors, outputs: ReferenceOutputs) -> dict[str, float] | str | None:
+        """The KL that each parameter of the candidate removes on the probe rows, in nats; or why that is not known. None if it is not
+        wanted.
 
         Runs the base, which has to be on stage, with what the candidate's files add to it.
         """
+        if not self.options.attribution:
+            return None
         reference = outputs.fetch(PREDICTIONS, self.stage.device)
         if not base.kl or reference is None:
             return "the outputs are no distribution"
@@ -227,7 +266,7 @@ class _Run:
         """Greedy continuations `(tokens,)` of the starts of the first rows; none for a model that does not write."""
         if self.task != "causal":
             return
-        limit = self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2**31
+        limit = positions_of(self.config) or sys.maxsize
         prompts = [row[: max(1, min(_PROMPT_TOKENS, len(row) // 2))] for row in self.corpus.rows[:_PROMPTS]]
         for length, group in groupby(prompts, key=len):
             equal = torch.stack(list(group)).to(self.stage.device)
@@ -246,18 +285,20 @@ class _Run:
         ]
         return statistics.fmean(shares) if shares else None
 
-    def _reasons(self, found: Fidelity, base: Fidelity, candidate: Contender, holdings: Holdings) -> list[str]:
+    def _reasons(self, seen: _Seen, found: Fidelity, base: Fidelity, candidate: Contender, holdings: Holdings) -> list[str]:
+        if seen.error:
+            return [seen.error]
         reasons = fidelity_failures(self.thresholds, found, base)
-        return reasons + weight_failures(holdings, self.stage.ignored.get(candidate, ()), found.recovered)
+        ignored = self.stage.ignored.get(candidate, ())
+        return reasons + weight_failures(holdings, ignored, found.recovered, candidate.is_adapter)
 
     def _speed(self, passed: list[Contender], loads: dict[Contender, float]) -> dict[Contender, Speed]:
         """Speed of the base and of the candidates that are the fine-tune; how fast another model is says nothing."""
         if not self.options.speed:
             return {}
         order = [self.base, *sorted(passed, key=lambda candidate: not candidate.is_adapter)]
-        first = self.batches[0]
-        batch = Batch(first.inputs, None, None)
-        return measure_speed(self.stage, order, batch, self.task, self.thresholds.max_slowdown, loads, self.progress)
+        work = Work(longest(self.batches), self.task, positions_of(self.config))
+        return measure_speed(self.stage, order, work, self.thresholds.max_slowdown, loads, self.progress)
 
     def _row(
         self,

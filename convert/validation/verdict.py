@@ -12,6 +12,8 @@ from adapt_convert.formats.errors import AdaptError
 DEFAULT_MIN_RECOVERED = 0.5
 TRUSTED = 0.95  # recovered share above which the function speaks for itself, whatever the weights look like
 WEAK = 1.5  # a candidate that would have to grow by this factor to fit best has lost a scale somewhere
+STRONG = 1.2  # and one that would have to shrink by this factor has gained one; a projection never has to
+AWAY = -0.1  # captured energy of a matrix that is clearly moved away from the fine-tune; rounding alone leaves less
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,41 @@ def fidelity_failures(thresholds: Thresholds, found: Fidelity, base: Fidelity) -
     return reasons
 
 
-def weight_failures(holdings: Holdings, ignored: tuple[str, ...], recovered: float | None) -> list[str]:
+def weight_failures(holdings: Holdings, ignored: tuple[str, ...], recovered: float | None, is_adapter: bool) -> list[str]:
     """Signs of a broken adapter that a lenient threshold on the outputs would let pass.
 
     An adapter whose scale was halved still recovers about three quarters of the KL, as the KL grows with the square of what
-    is missing: no threshold on the outputs tells it from an honest small adapter, its weights do.
+    is missing: no threshold on the outputs tells it from an honest small adapter, its weights do. What only shows in single matrices
+    or as too much is asked of adapters alone, as a merge in half precision adds the noise of its rounding to small changes.
     """
     reasons = []
     if ignored:
         more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
         reasons.append(f"peft ignores tensors of the adapter: {ignored[0]}{more}")
+    if holdings.damage:
+        reasons.append(holdings.damage)
+    if recovered is not None and recovered >= TRUSTED:
+        return reasons
     if holdings.record_errors:
         more = f"; {len(holdings.record_errors) - 1} more" if len(holdings.record_errors) > 1 else ""
         reasons.append(f"not what was converted: {holdings.record_errors[0]}{more}")
-    if recovered is not None and recovered >= TRUSTED:
-        return reasons
     if holdings.strength is not None and holdings.strength >= WEAK:
         reasons.append(f"acts at 1/{holdings.strength:.2f} of the strength that fits the fine-tune; is its scale (alpha / r) right?")
     captured = holdings.captured_of_adapted
     if captured is not None and captured < 0:
         reasons.append(f"moves the matrices it adapts away from the fine-tune (captured energy {captured:.1%}); are its layers in order?")
+    return reasons + (_adapter_failures(holdings) if is_adapter else [])
+
+
+def _adapter_failures(holdings: Holdings) -> list[str]:
+    reasons = []
+    if holdings.strength is not None and 0 < holdings.strength <= 1 / STRONG:
+        times = 1 / holdings.strength
+        reasons.append(f"acts at {times:.2f} times the strength that fits the fine-tune; is its scale (alpha / r) right?")
+    worst = holdings.least_captured
+    if worst is not None and worst[1] < AWAY:
+        reasons.append(f"moves {worst[0]} away from the fine-tune (captured energy {worst[1]:.1%}); are its factors whole and in order?")
+    if holdings.zeroed:
+        more = f" and {len(holdings.zeroed) - 1} more" if len(holdings.zeroed) > 1 else ""
+        reasons.append(f"the factors of {holdings.zeroed[0]}{more} are all zero, where the fine-tune changed")
     return reasons
