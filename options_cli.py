@@ -13,10 +13,14 @@ from adapt_convert.terminal import fail
 
 
 class _NamedPath(click.Path):
-    """A path; an empty one, which would be the working directory, is a wrong call."""
+    """A path; an empty one, which would be the working directory, is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(value or self.fail("an empty path", param, ctx), param, ctx)
+        if not value:
+            from adapt_convert.formats.errors import AdaptError
+
+            raise AdaptError("-o: an empty path; name a directory")
+        return super().convert(value, param, ctx)
 
 
 OUT = click.option("-o", "--output", type=_NamedPath(path_type=Path), help="Directory to write; named after the input if left out.")

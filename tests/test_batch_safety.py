@@ -99,7 +99,7 @@ def test_refused_before_anything_starts(work: Path, tmp_path: Path) -> None:
             adapt_convert.batch({"jobs": [job]}, tmp_path / "batch", **options)
     with pytest.raises(adapt_convert.AdaptError, match="an empty path"):
         adapt_convert.batch({"jobs": [job]}, "")
-    assert CliRunner().invoke(main, ["batch", "jobs.yaml", "-o", ""]).exit_code == 2
+    assert CliRunner().invoke(main, ["batch", "jobs.yaml", "-o", ""]).exit_code == 1
     adapter = adapt_convert.convert(job["base"], job["source"], to="latte", rank=8).save(tmp_path / "latte")
     jobs = [job | {"validate": True}, job | {"output": "again", "source": str(adapter)}]
     first, second = adapt_convert.batch({"jobs": jobs}, tmp_path / "batch", dry_run=True)["jobs"]
