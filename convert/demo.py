@@ -7,8 +7,6 @@ import json
 import math
 import shlex
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from adapt_convert.convert.conversion import convert
 from adapt_convert.convert.progress import Progress, silent
+from adapt_convert.convert.side_by_side import single_thread
 from adapt_convert.convert.validation.live_model import quiet
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.errors import AdaptError
@@ -75,7 +74,7 @@ def run_demo(directory: Path, progress: Progress = silent, recipe: Recipe = DEFA
     """
     _require_run_extra()
     finished = _is_finished(directory, recipe)
-    with quiet(), _one_thread(), torch.random.fork_rng(devices=[]):
+    with quiet(), single_thread(), torch.random.fork_rng(devices=[]):
         if not finished:
             _make_checkpoints(directory, recipe, progress)
         heldout = directory / "heldout.txt"
@@ -111,17 +110,6 @@ def _is_finished(directory: Path, recipe: Recipe) -> bool:
 
 def _marker(recipe: Recipe) -> str:
     return json.dumps({"recipe": asdict(recipe), "sha256": recipe.digest()}, indent=1) + "\n"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Models this small gain little from more, and lose all of it on a busy machine; and the order of sums stays the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _make_checkpoints(directory: Path, recipe: Recipe, progress: Progress) -> None:

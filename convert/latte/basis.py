@@ -20,7 +20,7 @@ GRAM_LIMIT = 1536  # where the products of a Gram matrix take as long as the fur
 _OVERSAMPLING = 48  # a block of 64 columns takes hardly longer than one of 24
 _PASSES = 12  # reads of all deltas, at most: as much work as a Gram matrix 4096 wide
 _TOLERANCE = 5e-5  # share of captured energy that further passes may still be expected to add
-_NOISE = 1e-13  # eigenvalues below this share of the sum are the rounding of float32 deltas
+_NOISE = 1e-13  # eigenvalues below this share of the sum are rounding, of factored deltas at least; that of dense ones may be larger
 
 # Applied to a function of (reads the residual, delta): its results for every matrix of a segment, in order.
 Stream = Callable[[Callable[[bool, Delta], Tensor]], Iterable[Tensor]]
