@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from adapt_convert.convert.batch.inputs import find, foresee
 from adapt_convert.convert.batch.manifest import parse_manifest
 from adapt_convert.convert.batch.tasks import Group, share
-from adapt_convert.convert.conversion import open_base
+from adapt_convert.convert.opening import open_base
 
 RUN = [sys.executable, "-c", "from adapt_convert.cli import main; main()", "batch", "jobs.yaml", "-o"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import resource
 import sys
 import time
@@ -12,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapt_convert.convert.architectures import module_names
 from adapt_convert.convert.latte.solver import solve_latte
-from adapt_convert.convert.lora import solve_lora, unstorable
-from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
+from adapt_convert.convert.lora import solve_lora
+from adapt_convert.convert.lorta.solver import solve_lorta
+from adapt_convert.convert.losses import refuse_certain_losses, refuse_losses, rows_reason, unstorable
+from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Pieces
@@ -26,11 +26,10 @@ from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.latte import LatteAdapter, latte_config_path
-from adapt_convert.formats.location import Location, locate, read_json
-from adapt_convert.formats.lorta import LortaAdapter, read_lorta
-from adapt_convert.formats.peft import LoraAdapter, read_lora
-from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
+from adapt_convert.formats.latte import LatteAdapter
+from adapt_convert.formats.lorta import LortaAdapter
+from adapt_convert.formats.peft import LoraAdapter
+from adapt_convert.formats.source import Source
 
 Adapter = LoraAdapter | LortaAdapter | LatteAdapter
 Solver = Callable[
@@ -101,7 +100,7 @@ def convert(
     if not any(record.status == "factored" and record.energy for record in records):
         raise AdaptError(f"{opened_source.origin}: none of the targeted matrices changed; there is nothing to factor")
     if chosen.strict:
-        _refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
+        refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
     order = {entry.name: position for position, entry in enumerate(plan.entries)}
     records.sort(key=lambda record: order[record.entry.name])
     adapter.base_model = opened_base.location.loadable
@@ -112,69 +111,6 @@ def convert(
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
     return Conversion(adapter, opened_base, plan, records, report, started)
-
-
-def open_pair(
-    base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None
-) -> tuple[Checkpoint, Source]:
-    """Open both sides from headers; whether the source is a checkpoint or an adapter is detected."""
-    opened_base = open_base(base, base_revision)
-    return opened_base, open_source(opened_base, source, revision)
-
-
-def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a full model from headers."""
-    location = locate(base, revision)
-    if adapter_config_path(location) or latte_config_path(location):
-        raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
-    return Checkpoint(location)
-
-
-def refuse_latte(source: Location) -> None:
-    """Refuse, as something to convert, what is a LatTE already."""
-    if latte_config_path(source) is not None:
-        raise AdaptError(f"{source.origin}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
-
-
-def open_source(base: Checkpoint, source: str | Path, revision: str | None = None) -> Source:
-    """Open a fine-tune or an adapter of `base` from headers."""
-    location = locate(source, revision)
-    config_path = adapter_config_path(location)
-    refuse_latte(location)
-    if config_path is None:
-        checkpoint = Checkpoint(location)
-        return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
-    if read_json(config_path).get("peft_type") == "LORTA":
-        return read_lorta(location, reference_slots(_modules(base), base.config))
-    return read_lora(location)
-
-
-def _modules(checkpoint: Checkpoint) -> list[str]:
-    """The modules of the model in memory that have a weight."""
-    names = module_names(checkpoint.infos, checkpoint.config).values()
-    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-
-
-def refuse_certain_losses(plan: Plan, options: Options) -> None:
-    """With `--strict`, refuse what is certain to be lost before a tensor is read.
-
-    That is rows and tensors that no adapter of the unresized base can hold, and tensors of whole layers that the source lacks.
-    """
-    if not options.strict:
-        return
-    losses = [f"{name} (not in the fine-tune)" for name in plan.missing if re.search(r"\.\d+\.", name)]
-    losses += [f"{entry.name} ({_rows_reason(entry)})" for entry in plan.entries if entry.rows_lost and entry.action != "drop"]
-    if options.to == "lora":
-        for entry in plan.having("store"):
-            reason = unstorable(plan, entry) if entry.base_key is None else None
-            losses += [f"{entry.name} ({reason})"] if reason else []
-    _refuse_losses(losses)
-
-
-def _refuse_losses(losses: list[str]) -> None:
-    if losses:
-        more = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
-        raise AdaptError(f"--strict: {losses[0]}{more} would be lost; leave out with --exclude what may be lost")
 
 
 def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
@@ -198,13 +134,13 @@ def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tu
             changed = energy + lost_energy if entry.lossy or entry.reason != COMPUTED else 0.0
             records.append(dropped(entry, changed, entry.reason))
         elif energy == 0 and lost_energy:
-            records.append(dropped(entry, lost_energy, _rows_reason(entry)))
+            records.append(dropped(entry, lost_energy, rows_reason(entry)))
         else:
             stored[entry] = energy
     if options.strict:
         reasons = {e: unstorable(plan, e) for e in stored} if options.to == "lora" else {}
         losses = [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
-        _refuse_losses(losses + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
+        refuse_losses(losses + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
     return stored, lost, records
 
 
@@ -217,12 +153,8 @@ def _with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
     if not missing:
         return record
     status = "dropped" if record.status == "exact" else record.status
-    reason = f"{_rows_reason(record.entry)}; the others are kept"
+    reason = f"{rows_reason(record.entry)}; the others are kept"
     return replace(record, status=status, energy=record.energy + missing, residual=record.residual + missing, reason=reason)
-
-
-def _rows_reason(entry: Entry) -> str:
-    return f"{entry.rows_lost} rows beyond the base's cannot be loaded onto the unresized base"
 
 
 _TASKS = {

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import family_of, place_of
-from adapt_convert.convert.conversion import open_pair, refuse_certain_losses
+from adapt_convert.convert.losses import refuse_certain_losses
+from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
-from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
-from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import locate, read_json
-from adapt_convert.formats.source import Source, adapter_config_path
+from adapt_convert.formats.source import LATTE_WEIGHTS, Source, adapter_config_path, latte_config_path
 
 
 def inspect(

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from adapt_convert.convert.architectures import is_embedding
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
-from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.losses import holds_others, unstorable
+from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Piece
-from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, output_dtype
+from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.ranks import spend_budget
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
 from adapt_convert.convert.svd import factorise, factorise_for_energy
+from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.peft import LoraAdapter
-from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
 from adapt_convert.formats.safetensors_file import LazyTensor
 
 
@@ -52,19 +53,6 @@ def _refuse_biases_beside_embeddings(plan: Plan, stored: dict[Entry, float]) -> 
         )
 
 
-def unstorable(plan: Plan, entry: Entry) -> str | None:
-    """Why PEFT cannot hold this tensor exactly, or None when it can: decided from the plan, before any work."""
-    if entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
-        return None
-    if plan.aliases(entry.name):
-        return None
-    if not entry.module:
-        return "PEFT stores whole modules, and this parameter belongs to the model itself"
-    if _holds_others(plan, entry.module):
-        return f"PEFT stores whole modules, and {entry.module} holds what is factored or left out"
-    return None
-
-
 def _solved(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> Iterable[tuple[Entry, Piece]]:
     """Every matrix of the plan with what `_solve` makes of it: several at a time, or one by one where pieces are kept."""
     entries = plan.having("factor")
@@ -93,7 +81,7 @@ def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> d
     """A first pass over the matrices that keeps singular values alone; a matrix whose known values are all spent is redone
     with twice as many, until none is."""
     assert options.budget is not None
-    item = DTYPES[options.dtype or output_dtype(pairs.source)].itemsize
+    item = torch_dtype(options.dtype or output_dtype(pairs.source)).itemsize
     costs = {entry.name: sum(entry.matrix_shape) * item for entry in entries}
     average = max(1, options.budget // sum(costs.values()))
     known = {entry.name: min(4 * average + 8, *entry.matrix_shape) for entry in entries}
@@ -132,7 +120,7 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
     else:
         rank = budgeted or options.rank or 1
         factorisation = factorise(delta, rank, generator)
-    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     factors = factorisation.truncate(min(rank, len(factorisation.values)))
     written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
     as_read = LowRankDelta(written.B.float(), written.A.float())
@@ -168,7 +156,7 @@ def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[s
             records.append(dropped(entry, energy, "the budget leaves its matrix without factors"))
             continue
         modules |= {alias.rpartition(".")[0] for alias in plan.aliases(entry.name)}
-        if plan.is_factored(entry.module) or (entry.module and not _holds_others(plan, entry.module)):
+        if plan.is_factored(entry.module) or (entry.module and not holds_others(plan, entry.module)):
             modules.add(entry.module)
         records.append(exact(entry, energy, entry.reason))
     outermost = {m for m in modules if not any(m.startswith(f"{other}.") for other in modules)}
@@ -201,16 +189,7 @@ def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
             return lazy_value(pairs, plan, owner)  # stored in the base, but in the fine-tune only its owner is
         key = plan.base_keys[name]
         info = pairs.base.infos[key]
-        return LazyTensor(info.shape, STORED_DTYPES[info.dtype], lambda: pairs.base.read(key))
+        return LazyTensor(info.shape, torch_dtype(info.dtype), lambda: pairs.base.read(key))
     shape = pairs.base.infos[entry.base_key].shape if entry.base_key else entry.part.shape
     dtype = entry.part.dtype if entry.part.kind == "replace" else "F32"
-    return LazyTensor(shape, STORED_DTYPES[dtype], lambda: pairs.value(entry))
-
-
-def _holds_others(plan: Plan, module: str) -> bool:
-    """Whether a module is, or contains, a tensor that is factored or meant to stay as in the base."""
-    return any(
-        (entry.module == module or entry.module.startswith(f"{module}."))
-        and (entry.action == "factor" or (entry.action == "drop" and entry.reason != COMPUTED))
-        for entry in plan.entries
-    )
+    return LazyTensor(shape, torch_dtype(dtype), lambda: pairs.value(entry))

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.architectures import aliases_of, is_head
-from adapt_convert.convert.conversion import open_pair
-from adapt_convert.convert.options import DTYPES as DTYPES_BY_NAME
+from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.checkpoint_writer import copy_small_files, write_checkpoint
+from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import locate
-from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor
-from adapt_convert.formats.source import Source
+from adapt_convert.formats.safetensors_file import LazyTensor
+from adapt_convert.formats.source import Source, latte_config_path
 
 _CHUNK = 2**20  # numbers measured at a time, in float64
 
@@ -59,7 +58,7 @@ def merge(
             by_key[entry.base_key] = entry  # PEFT can hold only the alias of a shared bias, and it is never untied
     by_key |= {copy: by_key[key] for copy, key in _stored_copies(pairs, plan).items() if key in by_key and copy not in by_key}
     rounding = _Rounding()
-    target = DTYPES_BY_NAME[dtype] if dtype else None
+    target = torch_dtype(dtype) if dtype else None
     tensors = {key: _merged(pairs, by_key.get(key), key, target, rounding) for key in opened_base.infos}
     # A head that the base shares with its embedding is stored on its own once the adapter gives it another value.
     added = [e for e in plan.entries if e.base_key is None or (e.tied_to and not _same_as_owner(pairs, by_key, e))]
@@ -138,7 +137,7 @@ class _Rounding:
 def _merged(pairs: Pairs, entry: Entry | None, key: str | None, target: torch.dtype | None, rounding: _Rounding) -> LazyTensor:
     info = pairs.base.infos[key] if key else None
     shape = info.shape if info else entry.part.shape  # type: ignore[union-attr]
-    stored = DTYPES[info.dtype if info else entry.part.dtype]  # type: ignore[union-attr]
+    stored = torch_dtype(info.dtype if info else entry.part.dtype)  # type: ignore[union-attr]
     dtype = target if target and stored.is_floating_point else stored
 
     def load() -> Tensor:

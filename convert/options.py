@@ -6,17 +6,20 @@ import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.lorta import Orientation
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapt_convert.formats.lorta import Orientation
 
 TARGETS = ("lora", "lorta", "latte")
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
 DEFAULT_RANK = 16
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -71,7 +74,8 @@ class Options:
             raise AdaptError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if self.orientation not in ("paper", "reference"):
             raise AdaptError(f"--orientation {self.orientation}: choose paper or reference")
-        self.torch_device()
+        if self.device is not None:
+            self.torch_device()
 
     def _check_latte(self) -> None:
         for name, choices in (("construction", CONSTRUCTIONS), ("heads", HEADS)):
@@ -105,6 +109,8 @@ class Options:
 
     def torch_device(self) -> torch.device:
         """The device asked for, or CUDA if there is one, or the CPU."""
+        import torch
+
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(name)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-
-import torch
+import os
 
 from adapt_convert.convert.architectures import heads_of
-from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.side_by_side import IN_FLIGHT
-from adapt_convert.formats.safetensors_file import DTYPES as STORED_DTYPES
+from adapt_convert.formats.dtypes import bits_of
 from adapt_convert.formats.source import Source
 
 _RUNTIME = 300 * 2**20  # bytes: Python with torch loaded
@@ -19,7 +18,7 @@ _HEADER = 120  # bytes of a safetensors header for one tensor
 
 def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
     """Bytes of the written weights, and of peak memory, if every tensor of the plan changed."""
-    item = DTYPES[options.dtype or output_dtype(source)].itemsize
+    item = _bytes_each(options.dtype or output_dtype(source))
     factors = options.budget or _factor_numbers(plan, options) * item
     stored = sum(_stored_bytes(entry, plan, options) for entry in plan.having("store"))
     work = max(_in_work(plan), _largest_stored(plan))
@@ -46,13 +45,19 @@ def _factor_numbers(plan: Plan, options: Options) -> int:
 def _stored_bytes(entry: Entry, plan: Plan, options: Options) -> int:
     # PEFT wants a shared value once for each module that shares it.
     copies = 1 + (len(plan.aliases(entry.name)) if options.to == "lora" else 0)
-    return copies * math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize
+    return copies * _bytes(entry)
 
 
 def _in_work(plan: Plan) -> int:
     """The float32 differences that are held at a time: one per thread, and one for the disk."""
     sizes = sorted((4 * math.prod(entry.part.shape) for entry in plan.having("factor")), reverse=True)
-    return max(min(IN_FLIGHT, sum(sizes[: torch.get_num_threads() + 1])), *sizes[:1], 0)
+    return max(min(IN_FLIGHT, sum(sizes[: _threads() + 1])), *sizes[:1], 0)
+
+
+def _threads() -> int:
+    """As many as torch will use, which need not be asked for that: it takes the number from the same place."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
 
 
 def _largest_stored(plan: Plan) -> int:
@@ -61,4 +66,8 @@ def _largest_stored(plan: Plan) -> int:
 
 
 def _bytes(entry: Entry) -> int:
-    return math.prod(entry.part.shape) * STORED_DTYPES[entry.part.dtype].itemsize if entry.part.dtype in STORED_DTYPES else 0
+    return math.prod(entry.part.shape) * _bytes_each(entry.part.dtype)
+
+
+def _bytes_each(dtype: str) -> int:
+    return (bits_of(dtype) or 0) // 8

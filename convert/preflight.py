@@ -28,8 +28,8 @@ from adapt_convert.convert.architectures import (
 from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.dtypes import FLOATS
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.safetensors_file import FLOATS
 from adapt_convert.formats.source import Part, Source
 
 TARGET_WORDS = ("all-linear", "attention", "mlp")

@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -26,6 +27,8 @@ _READERS = 2  # threads beside a GPU, which only load
 def single_thread() -> Iterator[None]:
     """Torch's operations on the CPU use one thread in the block: a second one gains nothing for small ones and, on a busy machine,
     costs many times their duration, as the two wait for each other."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -46,6 +49,8 @@ def side_by_side(
     With a CPU as `device` both functions run in worker threads, so `work` may change nothing but its own result. With a GPU only
     `load` does: the next items come from the disk while the device is busy. What either raises is raised here.
     """
+    import torch
+
     pending: deque[tuple[Item, int, Future[Any]]] = deque()
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
 

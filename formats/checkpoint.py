@@ -7,15 +7,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
-from adapt_convert.formats.pickle_file import PickleFile
 from adapt_convert.formats.safetensors_file import SafetensorsFile, TensorInfo, byte_view
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapt_convert.formats.pickle_file import PickleFile
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _HASHED = 2**19  # elements at a time
@@ -36,7 +37,7 @@ class TensorStore:
         self._digests: dict[str, str] = {}
         self._read: list[str] = []  # a list, as several threads read
         for path in files:
-            opened = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+            opened = _open(path)
             for name, info in opened.infos.items():
                 if name in self._owner:
                     raise AdaptError(f"{path}: {name!r} is also in {self._owner[name].path.name}; one of the two is stale")
@@ -66,6 +67,8 @@ class TensorStore:
 
     def content_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""
+        import torch
+
         unread = [name for name in self.infos if name not in self._digests]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(self._hash, unread))
@@ -94,6 +97,14 @@ class TensorStore:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.infos.values())
+
+
+def _open(path: Path) -> SafetensorsFile | PickleFile:
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    from adapt_convert.formats.pickle_file import PickleFile  # needs torch even for its header
+
+    return PickleFile(path)
 
 
 class Checkpoint:

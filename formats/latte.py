@@ -24,9 +24,8 @@ from adapt_convert.formats.checkpoint import TensorStore
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.safetensors_file import LazyTensor, byte_view, write_safetensors
+from adapt_convert.formats.source import LATTE_CONFIG, LATTE_WEIGHTS
 
-CONFIG = "latte_config.json"
-WEIGHTS = "latte.safetensors"
 _VERSION = 1
 _ORTHONORMAL = 1e-3  # how far Q^T Q may be from the identity
 _SAMPLE = 4096  # entries of a matrix that its fingerprint covers
@@ -122,8 +121,8 @@ class LatteAdapter:
 
     def write(self, directory: Path) -> int:
         """Write config and weights; returns the size of the weights in bytes."""
-        (directory / CONFIG).write_text(json.dumps(self.config(), indent=1) + "\n", encoding="utf-8")
-        return write_safetensors(directory / WEIGHTS, self.tensors(), {"format": "pt"})
+        (directory / LATTE_CONFIG).write_text(json.dumps(self.config(), indent=1) + "\n", encoding="utf-8")
+        return write_safetensors(directory / LATTE_WEIGHTS, self.tensors(), {"format": "pt"})
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -153,23 +152,17 @@ def matches_fingerprint(weight: Tensor, hashes: Mapping[str, str]) -> bool:
     return hashes.get(str(dtype).removeprefix("torch.")) == _hash(weight, dtype)
 
 
-def latte_config_path(location: Location) -> Path | None:
-    """The `latte_config.json` that makes a directory a LatTE."""
-    path = location.directory / CONFIG
-    return path if location.file is None and path.is_file() else None
-
-
 def read_latte(location: Location) -> LatteAdapter:
     """Read a LatTE directory. Raises `AdaptError` when config and tensors are missing or contradict each other."""
-    config = read_json(location.directory / CONFIG)
-    path = location.directory / WEIGHTS
+    config = read_json(location.directory / LATTE_CONFIG)
+    path = location.directory / LATTE_WEIGHTS
     if config.get("format") != "latte" or config.get("version") != _VERSION:
         raise AdaptError(
-            f"{location.directory / CONFIG}: format {config.get('format')!r} version {config.get('version')!r}; "
+            f"{location.directory / LATTE_CONFIG}: format {config.get('format')!r} version {config.get('version')!r}; "
             f"this adapt-convert reads latte version {_VERSION}"
         )
     if not path.is_file():
-        raise AdaptError(f"{location.origin}: has {CONFIG} but no {WEIGHTS}")
+        raise AdaptError(f"{location.origin}: has {LATTE_CONFIG} but no {LATTE_WEIGHTS}")
     store = TensorStore([path])
     try:
         adapter = LatteAdapter(

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapt_convert.formats.dtypes import file_name
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.safetensors_file import DTYPE_NAMES, TensorInfo
+from adapt_convert.formats.safetensors_file import TensorInfo
 
 _FORBIDDEN = re.compile(r"nsupported (?:global: )?GLOBAL (\S+)")  # how torch words its refusal of what a pickle would call
 
@@ -56,12 +57,13 @@ class PickleFile:
             raise AdaptError(f"{self.path}: is damaged or not a PyTorch file; fetch it again") from None
 
     def _info(self, name: str, tensor: Tensor) -> TensorInfo:
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
+        dtype = file_name(tensor.dtype)
+        if tensor.layout != torch.strided or tensor.is_quantized or dtype is None:
             raise AdaptError(f"{self.path}: {name!r} is a {tensor.dtype} {tensor.layout} tensor, which is not supported")
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes > self.path.stat().st_size:  # strides of zero make any shape out of one number
             raise AdaptError(f"{self.path}: {name!r} claims {nbytes} bytes, more than its file has")
-        return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], nbytes)
+        return TensorInfo(name, tuple(tensor.shape), dtype, nbytes)
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, copied out of the mapping."""

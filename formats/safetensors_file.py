@@ -14,39 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor
-
+from adapt_convert.formats.dtypes import FLOATS, TORCH_NAMES, bits_of, file_name, torch_dtype
 from adapt_convert.formats.errors import AdaptError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_HEADER = 64 * 2**20  # bytes; the headers of the largest public models stay below 20 MB
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes a weight is trained and stored in, unquantised
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The order in which the `safetensors` library lays tensors out: widest first, so that each is aligned.
-_FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 _MAX_DIMENSIONS = 64  # as many as torch takes
-# Stored by other writers and never read here: their size still has to add up. Bits per element.
-_FOREIGN_BITS = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 
 
 @dataclass(frozen=True)
@@ -126,11 +105,8 @@ class SafetensorsFile:
         # Torch counts in int64, and zeros must not hide what it cannot count.
         if len(shape) > _MAX_DIMENSIONS or math.prod(n or 1 for n in shape[:_MAX_DIMENSIONS]) >= 2**60:
             raise self._broken(f"gives {name!r} {len(shape)} dimensions of a size that no tensor has")
-        if dtype in DTYPES:
-            bits = 8 * DTYPES[dtype].itemsize
-        elif dtype in _FOREIGN_BITS:
-            bits = _FOREIGN_BITS[dtype]
-        else:
+        bits = bits_of(dtype)
+        if bits is None:
             raise self._broken(f"stores {name!r} in the unknown dtype {dtype[:40]!r}")
         if (end - begin) * 8 != math.prod(shape) * bits:
             raise self._broken(f"gives {name!r} {end - begin} bytes, which does not fit shape {shape} of {dtype}")
@@ -138,16 +114,20 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype. Safe to call from several threads."""
+        import torch
+
         info = self._readable(name)
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         with self._opened(name) as file:
             self._fill(file, buffer, name)
-        return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+        return buffer.view(torch_dtype(info.dtype)).reshape(info.shape)
 
     def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
         """A tensor's elements in the order of the file, 1-D, at most `elements` at a time; each block overwrites the one before."""
+        import torch
+
         info = self._readable(name)
-        dtype = DTYPES[info.dtype]
+        dtype = torch_dtype(info.dtype)
         buffer = torch.empty(min(info.nbytes, elements * dtype.itemsize), dtype=torch.uint8)
         with self._opened(name) as file:
             for start in range(0, info.nbytes, max(1, len(buffer))):
@@ -157,7 +137,7 @@ class SafetensorsFile:
 
     def _readable(self, name: str) -> TensorInfo:
         info = self.infos[name]
-        if info.dtype not in DTYPES:
+        if info.dtype not in TORCH_NAMES:
             raise self._broken(f"stores {name!r} as {info.dtype}, a quantised format; dequantise the model first")
         return info
 
@@ -199,6 +179,8 @@ def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, without a copy."""
+    import torch
+
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -220,14 +202,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], me
 
     The order is that of the `safetensors` library (by dtype, then by name), so equal content gives equal bytes.
     """
-    names = sorted(tensors, key=lambda name: (_FILE_ORDER.index(DTYPE_NAMES[tensors[name].dtype]), name))
+    dtypes = {name: str(file_name(tensor.dtype)) for name, tensor in tensors.items()}
+    order = list(TORCH_NAMES)
+    names = sorted(tensors, key=lambda name: (order.index(dtypes[name]), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name in names:
         tensor = tensors[name]
         end = position + tensor.nbytes
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": dtypes[name],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore
 from adapt_convert.formats.location import Location
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapt_convert.convert.delta import LowRankDelta
+
+LATTE_CONFIG = "latte_config.json"
+LATTE_WEIGHTS = "latte.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,9 @@ def adapter_config_path(location: Location) -> Path | None:
         return None
     path = location.directory / "adapter_config.json"
     return path if path.is_file() else None
+
+
+def latte_config_path(location: Location) -> Path | None:
+    """The `latte_config.json` that makes a directory a LatTE."""
+    path = location.directory / LATTE_CONFIG
+    return path if location.file is None and path.is_file() else None

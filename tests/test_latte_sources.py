@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import adapt_convert
-from adapt_convert.convert.conversion import convert, open_pair
+from adapt_convert.convert.conversion import convert
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta
 from adapt_convert.convert.latte import basis as basis_module
 from adapt_convert.convert.latte import segments as segments_module
@@ -20,6 +20,7 @@ from adapt_convert.convert.latte.basis import find_basis
 from adapt_convert.convert.latte.deltas import Effective
 from adapt_convert.convert.lorta.cp import fit_cp
 from adapt_convert.convert.lorta.cp_tensor import CPShape, Slab
+from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import make_plan

@@ -16,8 +16,8 @@ from peft import LoHaConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 
 import adapt_convert
-from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.convert.opening import open_pair
 from adapt_convert.formats.errors import AdaptError
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

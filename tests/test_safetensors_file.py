@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
+from adapt_convert.formats.dtypes import TORCH_NAMES, bits_of, file_name, torch_dtype
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.safetensors_file import DTYPES, MAX_HEADER, LazyTensor, SafetensorsFile, write_safetensors
+from adapt_convert.formats.safetensors_file import MAX_HEADER, LazyTensor, SafetensorsFile, write_safetensors
 
+DTYPES = {name: torch_dtype(name) for name in TORCH_NAMES}
 SHAPES = [(), (0,), (3, 0, 2), (1,), (5,), (3, 4), (2, 3, 2, 1)]
 
 
@@ -41,6 +43,8 @@ def test_reads_what_safetensors_writes(tmp_path: Path, dtype: torch.dtype, shape
     assert file.metadata == {"a": "ü"}
     assert file.infos["x"].shape == shape
     assert DTYPES[file.infos["x"].dtype] == dtype
+    assert bits_of(file.infos["x"].dtype) == 8 * dtype.itemsize
+    assert file_name(dtype) == file.infos["x"].dtype
     assert_same_bits(file.read("x"), tensor)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.state import Identity, JobState, files_of, settings_of
-from adapt_convert.convert.conversion import open_source, refuse_latte
+from adapt_convert.convert.opening import open_source, refuse_latte
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import make_plan, require_factors
 from adapt_convert.convert.validation.live_model import require_run_extra, vocabulary_of

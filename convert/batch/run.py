@@ -16,7 +16,7 @@ from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.scheduler import Task
 from adapt_convert.convert.batch.state import Identity, JobState, settings_of
 from adapt_convert.convert.batch.tasks import Group, finish, share
-from adapt_convert.convert.conversion import open_base
+from adapt_convert.convert.opening import open_base
 from adapt_convert.formats import remote
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError

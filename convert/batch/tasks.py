@@ -19,8 +19,9 @@ from torch import Tensor
 
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.state import JobState, files_of
-from adapt_convert.convert.conversion import convert, open_base, open_source
+from adapt_convert.convert.conversion import convert
 from adapt_convert.convert.lora import prepare
+from adapt_convert.convert.opening import open_base, open_source
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Pieces
 from adapt_convert.convert.preflight import Plan, make_plan

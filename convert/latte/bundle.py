@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_convert.convert.conversion import Conversion, open_pair, survey, task_type
+from adapt_convert.convert.conversion import Conversion, survey, task_type
 from adapt_convert.convert.latte.deltas import Effective
 from adapt_convert.convert.latte.segments import find_segments
 from adapt_convert.convert.latte.solver import describe, fingerprints, project, store_exact
-from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.opening import open_pair
+from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype, require_factors
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.report import Record, build_report, captured_energy
+from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask
 
@@ -57,7 +59,7 @@ def bundle(
     _name_apart(tasks)
     first = tasks[0]
     segments, searched = find_segments([task.effective for task in tasks], chosen, progress)
-    dtype = DTYPES[chosen.dtype or output_dtype(first.effective.pairs.source)]
+    dtype = torch_dtype(chosen.dtype or output_dtype(first.effective.pairs.source))
     adapter = LatteAdapter(str(first.effective.pairs.base.config.get("model_type")), segments, [task.held for task in tasks])
     for task in tasks:
         task.records += project(task.effective, segments, task.held, dtype, progress)

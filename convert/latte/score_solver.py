@@ -15,12 +15,13 @@ from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.latte.layout import ScoreLayout, score_layout_of
 from adapt_convert.convert.latte.score import check_heads, paper_padding, widened
 from adapt_convert.convert.lora import lazy_value
-from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
 from adapt_convert.convert.svd import factorise, factorise_for_energy
+from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, fingerprint
 
@@ -33,7 +34,7 @@ def solve_scores(
     """Factor the changes of q, k and v, one after the other, and keep the changed tensors of `stored` by value."""
     layout = score_layout_of(pairs.base.config, pairs.base.origin)
     check_heads(options.heads, options.rank or 0)
-    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), [], [task], construction="score")
     records = []

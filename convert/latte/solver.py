@@ -19,13 +19,14 @@ from adapt_convert.convert.latte.deltas import Effective, Matrix
 from adapt_convert.convert.latte.score_solver import solve_scores
 from adapt_convert.convert.latte.segments import find_segments
 from adapt_convert.convert.lora import lazy_value
-from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, exact, unchanged
 from adapt_convert.convert.side_by_side import side_by_side
 from adapt_convert.convert.svd import factorise
+from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
 
@@ -40,7 +41,7 @@ def solve_latte(
         return solve_scores(pairs, plan, options, stored, progress)
     effective = Effective(pairs, plan)
     segments, searched = find_segments([effective], options, progress)
-    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), segments, [task])
     compared: list[tuple[int, int]] = []

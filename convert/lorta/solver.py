@@ -21,12 +21,13 @@ from adapt_convert.convert.delta import Delta, residual_energy
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.lorta.cp import fit_cp
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
-from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, exact
 from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import LortaAdapter, LortaBlock, Orientation, Slot
 
@@ -44,7 +45,7 @@ def solve_lorta(
     pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
 ) -> tuple[LortaAdapter, list[Record]]:
     """Fit the CP tensors of the plan's matrices; the changed tensors of `stored` are kept by value."""
-    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     adapter = LortaAdapter([], dtype, orientation=options.orientation)
     for name, roles in (("attention", ATTENTION_ROLES), ("mlp", MLP_ROLES)):
         slices, d_h = _slices(pairs, plan, roles, options.orientation)

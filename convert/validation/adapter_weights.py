@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.convert.architectures import aliases_of, place_of
-from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.latte.weights import LatteWeights
+from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan

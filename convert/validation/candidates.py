@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from adapt_convert.convert.validation.live_model import load_model, quiet, read_config, release, vocabulary_of
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
-from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import PREFIX
-from adapt_convert.formats.source import adapter_config_path
+from adapt_convert.formats.source import LATTE_WEIGHTS, adapter_config_path, latte_config_path
 
 OURS = ("lorta", "latte")  # loaded by adapt_convert.load; every other adapter is loaded by peft, its own library
 CHECKPOINTS = ("base", "fine-tune", "merged")

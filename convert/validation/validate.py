@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.options import Options
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.validation.adapter_weights import Holdings, changes_of, measure_weights
 from adapt_convert.convert.validation.attribution import Attribution, quadrature, removed_kl
@@ -36,6 +36,7 @@ from adapt_convert.convert.validation.result import Judged, Validation
 from adapt_convert.convert.validation.speed import Speed, Work, measure_speed
 from adapt_convert.convert.validation.texts import DEFAULT_MAX_TOKENS, Corpus, make_corpus, noise_images
 from adapt_convert.convert.validation.verdict import Thresholds, fidelity_failures, weight_failures
+from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 
@@ -142,7 +143,7 @@ class _Run:
         check_configs(whole, [c for c in (self.base, *self.candidates) if not c.is_adapter])
         model_class = model_class_of(whole.location)
         self.task: Task = task_of(model_class, self.config)
-        dtype = DTYPES[options.dtype] if options.dtype else None
+        dtype = torch_dtype(options.dtype) if options.dtype else None
         self.stage = Stage(self.base, self.fine_tune, model_class, options.torch_device, dtype)
         self.corpus = self._corpus(model_class, text, token_ids)
         self.batches = make_batches(self.corpus, self.task, self.config, options.batch, options.seed)

@@ -1,0 +1,57 @@
+"""Opening the two sides of a conversion: from headers, and without torch where both are safetensors checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapt_convert.convert.architectures import module_names
+from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source, latte_config_path
+
+
+def open_pair(
+    base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None
+) -> tuple[Checkpoint, Source]:
+    """Open both sides from headers; whether the source is a checkpoint or an adapter is detected."""
+    opened_base = open_base(base, base_revision)
+    return opened_base, open_source(opened_base, source, revision)
+
+
+def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a full model from headers."""
+    location = locate(base, revision)
+    if adapter_config_path(location) or latte_config_path(location):
+        raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
+    return Checkpoint(location)
+
+
+def refuse_latte(source: Location) -> None:
+    """Refuse, as something to convert, what is a LatTE already."""
+    if latte_config_path(source) is not None:
+        raise AdaptError(f"{source.origin}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
+
+
+def open_source(base: Checkpoint, source: str | Path, revision: str | None = None) -> Source:
+    """Open a fine-tune or an adapter of `base` from headers."""
+    location = locate(source, revision)
+    config_path = adapter_config_path(location)
+    refuse_latte(location)
+    if config_path is None:
+        checkpoint = Checkpoint(location)
+        return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
+    if read_json(config_path).get("peft_type") == "LORTA":
+        from adapt_convert.convert.lorta.solver import reference_slots
+        from adapt_convert.formats.lorta import read_lorta
+
+        return read_lorta(location, reference_slots(_modules(base), base.config))
+    from adapt_convert.formats.peft import read_lora
+
+    return read_lora(location)
+
+
+def _modules(checkpoint: Checkpoint) -> list[str]:
+    """The modules of the model in memory that have a weight."""
+    names = module_names(checkpoint.infos, checkpoint.config).values()
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
