@@ -46,8 +46,11 @@ _LICENCE = ("license", "license_name", "license_link")
 def base_licence(directory: Path) -> dict[str, str]:
     """The licence that a model's own card (`README.md`) declares in its metadata; empty where it declares none."""
     card = directory / "README.md"
+    if not card.is_file():
+        return {}
+
     try:
-        metadata = metadata_load(card) if card.is_file() else None
+        metadata = metadata_load(card)
     except (ValueError, OSError, YAMLError):
         return {}  # somebody else's card, and not what was asked for
     return {name: metadata[name] for name in _LICENCE if metadata and isinstance(metadata.get(name), str)}
