@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 
-_OVERSAMPLING = 8  # extra columns of a Krylov block beyond the wanted rank
+_OVERSAMPLING = 16  # extra columns of a Krylov block beyond the wanted rank: one step of a wider block costs less than a further step
 _TOLERANCE = 1e-5  # share of captured energy that one more Krylov step may still be expected to add
 _DENSE_SHARE = 0.3  # a Krylov basis wider than this share of the matrix costs more than the exact Gram matrix
 _NOISE = 1e-6  # singular values below this share of the largest are float32 rounding of the delta, not signal
