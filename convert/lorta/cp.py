@@ -26,7 +26,7 @@ from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Sla
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_thread
 
-_POLISH = 2  # rounds of two passes each
+_POLISH = 5  # rounds of two passes each, where the data keeps promising a gain: noise does
 _POLISH_TOLERANCE = 1e-3  # a round must promise this share of the captured energy
 
 
@@ -126,7 +126,7 @@ def fit_cp(
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     progress: Progress = silent,
 ) -> CPFit:
-    """Fit a CP tensor of `rank` columns to all slabs, in 2 to 8 passes over them.
+    """Fit a CP tensor of `rank` columns to all slabs, in 2 to 14 passes over them, mostly 4 or 6.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
     `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.

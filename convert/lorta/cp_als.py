@@ -38,7 +38,7 @@ _CG_TOLERANCE = 0.05  # inexact Newton: the direction need not be better than th
 _INNER = 2  # cheap sweeps over B and the C factors per product with the core
 _ROUNDS = 16  # of the greedy start: one column a round up to this rank, then blocks of columns
 _CANDIDATES = 32  # rank-1 searches side by side in each round
-_RANK_ONE_SWEEPS = 10
+_TRIAL_SWEEPS, _RANK_ONE_SWEEPS = 3, 7  # of all searches, then of the best quarter of them
 _REFIT_SWEEPS = 3
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
@@ -110,12 +110,15 @@ def random_model(core: Core, rank: int, generator: torch.Generator) -> Model:
 
 def _rank_one_terms(core: Core, count: int, generator: torch.Generator) -> Model:
     """The best `count` rank-1 terms, no two of them alike, of `_CANDIDATES` searches made side by side; fewer if fewer are found."""
-    model = random_model(core, max(_CANDIDATES, 2 * count), generator)
+    model = random_model(core, max(_CANDIDATES, 8 * count), generator)
+    for _ in range(_TRIAL_SWEEPS):
+        model, _ = als_sweep(core, model, separate=True)
+    promising = _explained(core, model).argsort(descending=True, stable=True)[: model[0].shape[1] // 4]
+    model = [factor[:, promising] for factor in model]
     for _ in range(_RANK_ONE_SWEEPS):
         model, _ = als_sweep(core, model, separate=True)
-    rhs = product_a(core, model)
-    explained = rhs.square().sum(0) / (normals(core, model)[0].diagonal() + TINY)
-    inner = sum((grams(core, model, group).prod(dim=0) for group in range(core.groups)), torch.zeros_like(rhs.T @ rhs))
+    explained = _explained(core, model)
+    inner = torch.stack([grams(core, model, group).prod(dim=0) for group in range(core.groups)]).sum(0)
     length = inner.diagonal().sqrt() + TINY
     alike = (inner / length / length[:, None]).abs() > _ALIKE
     chosen: list[int] = []
@@ -123,6 +126,11 @@ def _rank_one_terms(core: Core, count: int, generator: torch.Generator) -> Model
         if len(chosen) < count and not any(bool(alike[index, other]) for other in chosen):
             chosen.append(index)
     return [factor[:, chosen] for factor in model]
+
+
+def _explained(core: Core, model: Model) -> Tensor:
+    """`(r,)`: the energy that each column alone takes off the core, with its best A."""
+    return product_a(core, model).square().sum(0) / (normals(core, model)[0].diagonal() + TINY)
 
 
 def greedy_model(core: Core, rank: int, generator: torch.Generator) -> Model:
