@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def _maker(name: str, shape: tuple[int, ...], side: str) -> Callable[[], torch.T
 
 def make_tensor(name: str, shape: tuple[int, ...], side: str) -> torch.Tensor:
     """A tensor of one side, bfloat16; the same base for both."""
-    draw = torch.Generator().manual_seed(int.from_bytes(name.encode(), "big") % 2**61)
+    draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     value = torch.randn(shape, generator=draw).mul_(_SPREAD)
     if len(shape) == 1:
         value += 1.0
