@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adapt_convert.convert.calibration.judge import Judge, opened_judge
-from adapt_convert.convert.calibration.moments import Moments, moments_of
+from adapt_convert.convert.calibration.moments import FindMoments, moments_of
 from adapt_convert.convert.calibration.remeasure import remeasured
+from adapt_convert.convert.calibration.whitened_latte import solve_whitened_latte
 from adapt_convert.convert.calibration.whitened_lora import solve_whitened_lora
+from adapt_convert.convert.calibration.whitened_lorta import solve_whitened_lorta
+from adapt_convert.convert.calibration.work import Solved, Work
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, Plan
-from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.refinement.refine import refine
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.errors import AdaptError
 
-Solved = tuple[Any, list[Record]]
-_Whitened = Callable[[Pairs, Moments, Plan, Options, dict[Entry, float], Progress], Solved]
-WHITENED: dict[str, _Whitened] = {"lora": solve_whitened_lora}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One conversion as far as it has been planned: what every solver is given, and the target's own solver without text."""
-
-    pairs: Pairs
-    plan: Plan
-    stored: dict[Entry, float]
-    solver: Callable[..., Solved]
-    progress: Progress
+# Whitened solvers, by target: what they are given last is the data-free solution.
+_Whitened = Callable[[Work, FindMoments, Options, Any], Solved]
+WHITENED: dict[str, _Whitened] = {"lora": solve_whitened_lora, "lorta": solve_whitened_lorta, "latte": solve_whitened_latte}
 
 
 @dataclass(frozen=True)
@@ -76,9 +67,8 @@ def _best(work: Work, judge: Judge, options: Options) -> tuple[Candidate, dict[s
     candidates = [Candidate("data-free", adapter, records, judge.kl(adapter, "data-free"))]
     whitened = WHITENED.get(options.to)
     if whitened:
-        modules = [entry.module for entry in work.plan.having("factor") if entry.kind == "matrix"]
-        moments = moments_of(work.pairs, modules, judge.stage, judge.text, work.progress)
-        adapter, records = whitened(work.pairs, moments, work.plan, options, work.stored, work.progress)
+        find_moments = functools.partial(moments_of, work.pairs, judge.stage, judge.text, work.progress)
+        adapter, records = whitened(work, find_moments, options, (adapter, records))
         candidates.append(Candidate("whitened", adapter, records, judge.kl(adapter, "whitened")))
     best = min(candidates, key=lambda candidate: candidate.kl)
     tried: dict[str, Any] = {}
