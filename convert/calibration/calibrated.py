@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapt_convert.convert.calibration.judge import Judge, opened_judge
+from adapt_convert.convert.calibration.judge import Figures, Judge, opened_judge
 from adapt_convert.convert.calibration.moments import FindMoments, moments_of
 from adapt_convert.convert.calibration.remeasure import remeasured
 from adapt_convert.convert.calibration.whitened_latte import solve_whitened_latte
@@ -25,14 +25,21 @@ _Whitened = Callable[[Work, FindMoments, Options, Any], Solved]
 WHITENED: dict[str, _Whitened] = {"lora": solve_whitened_lora, "lorta": solve_whitened_lorta, "latte": solve_whitened_latte}
 
 
+_TOLERATED = 1.1  # times the data-free solution's divergence on the control rows: more, and the text is unrelated to the fine-tune
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A finished adapter with its records, and its divergence from the fine-tune on the held-out rows, nats per prediction."""
+    """A finished adapter with its records and its figures."""
 
     name: str
     adapter: Any
     records: list[Record]
-    kl: float
+    figures: Figures
+
+    @property
+    def kl(self) -> float:
+        return self.figures.kl
 
 
 def calibrated(work: Work, options: Options) -> tuple[Any, list[Record], dict[str, Any]]:
@@ -49,7 +56,7 @@ def calibrated(work: Work, options: Options) -> tuple[Any, list[Record], dict[st
             "tokens": judge.text.tokens,
             "heldout_tokens": judge.text.heldout_tokens,
             "seed": options.seed,
-            "kl_of_base": judge.base_kl,
+            "kl_of_base": judge.base.kl,
         }
         if options.target_kl is None:
             best, tried = _best(work, judge, options)
@@ -64,21 +71,28 @@ def _best(work: Work, judge: Judge, options: Options) -> tuple[Candidate, dict[s
     adapter, records = work.solver(work.pairs, work.plan, options, work.stored, work.progress)
     if not any(record.status == "factored" and record.energy for record in records):
         raise AdaptError(f"{work.pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
-    candidates = [Candidate("data-free", adapter, records, judge.kl(adapter, "data-free"))]
+    candidates = [Candidate("data-free", adapter, records, judge.figures(adapter, "data-free"))]
     whitened = WHITENED.get(options.to)
     if whitened:
         find_moments = functools.partial(moments_of, work.pairs, judge.stage, judge.text, work.progress)
         adapter, records = whitened(work, find_moments, options, (adapter, records))
-        candidates.append(Candidate("whitened", adapter, records, judge.kl(adapter, "whitened")))
-    best = min(candidates, key=lambda candidate: candidate.kl)
+        candidates.append(Candidate("whitened", adapter, records, judge.figures(adapter, "whitened")))
+    best = _nearest(candidates)
     tried: dict[str, Any] = {}
     if options.refine is not None:
         adapter, course = refine(judge, best.adapter, options, work.pairs, work.progress)
         tried["refinement"] = course
         records = remeasured(work.pairs, work.plan, adapter, best.records, work.progress)
-        candidates.append(Candidate("refined", adapter, records, judge.kl(adapter, "refined")))
-        best = min(candidates, key=lambda candidate: candidate.kl)
-    return best, {"candidates": {candidate.name: candidate.kl for candidate in candidates}} | tried
+        candidates.append(Candidate("refined", adapter, records, judge.figures(adapter, "refined")))
+        best = _nearest(candidates)
+    tried |= {"candidates": {candidate.name: candidate.kl for candidate in candidates}}
+    return best, tried | {"control": {candidate.name: candidate.figures.control for candidate in candidates}}
+
+
+def _nearest(candidates: list[Candidate]) -> Candidate:
+    """The candidate of least divergence on held-out text, the first (data-free) one aside none that loses on the control rows."""
+    limit = _TOLERATED * candidates[0].figures.control
+    return min((c for c in candidates if c is candidates[0] or c.figures.control <= limit), key=lambda candidate: candidate.kl)
 
 
 def _smallest(work: Work, judge: Judge, options: Options, target: float) -> tuple[Candidate, dict[str, Any], dict[str, float]]:
