@@ -14,6 +14,7 @@ from typing import Any
 
 from adapt_convert.convert.architectures import module_names
 from adapt_convert.convert.latte.solver import solve_latte
+from adapt_convert.convert.loda.solver import solve_loda
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
@@ -28,16 +29,22 @@ from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.loda import LodaAdapter
+from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
+from adapt_convert.formats.loda_config import VARIANTS
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
 
-Adapter = LoraAdapter | LortaAdapter | LatteAdapter
+Adapter = LoraAdapter | LortaAdapter | LatteAdapter | LodaAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
-    tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
+    tuple[LoraAdapter, list[Record]]
+    | tuple[LortaAdapter, list[Record]]
+    | tuple[LatteAdapter, list[Record]]
+    | tuple[LodaAdapter, list[Record]],
 ]
-SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte}
+SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte, **dict.fromkeys(VARIANTS, solve_loda)}
 
 
 @dataclass
@@ -111,6 +118,8 @@ def convert(
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
+    if isinstance(adapter, LodaAdapter):
+        report["loda"] = adapter.details
     return Conversion(adapter, opened_base, plan, records, report, started)
 
 
@@ -144,7 +153,10 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
     if config_path is None:
         checkpoint = Checkpoint(location)
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
-    if read_json(config_path).get("peft_type") == "LORTA":
+    peft_type = read_json(config_path).get("peft_type")
+    if peft_type == LODA:
+        raise AdaptError(f"{location.origin}: is a LoDA, which is no change of weights: it can be neither merged nor converted, only run")
+    if peft_type == "LORTA":
         return read_lorta(location, reference_slots(_modules(base), base.config))
     return read_lora(location)
 

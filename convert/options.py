@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.loda_config import VARIANTS as LODA_VARIANTS
 from adapt_convert.formats.lorta import Orientation
 
-TARGETS = ("lora", "lorta", "latte")
+TARGETS = ("lora", "lorta", "latte", *LODA_VARIANTS)
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
 DEFAULT_RANK = 16
@@ -26,7 +27,7 @@ class Options:
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
     without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
-    `construction` and `heads` are LatTE's. Raises `AdaptError` on anything out of range.
+    `construction` and `heads` are LatTE's, `base_rank` and `keep` those of R- and S-LoDA. Raises `AdaptError` on anything out of range.
     """
 
     to: str = "lora"
@@ -43,6 +44,8 @@ class Options:
     segments: int | str | None = None
     construction: str = "residual"
     heads: str = "wider"
+    base_rank: int | None = None
+    keep: float | None = None
 
     def __post_init__(self) -> None:
         for name, parse in _PARSERS.items():
@@ -65,6 +68,7 @@ class Options:
         if not 0 <= self.seed < 2**63:
             raise AdaptError(f"--seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
         self._check_latte()
+        self._check_loda()
         if self.to == "lorta" and self.rank is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -91,6 +95,25 @@ class Options:
             raise AdaptError("--segments auto looks for the cheapest segments of a given captured energy: give --energy")
         if self.to == "latte" and self.budget is not None:
             raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
+
+    def _check_loda(self) -> None:
+        for name, prefix in (("base_rank", "r-loda"), ("keep", "s-loda")):
+            option, wanted = f"--{name.replace('_', '-')}", self.to.startswith(prefix)
+            if wanted and getattr(self, name) is None:
+                raise AdaptError(f"--to {self.to} replaces weights: say with {option} by how much")
+            if not wanted and getattr(self, name) is not None:
+                raise AdaptError(f"{option} is an option of --to {prefix}")
+        if self.base_rank is not None and self.base_rank < 1:
+            raise AdaptError(f"--base-rank {self.base_rank}: must be a whole number of at least 1")
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise AdaptError(f"--keep {self.keep}: must be a share of the entries, above 0 and below 1")
+        if self.to in LODA_VARIANTS and self.rank is None:
+            raise AdaptError(f"--to {self.to} takes --rank: its maps are fitted at one rank")
+
+    @property
+    def takes_any_matrix(self) -> bool:
+        """Whether the target adapts every two-dimensional weight on its own, and not only those of a known place in a known family."""
+        return self.to == "lora" or self.to in LODA_VARIANTS
 
     @property
     def size_name(self) -> str:
@@ -169,6 +192,8 @@ _PARSERS: dict[str, Callable[[str, object], object]] = {
     "segments": _segments,
     "target_modules": _names,
     "exclude": _names,
+    "base_rank": _whole_number,
+    "keep": _number,
 }
 
 

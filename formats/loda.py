@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,14 +23,10 @@ from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
+from adapt_convert.formats.loda_config import EPSILON, PEFT_TYPE, SLOPE, VERSION, check_loda_config
 from adapt_convert.formats.peft import CONFIG, PREFIX, WEIGHTS
 from adapt_convert.formats.safetensors_file import DTYPES, LazyTensor, write_safetensors
 
-PEFT_TYPE = "LODA"
-VARIANTS = ("loda", "loda+", "r-loda", "r-loda+", "s-loda", "s-loda+")
-SLOPE = 0.8  # of the LeakyReLU below zero, as in the paper
-EPSILON = 1e-5  # of the layer norm, torch's own
-_VERSION = 1
 _A, _B, _KEEP = "lora_A.weight", "lora_B.weight", "loda_keep"
 _F1_IN, _F1_OUT, _F2 = "loda_f1_in.weight", "loda_f1_out.weight", "loda_f2.weight"
 _BASE_A, _BASE_B = "loda_base_A.weight", "loda_base_B.weight"
@@ -76,6 +72,11 @@ class LodaMatrix:
         """`(out, in)`."""
         return self.B.shape[0], self.A.shape[1]
 
+    def to(self, device: torch.device) -> LodaMatrix:
+        """The map on another device; what replaces the weight stays where it is."""
+        f1 = (self.f1[0].to(device), self.f1[1].to(device)) if self.f1 is not None else None
+        return replace(self, A=self.A.to(device), B=self.B.to(device), f1=f1, f2=self.f2.to(device) if self.f2 is not None else None)
+
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What is stored, by the last part of its name."""
         held = {_A: self.A, _B: self.B}
@@ -109,6 +110,7 @@ class LodaAdapter:
     base_model: str = ""
     task_type: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "loda"
 
     def tensors(self) -> dict[str, Tensor | LazyTensor]:
         tensors: dict[str, Tensor | LazyTensor] = {}
@@ -120,7 +122,7 @@ class LodaAdapter:
         rank = max(matrix.rank for matrix in self.matrices.values())
         return {
             "peft_type": PEFT_TYPE,
-            "version": _VERSION,
+            "version": VERSION,
             "variant": self.variant,
             "task_type": self.task_type,
             "base_model_name_or_path": self.base_model,
@@ -163,7 +165,7 @@ def read_loda(location: Location) -> LodaAdapter:
     Raises `AdaptError` when config and tensors are missing or contradict each other.
     """
     config = read_json(location.directory / CONFIG)
-    _check_config(location, config)
+    check_loda_config(location.directory / CONFIG, config)
     store = TensorStore(weight_files(location))
     by_module, exact = _sorted_keys(store)
     if not by_module:
@@ -176,24 +178,15 @@ def read_loda(location: Location) -> LodaAdapter:
             raise AdaptError(f"{location.origin}: is not a readable LoDA adapter: {module}: {error}") from None
     dtype = store.read(by_module[next(iter(by_module))][_A]).dtype
     return LodaAdapter(
-        config["variant"], matrices, dtype, exact, config.get("base_rank"), config.get("keep"), _base(config), config.get("task_type")
+        variant=config["variant"],
+        matrices=matrices,
+        dtype=dtype,
+        exact=exact,
+        base_rank=config.get("base_rank"),
+        keep=config.get("keep"),
+        base_model=str(config.get("base_model_name_or_path", "")),
+        task_type=config.get("task_type"),
     )
-
-
-def _base(config: Mapping[str, Any]) -> str:
-    return str(config.get("base_model_name_or_path", ""))
-
-
-def _check_config(location: Location, config: Mapping[str, Any]) -> None:
-    path = location.directory / CONFIG
-    if config.get("peft_type") != PEFT_TYPE or config.get("version") != _VERSION:
-        said = f"peft_type {config.get('peft_type')!r} version {config.get('version')!r}"
-        raise AdaptError(f"{path}: {said}; this adapt-convert reads {PEFT_TYPE} version {_VERSION}")
-    if config.get("variant") not in VARIANTS:
-        raise AdaptError(f"{path}: the variant {config.get('variant')!r} is not known")
-    for key, value in (("negative_slope", SLOPE), ("layer_norm_eps", EPSILON)):
-        if config.get(key) != value:
-            raise AdaptError(f"{path}: {key} is {config.get(key)!r}; this adapt-convert runs {value} alone")
 
 
 def _sorted_keys(store: TensorStore) -> tuple[dict[str, dict[str, str]], dict[str, Tensor | LazyTensor]]:

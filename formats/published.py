@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.loda_config import VARIANTS
 from adapt_convert.formats.location import is_hub_id, read_json
 
 # Weights and config that belong together.
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 LATTE = ("latte.safetensors", "latte_config.json")
-_OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE}
+_OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE, **dict.fromkeys(VARIANTS, PEFT)}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from adapt_convert.formats.loda import EPSILON, SLOPE
+from adapt_convert.formats.loda_config import EPSILON, SLOPE
 
 
 def loda_apply(x: Tensor, A: Tensor, B: Tensor, f1: tuple[Tensor, Tensor] | None = None, f2: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from adapt_convert.kernels.loda import loda_apply
 STEPS = 300
 _ROWS = 512  # activations in one step
 _RATE = 3e-3
+_WORTH = 1e-3  # share of the error by which a less simple map has to be better
+_ROUNDING = 1e-9  # share of the energy below which a difference is one of rounding
 _START = 0.1  # scale of f1's first guess: at zero f1 and f2 have no gradient
 
 
@@ -135,8 +137,11 @@ def fit_matrix(target: Delta, activations: Activations, rank: int, plus: bool, d
     if plus:
         start = min(("plain", "projected"), key=error)
         found["f1+f2"] = fit_plus(LowRankDelta(found[start].B, found[start].A), target, activations, seed)
-    found = {kind: replace(matrix.rounded(dtype)) for kind, matrix in found.items()}
+    found = {kind: matrix.rounded(dtype).to(held.device) for kind, matrix in found.items()}
     errors = {kind: error(kind) for kind in found}
-    best = min(errors, key=lambda kind: errors[kind] if math.isfinite(errors[kind]) else math.inf)
     energy = float(torch.linalg.vector_norm(target.matmul(held.T), dim=0).double().square().sum())
+    best = "plain"
+    for kind in errors:  # from the simplest on; NaN, of a fit that went astray, is never below
+        if errors[kind] < errors[best] - max(_WORTH * errors[best], _ROUNDING * energy):
+            best = kind
     return Fit(found[best], best, errors[best], errors["plain"], energy)
