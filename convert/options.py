@@ -109,6 +109,8 @@ class Options:
             raise AdaptError(f"--keep {self.keep}: must be a share of the entries, above 0 and below 1")
         if self.to in LODA_VARIANTS and self.rank is None:
             raise AdaptError(f"--to {self.to} takes --rank: its maps are fitted at one rank")
+        if self.to in LODA_VARIANTS and self.calib is None:
+            raise AdaptError(f"--to {self.to} is fitted to activations: give --calib FILE, or --calib self; without text use --to lora")
 
     @property
     def takes_any_matrix(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.calibration.activations import captured_inputs
-from adapt_convert.convert.calibration.texts import CalibrationText
+from adapt_convert.convert.calibration.judge import Judge
 from adapt_convert.convert.loda.fit import Activations
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.convert.validation.outputs import Batch
@@ -19,19 +19,20 @@ _HELD = 2**29  # bytes of activations in memory, unless those of one matrix alon
 _MOST_FITTED = 8192  # tokens: some times the widths at hand, and more change a fit little
 
 
-def activations_of(
-    model: Any, entries: Sequence[Entry], text: CalibrationText, device: torch.device
-) -> Iterator[tuple[Entry, Activations]]:
-    """Each matrix of `entries` with its inputs on the text, in order. The text is run once for as many matrices as memory holds.
+def activations_of(judge: Judge, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Activations]]:
+    """Each matrix of `entries`, in order, with what the fine-tune feeds it on the judge's text. The text is run once for as many
+    matrices as memory holds.
 
-    Raises `AdaptError` for a matrix that the model does not use when it runs.
+    Raises `AdaptError` for a matrix that takes no part when the model runs.
     """
+    stage, text = judge.stage, judge.text
     fitted = _first(text.fit, _MOST_FITTED)
     tokens = sum(batch.rows * batch.length for batch in (*fitted, *text.heldout))
     for group in _groups(entries, tokens):
+        stage.show(stage.fine_tune)
         modules = [entry.module for entry in group]
-        fit = _inputs(model, modules, fitted, device)
-        heldout = _inputs(model, modules, text.heldout, device)
+        fit = _inputs(stage.root, modules, fitted, stage.device)
+        heldout = _inputs(stage.root, modules, text.heldout, stage.device)
         for entry in group:
             yield entry, Activations(fit[entry.module], heldout[entry.module])
 

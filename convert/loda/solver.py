@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_convert.convert.calibration.judge import Judge
 from adapt_convert.convert.delta import Delta
 from adapt_convert.convert.loda.activations import activations_of
 from adapt_convert.convert.loda.fit import Activations, Fit, fit_matrix
@@ -28,28 +29,28 @@ from adapt_convert.formats.loda import LodaAdapter, LodaMatrix
 
 
 def solve_loda(
-    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
+    judge: Judge, pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
 ) -> tuple[LodaAdapter, list[Record]]:
-    """Fit a map for each matrix of the plan; the changed tensors of `stored` are kept by value."""
+    """Fit a map for each matrix of the plan to what the fine-tune reads on the judge's text; the changed tensors of `stored` are kept
+    by value."""
     dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
     adapter = LodaAdapter(options.to, {}, dtype, base_rank=options.base_rank, keep=options.keep)
     records = [exact(entry, energy, entry.reason) for entry, energy in stored.items()]
     rows: dict[str, dict[str, Any]] = {}
     entries = plan.having("factor")
-    with opened(pairs, options) as (model, text):
-        steps = iter(progress(entries, "fitting"))
-        for entry, activations in activations_of(model, entries, text, pairs.device):
-            next(steps, None)
-            delta = pairs.delta(entry)
-            if delta.energy() == 0:
-                records.append(unchanged(entry))
-                continue
-            adapter.matrices[entry.module], fit = _solve(pairs, entry, delta, activations, options, dtype)
-            record, rows[entry.module] = _measured(entry, delta, activations, adapter.matrices[entry.module], fit)
-            records.append(record)
+    steps = iter(progress(entries, "fitting"))
+    for entry, activations in activations_of(judge, entries):
+        next(steps, None)
+        delta = pairs.delta(entry)
+        if delta.energy() == 0:
+            records.append(unchanged(entry))
+            continue
+        adapter.matrices[entry.module], fit = _solve(pairs, entry, delta, activations, options, dtype)
+        record, rows[entry.module] = _measured(entry, delta, activations, adapter.matrices[entry.module], fit)
+        records.append(record)
     _check_replaced(adapter, options)
     adapter.exact = {entry.name: lazy_value(pairs, plan, entry.name) for entry in stored}
-    adapter.details = {"variant": options.to, "calibration": ..., **_macs(adapter), "matrices": rows}
+    adapter.details = {"variant": options.to, **_macs(adapter), "matrices": rows}
     return adapter, records
 
 
