@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.calibration.calibrated import Work, calibrated
 from adapt_convert.convert.latte.solver import solve_latte
-from adapt_convert.convert.loda.solver import solve_loda
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
 from adapt_convert.convert.options import Options
@@ -31,7 +31,6 @@ from adapt_convert.formats.latte import LatteAdapter, latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.loda import LodaAdapter
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
-from adapt_convert.formats.loda_config import VARIANTS
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
@@ -39,12 +38,9 @@ from adapt_convert.formats.source import Source, adapter_config_path, checkpoint
 Adapter = LoraAdapter | LortaAdapter | LatteAdapter | LodaAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
-    tuple[LoraAdapter, list[Record]]
-    | tuple[LortaAdapter, list[Record]]
-    | tuple[LatteAdapter, list[Record]]
-    | tuple[LodaAdapter, list[Record]],
+    tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
 ]
-SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte, **dict.fromkeys(VARIANTS, solve_loda)}
+SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte}  # without text
 
 
 @dataclass
@@ -95,13 +91,18 @@ def convert(
     started = time.monotonic()
     chosen = Options(**options)
     opened_base, opened_source = open_pair(base, source, revision, base_revision)
+    chosen = chosen.with_budget_in_bytes(opened_base.store.nbytes)
     plan = make_plan(opened_base, opened_source, chosen)
     require_factors(plan, opened_base, chosen)
     on_plan(plan, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
     stored, lost, records = survey(pairs, plan, chosen, progress)
-    adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
+    calibration: dict[str, Any] = {}
+    if chosen.calib is None:
+        adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
+    else:
+        adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS.get(chosen.to), progress), chosen)
     records += [_with_lost_rows(record, lost) for record in solved]
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
@@ -120,6 +121,8 @@ def convert(
         report["latte"] = adapter.details
     if isinstance(adapter, LodaAdapter):
         report["loda"] = adapter.details
+    if calibration:
+        report["calibration"] = calibration
     return Conversion(adapter, opened_base, plan, records, report, started)
 
 

@@ -54,7 +54,7 @@ def solve_lorta(
         raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
     adapter.exact = {entry.name: lazy_value(pairs, plan, entry.name) for entry in stored}
     records = [exact(entry, energy, entry.reason) for entry, energy in stored.items()]
-    return adapter, records + _measure(pairs, plan, adapter, progress)
+    return adapter, records + measure(pairs, plan, adapter, progress)
 
 
 def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orientation) -> tuple[list[_Slice], int]:
@@ -167,14 +167,14 @@ def _as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
     )
 
 
-def _measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress) -> list[Record]:
+def measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress) -> list[Record]:
     """A last pass over the matrices: what each slice of the written tensor misses of its matrix."""
     slots: dict[str, list[tuple[LortaBlock, Slot]]] = {}
     for block in adapter.blocks:
         for slot in block.slots:
             slots.setdefault(slot.module, []).append((block, slot))
 
-    def measure(entry: Entry, delta: Delta) -> tuple[float, float]:
+    def missed(entry: Entry, delta: Delta) -> tuple[float, float]:
         residual = 0.0
         for block, slot in slots[entry.module]:
             rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
@@ -182,7 +182,7 @@ def _measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress
         return delta.energy(), residual
 
     records = []
-    for entry, (energy, residual) in pairs.each(progress(plan.having("factor"), "measuring"), measure):
+    for entry, (energy, residual) in pairs.each(progress(plan.having("factor"), "measuring"), missed):
         rank = slots[entry.module][0][0].factors.A.shape[1]
         reason = "" if energy else "did not change itself, but is a slice of the common tensor"
         records.append(Record(entry, "factored", energy, residual, reason, rank))
