@@ -68,7 +68,13 @@ class Commands(click.Group):
 def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:
     """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
     options = [
-        click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta, latte, or loda, r-loda, s-loda, also with a + (docs/loda.md)."),
+        click.option(
+            "--to",
+            metavar="TARGET",
+            default=to,
+            show_default=True,
+            help="lora, lorta, latte, or loda, r-loda, s-loda, also with a + (docs/loda.md).",
+        ),
         click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option(

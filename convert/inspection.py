@@ -15,8 +15,8 @@ from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
 from adapt_convert.formats.latte import latte_config_path
-from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.source import Source, adapter_config_path
 
 

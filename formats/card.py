@@ -79,7 +79,7 @@ tags:
 
 # {report["target"].upper()} of {source}
 
-Converted from `{source}` on `{origin}`{commit} without training data.
+Converted from `{source}` on `{origin}`{commit} {_data(report)}.
 
 - captured energy of the factored matrices: {_percent(report["captured_energy"])}
 - captured energy of all changes: {_percent(report["captured_energy_of_all_changes"])}
@@ -91,6 +91,11 @@ What became of every tensor is in `conversion.json`.
 ```python
 {code}```
 """
+
+
+def _data(report: Mapping[str, Any]) -> str:
+    calibration = report.get("calibration")
+    return f"and fitted to {calibration['tokens']} tokens of text" if calibration else "without training data"
 
 
 def _percent(share: float | None) -> str:

@@ -193,7 +193,7 @@ def _sorted_keys(store: TensorStore) -> tuple[dict[str, dict[str, str]], dict[st
     """The keys of each adapted module by the last part of their names, and every other parameter."""
     by_module: dict[str, dict[str, str]] = {}
     exact: dict[str, Tensor | LazyTensor] = {}
-    for key, info in store.infos.items():
+    for key in store.infos:
         name = key.removeprefix(PREFIX)
         own = next((own for own in _OWN if name.endswith(f".{own}")), None)
         if own is not None:

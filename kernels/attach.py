@@ -11,8 +11,8 @@ from torch import nn
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import latte_config_path
-from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.peft import CONFIG, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path
 from adapt_convert.kernels.latte import load_latte

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.loda import LodaMatrix, read_loda
 from adapt_convert.formats.location import Location
+from adapt_convert.formats.loda import LodaMatrix, read_loda
 from adapt_convert.formats.safetensors_file import LazyTensor
 from adapt_convert.kernels.loda import loda_apply
 from adapt_convert.kernels.surgery import Replaced, WrappedLayer, shape_of, weight_of
@@ -17,7 +17,7 @@ from adapt_convert.kernels.surgery import Replaced, WrappedLayer, shape_of, weig
 class LodaModule(WrappedLayer):
     """A linear layer with a LoDA map added. `f1_in`, `f1_out`, `f2` are None where the map has no such part.
 
-    With `base_A (K, in)` and `base_B (out, K)` the layer's own weight is not used, its bias is.
+    With `base_down (K, in)` and `base_up (out, K)` the layer's own weight is not used, its bias is.
     """
 
     A: Tensor
@@ -25,8 +25,8 @@ class LodaModule(WrappedLayer):
     f1_in: Tensor | None
     f1_out: Tensor | None
     f2: Tensor | None
-    base_A: Tensor | None
-    base_B: Tensor | None
+    base_down: Tensor | None
+    base_up: Tensor | None
 
     def __init__(self, base: nn.Module, matrix: LodaMatrix, like: Tensor) -> None:
         super().__init__(base)
@@ -37,8 +37,8 @@ class LodaModule(WrappedLayer):
             "f1_in": matrix.f1[0] if matrix.f1 else None,
             "f1_out": matrix.f1[1] if matrix.f1 else None,
             "f2": matrix.f2,
-            "base_A": low_rank.A if low_rank else None,
-            "base_B": low_rank.B if low_rank else None,
+            "base_down": low_rank.A if low_rank else None,
+            "base_up": low_rank.B if low_rank else None,
         }
         for name, tensor in held.items():
             self.register_buffer(name, tensor.to(like) if tensor is not None else None, persistent=False)
@@ -46,10 +46,10 @@ class LodaModule(WrappedLayer):
     def forward(self, x: Tensor) -> Tensor:
         f1 = (self.f1_in, self.f1_out) if self.f1_in is not None and self.f1_out is not None else None
         added = loda_apply(x, self.A, self.B, f1, self.f2)
-        if self.base_A is None or self.base_B is None:
+        if self.base_down is None or self.base_up is None:
             y: Tensor = self.base(x)
             return y + added
-        return functional.linear(functional.linear(x, self.base_A), self.base_B, self.base.bias) + added  # type: ignore[arg-type]
+        return functional.linear(functional.linear(x, self.base_down), self.base_up, self.base.bias) + added  # type: ignore[arg-type]
 
 
 def load_loda(model: nn.Module, location: Location) -> nn.Module:
@@ -75,4 +75,3 @@ def _attach(model: nn.Module, module: str, matrix: LodaMatrix, state: Replaced) 
         keep = matrix.keep.T if type(layer).__name__ == "Conv1D" else matrix.keep
         state.set_parameter(model, f"{module}.weight", torch.where(keep.to(weight.device), weight, 0))
     state.swap(model, module, LodaModule(layer, matrix, weight))
-

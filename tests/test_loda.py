@@ -18,8 +18,9 @@ from adapt_convert import AdaptError
 from adapt_convert.cli import main
 from adapt_convert.convert.calibration.texts import read_text
 from adapt_convert.convert.options import Options
-from adapt_convert.formats.loda import LodaMatrix, read_loda
+from adapt_convert.formats.hub import prepare
 from adapt_convert.formats.location import locate
+from adapt_convert.formats.loda import LodaMatrix, read_loda
 
 RANK = 4
 TOKENS = 2048
@@ -113,7 +114,7 @@ def test_errors_are_those_of_the_written_files_and_never_above_a_loras(
     assert ("f1+f2" in kinds) <= to.endswith("+")
 
 
-@pytest.mark.parametrize(("to", "targets"), [("loda", ""), ("loda+", ""), ("r-loda", ""), ("s-loda", ""), ("r-loda+", "all-linear")])
+@pytest.mark.parametrize(("to", "targets"), [("loda", ""), ("s-loda", ""), ("r-loda+", "all-linear")])
 def test_macs_are_those_of_the_files(pairs: Callable[[str], Any], text: Path, tmp_path: Path, to: str, targets: str) -> None:
     """Counted from the tensors on disk: every entry of a matrix that multiplies an activation is one."""
     pair = pairs("llama")
@@ -139,12 +140,18 @@ def test_macs_are_those_of_the_files(pairs: Callable[[str], Any], text: Path, tm
     assert (total < lora) == (to[0] in "rs")
 
 
-def test_a_replaced_weight_is_nearer_to_the_fine_tune_with_its_adapter(pairs: Callable[[str], Any], text: Path, tmp_path: Path) -> None:
-    """Loaded and run: the more of the weight stays, the nearer; and `unload` leaves the base."""
-    pair = pairs("llama")
+def test_the_more_of_a_weight_stays_the_nearer_to_the_fine_tune(make_pair: Callable[..., Any], text: Path, tmp_path: Path) -> None:
+    """Loaded and run, on a fine-tune of q, k and v alone; and `unload` leaves the base."""
+
+    def change(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+    pair = make_pair(tmp_path, "llama", change)
     expected, distances = pair.logits(pair.load(pair.ft)), []
     for keep in (0.2, 0.6, 0.95):
-        out, _ = convert(pair, text, tmp_path / str(keep), "s-loda", keep=keep, rank=16)
+        out, _ = convert(pair, text, tmp_path / str(keep), "s-loda", keep=keep)
         model = adapt_convert.load(pair.load(pair.base), out)
         distances.append(float((pair.logits(model) - expected).square().mean()))
         assert torch.equal(pair.logits(adapt_convert.unload(model)), pair.logits(pair.load(pair.base)))
@@ -188,6 +195,34 @@ def test_a_lora_is_a_source_too(pairs: Callable[[str], Any], text: Path, tmp_pat
         torch.testing.assert_close(pair.logits(adapt_convert.load(pair.load(pair.base), out)), expected, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("to", ["loda", "r-loda+"])
+def test_refining_trains_f1_and_what_is_reported_is_what_came_of_it(
+    pairs: Callable[[str], Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pair = pairs("llama")
+    out, report = convert(pair, text, tmp_path / "out", to, refine=30)
+    kl = report["calibration"]["candidates"]
+    assert kl["refined"] < kl["fitted"] < report["calibration"]["kl_of_base"]
+    assert report["calibration"]["chosen"] == "refined"
+    adapter, rows = read_loda(locate(out)), report["loda"]["matrices"]
+    base, ft, inputs = load_file(pair.base / "model.safetensors"), load_file(pair.ft / "model.safetensors"), heldout_inputs(pair, text)
+    for module, m in adapter.matrices.items():
+        assert m.f1 is not None
+        assert m.f1[1].any()
+        assert (m.f2 is not None) == to.endswith("+")
+        weight, wanted, x = base[f"{module}.weight"].double(), ft[f"{module}.weight"].double(), inputs[module]
+        runs = weight if m.base is None else m.base.B.double() @ m.base.A.double()
+        error = (x @ (wanted - runs).T - outputs(x, m)).square().sum() / (x @ (wanted - weight).T).square().sum()
+        assert float(error) == pytest.approx(rows[module]["error"], rel=1e-3)
+        out_features, in_features = weight.shape
+        products = RANK * (in_features + out_features * (2 if to.endswith("+") else 1)) + 2 * RANK**2
+        assert rows[module]["macs"] == products + (weight.numel() if m.base is None else 6 * (in_features + out_features))
+    assert report["loda"]["macs_per_token"] == sum(row["macs"] for row in rows.values())
+    logits = pair.logits(adapt_convert.load(pair.load(pair.base), out))
+    assert torch.isfinite(logits).all()
+
+
 def test_the_command_line_from_conversion_to_push(pairs: Callable[[str], Any], text: Path, tmp_path: Path) -> None:
     pair, runner = pairs("llama"), CliRunner()
 
@@ -196,7 +231,7 @@ def test_the_command_line_from_conversion_to_push(pairs: Callable[[str], Any], t
 
     for name in ("one", "two"):
         options = ["--rank", RANK, "--keep", 0.5, "--calib", text, "--calib-tokens", TOKENS, "--exclude", EMBEDDINGS]
-        result = run("delta", pair.base, pair.ft, "--to", "s-loda+", *options, "-o", tmp_path / name)
+        result = run("delta", pair.base, pair.ft, "--to", "s-loda", *options, "-o", tmp_path / name)
         assert result.exit_code == 0, result.output
     assert "MACs per token" in result.output
     one = tmp_path / "one"
@@ -205,14 +240,17 @@ def test_the_command_line_from_conversion_to_push(pairs: Callable[[str], Any], t
     assert "adapt_convert.load" in card
     assert "without training data" not in card
     shown = json.loads(run("inspect", one, "--json").stdout)
-    assert (shown["kind"], shown["variant"], shown["rank"], shown["keep"]) == ("LODA", "s-loda+", RANK, 0.5)
-    planned = json.loads(run("inspect", pair.base, pair.ft, "--to", "s-loda+", *options, "--json").stdout)
+    assert (shown["kind"], shown["variant"], shown["rank"], shown["keep"]) == ("LODA", "s-loda", RANK, 0.5)
+    planned = json.loads(run("inspect", pair.base, pair.ft, "--to", "s-loda", *options, "--json").stdout)
     assert planned["predicted_bytes"] == pytest.approx((one / "adapter_model.safetensors").stat().st_size, rel=0.2)
     for command in (["merge", pair.base, one], ["delta", pair.base, one], ["bundle", pair.base, one], ["inspect", pair.base, one]):
         refused = run(*command, *([] if command[0] == "inspect" else ["-o", tmp_path / "no"]))
         assert (refused.exit_code, (tmp_path / "no").exists()) == (1, False), command
         assert "is a LoDA, which is no change of weights: it can be neither merged nor converted, only run" in refused.output
         assert refused.output.count("\n") == 1
+    sent = prepare(one, "org/name").files
+    assert str(tmp_path) not in "".join(content.decode() for content in sent.values() if isinstance(content, bytes))
+    assert str(text) not in sent["conversion.json"].decode()  # type: ignore[union-attr]
     pushed = run("push", one, "org/name", "--dry-run")
     assert pushed.exit_code == 0, pushed.output
     assert "adapter_model.safetensors" in pushed.output

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.loda import LodaAdapter, LodaMatrix, pack_bits, read_loda, unpack_bits
 from adapt_convert.formats.location import locate
+from adapt_convert.formats.loda import LodaAdapter, LodaMatrix, pack_bits, read_loda, unpack_bits
 
 P = "base_model.model."
 
@@ -96,7 +96,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda c, t: t.update({f"{P}m.c.loda_base_A.weight": torch.ones(1, 4)}),
         r"m\.c: the weight in place of the base's is \[3, 4\], the adapter \[3, 2\]",
     ),
-    "bits too few": (lambda c, t: t.update({f"{P}m.d.loda_keep": torch.zeros(0, dtype=torch.uint8)}), r"loda_keep is \[0\] of torch\.uint8"),
+    "bits too few": (
+        lambda c, t: t.update({f"{P}m.d.loda_keep": torch.zeros(0, dtype=torch.uint8)}),
+        r"loda_keep is \[0\] of torch\.uint8",
+    ),
     "bits beyond": (
         lambda c, t: t.update({f"{P}m.d.loda_keep": torch.tensor([255], dtype=torch.uint8)}),
         r"loda_keep has bits beyond the 6 entries",

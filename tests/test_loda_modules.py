@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.sparse
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -161,8 +162,8 @@ def test_macs_are_half_of_the_operations_that_torch_counts(variant: str) -> None
 def test_macs_of_a_sparse_weight_are_the_entries_that_stay() -> None:
     m = matrix(24, 40, "s-loda", 0)
     assert m.keep is not None
-    weight = torch.where(m.keep, draw(24, 40, seed=1), 0).to_sparse_csr()
-    assert weight_macs(m) == weight.values().numel() < 24 * 40
+    weight = scipy.sparse.csr_matrix(torch.where(m.keep, draw(24, 40, seed=1), 0).numpy())
+    assert weight_macs(m) == weight.nnz < 24 * 40
     assert adapter_macs(m) == RANK * 64 + 2 * RANK**2
 
 

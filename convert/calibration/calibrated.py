@@ -10,7 +10,7 @@ from adapt_convert.convert.calibration.judge import Judge, opened_judge
 from adapt_convert.convert.calibration.moments import Moments, moments_of
 from adapt_convert.convert.calibration.remeasure import remeasured
 from adapt_convert.convert.calibration.whitened_lora import solve_whitened_lora
-from adapt_convert.convert.loda.solver import solve_loda
+from adapt_convert.convert.loda.solver import measured_again, solve_loda
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
@@ -18,6 +18,7 @@ from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.refinement.refine import refine
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.loda import LodaAdapter
 from adapt_convert.formats.loda_config import VARIANTS
 
 Solved = tuple[Any, list[Record]]
@@ -90,7 +91,10 @@ def _best(work: Work, judge: Judge, options: Options) -> tuple[Candidate, dict[s
     if options.refine is not None:
         adapter, course = refine(judge, best.adapter, options, work.pairs, work.progress)
         tried["refinement"] = course
-        records = remeasured(work.pairs, work.plan, adapter, best.records, work.progress)
+        if isinstance(adapter, LodaAdapter):  # measured on activations, as it is no change of weights
+            records = measured_again(judge, work.pairs, work.plan, adapter, best.records, work.progress)
+        else:
+            records = remeasured(work.pairs, work.plan, adapter, best.records, work.progress)
         candidates.append(Candidate("refined", adapter, records, judge.kl(adapter, "refined")))
         best = min(candidates, key=lambda candidate: candidate.kl)
     return best, {"candidates": {candidate.name: candidate.kl for candidate in candidates}} | tried

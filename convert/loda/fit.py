@@ -134,12 +134,12 @@ def fit_matrix(target: Delta, activations: Activations, rank: int, plus: bool, d
     def error(kind: str) -> float:
         return error_of(found[kind], target, held)
 
-    if plus:
-        start = min(("plain", "projected"), key=error)
+    energy = float(torch.linalg.vector_norm(target.matmul(held.T), dim=0).double().square().sum())
+    start = min(("plain", "projected"), key=error)
+    if plus and error(start) > _ROUNDING * energy:
         found["f1+f2"] = fit_plus(LowRankDelta(found[start].B, found[start].A), target, activations, seed)
     found = {kind: matrix.rounded(dtype).to(held.device) for kind, matrix in found.items()}
     errors = {kind: error(kind) for kind in found}
-    energy = float(torch.linalg.vector_norm(target.matmul(held.T), dim=0).double().square().sum())
     best = "plain"
     for kind in errors:  # from the simplest on; NaN, of a fit that went astray, is never below
         if errors[kind] < errors[best] - max(_WORTH * errors[best], _ROUNDING * energy):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.loda.fit import Activations, best_lora
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry
-
 
 _ROLES = ("q", "k", "v", "qkv")  # the paper's W_proj
 
@@ -23,31 +20,23 @@ def is_replaced(entry: Entry, options: Options) -> bool:
     return bool(options.target_modules) or (entry.place is not None and entry.place.role in _ROLES)
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """What stands for a weight `(out, in)`: `base` of low rank or the entries to `keep`, and `weight`, the matrix that this makes."""
-
-    weight: Tensor
-    base: LowRankDelta | None = None
-    keep: Tensor | None = None
-
-
-def replace_weight(weight: Tensor, activations: Activations, options: Options, dtype: torch.dtype) -> Replacement | None:
-    """The replacement that the options ask for, as it will be read back from `dtype`; None where rank K saves no product.
+def replace_weight(
+    weight: Tensor, activations: Activations, options: Options, dtype: torch.dtype
+) -> tuple[LowRankDelta | None, Tensor | None]:
+    """What stands in for `weight (out, in)` as it will be read back from `dtype`: a low-rank weight, or the entries to keep. Neither
+    where rank K saves no product.
 
     R-LoDA: the better of the truncated SVD and the projection on the leading principal directions of the outputs, on activations held
     out. S-LoDA: the `keep` share of the entries that are largest in magnitude.
     """
     if options.keep is not None:
-        keep = largest(weight, options.keep)
-        return Replacement(torch.where(keep, weight, 0.0), keep=keep)
+        return None, largest(weight, options.keep)
     assert options.base_rank is not None
     rows, columns = weight.shape
     if options.base_rank * (rows + columns) >= rows * columns:
-        return None
+        return None, None
     found = best_lora(DenseDelta(weight), activations, options.base_rank, options.seed)
-    base = LowRankDelta(found.B.to(dtype).float(), found.A.to(dtype).float())
-    return Replacement(base.dense(), base=base)
+    return LowRankDelta(found.B.to(dtype).float(), found.A.to(dtype).float()), None
 
 
 def largest(weight: Tensor, share: float) -> Tensor:
@@ -59,6 +48,9 @@ def largest(weight: Tensor, share: float) -> Tensor:
     return keep.reshape(weight.shape)
 
 
-def target_of(delta: Delta, weight: Tensor, replacement: Replacement) -> DenseDelta:
-    """What the adapter has to add to the replacement to make it the fine-tune's weight."""
-    return DenseDelta(weight - replacement.weight + delta.dense())
+def target_of(delta: Delta, weight: Tensor, base: LowRankDelta | None, keep: Tensor | None) -> Delta:
+    """What the map has to add to the weight that runs to make it the fine-tune's: the change itself where nothing is replaced."""
+    if base is None and keep is None:
+        return delta
+    runs = base.to(weight.device).dense() if base is not None else torch.where(keep.to(weight.device), weight, 0.0)  # type: ignore[union-attr]
+    return DenseDelta(weight - runs + delta.dense())

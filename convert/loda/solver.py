@@ -15,7 +15,7 @@ from torch import Tensor
 from adapt_convert.convert.calibration.judge import Judge
 from adapt_convert.convert.delta import Delta
 from adapt_convert.convert.loda.activations import activations_of
-from adapt_convert.convert.loda.fit import Activations, Fit, fit_matrix
+from adapt_convert.convert.loda.fit import Activations, Fit, error_of, fit_matrix
 from adapt_convert.convert.loda.macs import adapter_macs, lora_macs, weight_macs
 from adapt_convert.convert.loda.replacement import is_replaced, replace_weight, target_of
 from adapt_convert.convert.lora import lazy_value
@@ -45,33 +45,48 @@ def solve_loda(
         if delta.energy() == 0:
             records.append(unchanged(entry))
             continue
-        adapter.matrices[entry.module], fit = _solve(pairs, entry, delta, activations, options, dtype)
-        record, rows[entry.module] = _measured(entry, delta, activations, adapter.matrices[entry.module], fit)
-        records.append(record)
+        matrix, fit = _solve(pairs, entry, delta, activations, options, dtype)
+        adapter.matrices[entry.module] = matrix
+        change = _energy(delta, activations.heldout)
+        rows[entry.module] = _row(matrix, fit.kind, fit.error / change, fit.plain_error / change)
+        records.append(Record(entry, "factored", delta.energy(), delta.energy() * fit.error / change, rank=matrix.rank))
     _check_replaced(adapter, options)
     adapter.exact = {entry.name: lazy_value(pairs, plan, entry.name) for entry in stored}
     adapter.details = {"variant": options.to, **_macs(adapter), "matrices": rows}
     return adapter, records
 
 
+def measured_again(judge: Judge, pairs: Pairs, plan: Plan, adapter: LodaAdapter, records: list[Record], progress: Progress) -> list[Record]:
+    """The records of an adapter that was changed after its solver, and in its `details` its errors and MACs as they are now."""
+    before, rows, errors = adapter.details["matrices"], {}, {}
+    entries = [entry for entry in plan.having("factor") if entry.module in adapter.matrices]
+    steps = iter(progress(entries, "measuring"))
+    for entry, activations in activations_of(judge, entries):
+        next(steps, None)
+        matrix, delta = adapter.matrices[entry.module], pairs.delta(entry)
+        target = target_of(delta, _base_weight(pairs, entry), matrix.base, matrix.keep)
+        error = error_of(matrix.to(pairs.device), target, activations.heldout)
+        errors[entry] = error / _energy(delta, activations.heldout)
+        rows[entry.module] = _row(matrix, "refined", errors[entry], before[entry.module]["lora_error"])
+    adapter.details = adapter.details | _macs(adapter) | {"matrices": rows}
+    return [replace(r, residual=r.energy * errors[r.entry]) if r.entry in errors else r for r in records]
+
+
 def _solve(
     pairs: Pairs, entry: Entry, delta: Delta, activations: Activations, options: Options, dtype: torch.dtype
 ) -> tuple[LodaMatrix, Fit]:
     """The map of one matrix, on the base's weight or on what replaces it."""
-    replacement = None
-    target = delta
+    base, keep, target = None, None, delta
     if is_replaced(entry, options):
         weight = _base_weight(pairs, entry)
-        replacement = replace_weight(weight, activations, options, dtype)
-        target = target_of(delta, weight, replacement) if replacement else delta
+        base, keep = replace_weight(weight, activations, options, dtype)
+        target = target_of(delta, weight, base, keep)
     assert options.rank is not None
     fit = fit_matrix(target, activations, options.rank, options.to.endswith("+"), dtype, options.seed)
-    matrix = fit.matrix.to(torch.device("cpu"))
-    if not (torch.isfinite(matrix.A).all() and torch.isfinite(matrix.B).all()):
+    cpu = torch.device("cpu")
+    matrix = replace(fit.matrix.to(cpu), base=base.to(cpu) if base else None, keep=keep)
+    if not all(torch.isfinite(factor).all() for factor in (matrix.A, matrix.B, *((matrix.base.A, matrix.base.B) if matrix.base else ()))):
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
-    if replacement:
-        base = replacement.base.to(torch.device("cpu")) if replacement.base else None
-        matrix = replace(matrix, base=base, keep=replacement.keep)
     return matrix, fit
 
 
@@ -82,16 +97,17 @@ def _base_weight(pairs: Pairs, entry: Entry) -> Tensor:
     return stored.T.contiguous() if entry.transposed else stored
 
 
-def _measured(entry: Entry, delta: Delta, activations: Activations, matrix: LodaMatrix, fit: Fit) -> tuple[Record, dict[str, Any]]:
-    """The record of a matrix and its row of the report. Errors are shares of `sum ||D x||^2` on the activations held out."""
-    change = float(torch.linalg.vector_norm(delta.matmul(activations.heldout.T), dim=0).double().square().sum())
-    error, of_lora = (value / change if change else 0.0 for value in (fit.error, fit.plain_error))
-    row = {"kind": fit.kind, "error": error, "lora_error": of_lora, "macs": weight_macs(matrix) + adapter_macs(matrix)}
-    if matrix.base is not None:
-        row["base_rank"] = matrix.base.rank
-    if matrix.keep is not None:
-        row["kept_entries"] = int(matrix.keep.sum())
-    return Record(entry, "factored", delta.energy(), delta.energy() * error, rank=matrix.rank), row
+def _energy(delta: Delta, x: Tensor) -> float:
+    """`sum ||D x||^2` over the rows of x: what errors are shares of. Never zero, so that a change that no activation sees has none."""
+    found = float(torch.linalg.vector_norm(delta.matmul(x.T), dim=0).double().square().sum())
+    return found or 1.0
+
+
+def _row(matrix: LodaMatrix, kind: str, error: float, lora_error: float) -> dict[str, Any]:
+    """A matrix in the report: how its map was made, errors as shares of the change on activations held out, and MACs."""
+    row = {"kind": kind, "error": error, "lora_error": lora_error, "macs": weight_macs(matrix) + adapter_macs(matrix)}
+    row |= {"base_rank": matrix.base.rank} if matrix.base is not None else {}
+    return row | ({"kept_entries": int(matrix.keep.sum())} if matrix.keep is not None else {})
 
 
 def _check_replaced(adapter: LodaAdapter, options: Options) -> None:
