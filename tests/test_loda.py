@@ -201,7 +201,7 @@ def test_refining_trains_f1_and_what_is_reported_is_what_came_of_it(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pair = pairs("llama")
-    out, report = convert(pair, text, tmp_path / "out", to, refine=30)
+    out, report = convert(pair, text, tmp_path / "out", to, refine=12)
     kl = report["calibration"]["candidates"]
     assert kl["refined"] < kl["fitted"] < report["calibration"]["kl_of_base"]
     assert report["calibration"]["chosen"] == "refined"
