@@ -25,7 +25,7 @@ def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
     if options.to in VARIANTS:
         factors = sum(_loda_bytes(entry, options, item) for entry in plan.having("factor"))
     else:
-        factors = options.budget or _factor_numbers(plan, options) * item
+        factors = int(options.budget or 0) or _factor_numbers(plan, options) * item
     stored = sum(_stored_bytes(entry, plan, options) for entry in plan.having("store"))
     work = max(_in_work(plan), _largest_stored(plan))
     headers = _HEADER * sum(2 if entry.action == "factor" else 1 for entry in plan.entries if entry.action != "drop")

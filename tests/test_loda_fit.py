@@ -65,12 +65,12 @@ def test_never_worse_than_the_truncated_svd_of_the_same_rank(plus: bool, dtype: 
     u, s, vt = torch.linalg.svd(target.weight.double())
     y = activations.heldout.double() @ target.weight.double().T
     lora = (y - activations.heldout.double() @ ((u[:, :4] * s[:4]) @ vt[:4]).T).square().sum()
-    m = fit.matrix
+    m = fit.best.matrix
     mine = (y - loda_apply(activations.heldout, m.A, m.B, m.f1, m.f2).double()).square().sum()
-    assert float(mine) == pytest.approx(fit.error, rel=1e-3)
+    assert float(mine) == pytest.approx(fit.best.error, rel=1e-3)
     assert float(mine) < float(lora)
-    assert fit.plain_error == pytest.approx(float(lora), rel=2e-2)  # rounded to dtype, too
-    assert fit.target_energy == pytest.approx(float(y.square().sum()), rel=1e-4)
+    assert fit.plain.error == pytest.approx(float(lora), rel=2e-2)  # rounded to dtype, too
+    assert fit.energy == pytest.approx(float(y.square().sum()), rel=1e-4)
     assert all(torch.equal(part, part.to(dtype).float()) for part in (m.A, m.B))
 
 
@@ -83,8 +83,8 @@ def test_the_plain_svd_is_kept_where_the_fitted_text_says_nothing_of_the_other()
     heldout[:, :2] = torch.randn(64, 2, generator=draw)
     for plus in (False, True):
         found = fit_matrix(target, Activations(fit, heldout), 2, plus, torch.float32, seed=0)
-        assert found.kind == "plain"
-        assert found.error < 1e-8 * found.target_energy
+        assert found.best is found.plain
+        assert found.best.error < 1e-8 * found.energy
 
 
 def test_a_planted_loda_plus_is_found() -> None:
@@ -96,8 +96,8 @@ def test_a_planted_loda_plus_is_found() -> None:
     activations = Activations(x[:2000], x[2000:])
     linear = fit_matrix(target, activations, 4, False, torch.float32, seed=0)
     plus = fit_matrix(target, activations, 4, True, torch.float32, seed=0)
-    assert (linear.kind, plus.kind) == ("projected", "f1+f2")
-    assert plus.error < 0.6 * linear.error
+    assert (linear.best.kind, plus.best.kind) == ("projected", "f1+f2")
+    assert plus.best.error < 0.6 * linear.best.error
 
 
 def test_an_exactly_low_rank_change_is_held_exactly() -> None:
@@ -106,8 +106,8 @@ def test_an_exactly_low_rank_change_is_held_exactly() -> None:
     for rank in (3, 8):
         for plus in (False, True):
             found = fit_matrix(target, lumpy(0), rank, plus, torch.float32, seed=0)
-            assert found.error <= 1e-10 * found.target_energy
-            assert found.matrix.rank == 3
+            assert found.best.error <= 1e-10 * found.energy
+            assert found.best.matrix.rank == 3
 
 
 def test_pruning_keeps_the_largest_entries() -> None:

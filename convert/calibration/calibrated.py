@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapt_convert.convert.calibration.judge import Judge, opened_judge
-from adapt_convert.convert.calibration.moments import Moments, moments_of
+from adapt_convert.convert.calibration.judge import Figures, Judge, opened_judge
+from adapt_convert.convert.calibration.moments import FindMoments, moments_of
 from adapt_convert.convert.calibration.remeasure import remeasured
+from adapt_convert.convert.calibration.whitened_latte import solve_whitened_latte
 from adapt_convert.convert.calibration.whitened_lora import solve_whitened_lora
+from adapt_convert.convert.calibration.whitened_lorta import solve_whitened_lorta
+from adapt_convert.convert.calibration.work import Solved, Work
 from adapt_convert.convert.loda.solver import measured_again, solve_loda
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, Plan
-from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.refinement.refine import refine
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.loda import LodaAdapter
 from adapt_convert.formats.loda_config import VARIANTS
 
-Solved = tuple[Any, list[Record]]
-_Whitened = Callable[[Pairs, Moments, Plan, Options, dict[Entry, float], Progress], Solved]
-FITTED: dict[str, Callable[..., Solved]] = dict.fromkeys(VARIANTS, solve_loda)
-WHITENED: dict[str, _Whitened] = {"lora": solve_whitened_lora}
+# Whitened solvers, by target: what they are given last is the data-free solution.
+_Whitened = Callable[[Work, FindMoments, Options, Any], Solved]
+WHITENED: dict[str, _Whitened] = {"lora": solve_whitened_lora, "lorta": solve_whitened_lorta, "latte": solve_whitened_latte}
 
 
-@dataclass(frozen=True)
-class Work:
-    """One conversion as far as it has been planned: what every solver is given, and the target's own solver without text."""
-
-    pairs: Pairs
-    plan: Plan
-    stored: dict[Entry, float]
-    solver: Callable[..., Solved] | None  # None for a target that has no solution without text
-    progress: Progress
+_TOLERATED = 1.1  # times the data-free solution's divergence on the control rows: more, and the text is unrelated to the fine-tune
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A finished adapter with its records, and its divergence from the fine-tune on the held-out rows, nats per prediction."""
+    """A finished adapter with its records and its figures."""
 
     name: str
     adapter: Any
     records: list[Record]
-    kl: float
+    figures: Figures
+
+    @property
+    def kl(self) -> float:
+        return self.figures.kl
 
 
 def calibrated(work: Work, options: Options) -> tuple[Any, list[Record], dict[str, Any]]:
@@ -62,7 +59,7 @@ def calibrated(work: Work, options: Options) -> tuple[Any, list[Record], dict[st
             "tokens": judge.text.tokens,
             "heldout_tokens": judge.text.heldout_tokens,
             "seed": options.seed,
-            "kl_of_base": judge.base_kl,
+            "kl_of_base": judge.base.kl,
         }
         if options.target_kl is None:
             best, tried = _best(work, judge, options)
@@ -74,30 +71,45 @@ def calibrated(work: Work, options: Options) -> tuple[Any, list[Record], dict[st
 
 def _best(work: Work, judge: Judge, options: Options) -> tuple[Candidate, dict[str, Any]]:
     """The best candidate of one size, and the figures of all."""
-    given = (work.pairs, work.plan, options, work.stored, work.progress)
-    name = "data-free" if work.solver else "fitted"
-    adapter, records = work.solver(*given) if work.solver else FITTED[options.to](judge, *given)
-    if not any(record.status == "factored" and record.energy for record in records):
-        raise AdaptError(f"{work.pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
-    candidates = [Candidate(name, adapter, records, judge.kl(adapter, name))]
-    whitened = WHITENED.get(options.to)
-    if whitened:
-        modules = [entry.module for entry in work.plan.having("factor") if entry.kind == "matrix"]
-        moments = moments_of(work.pairs, modules, judge.stage, judge.text, work.progress)
-        adapter, records = whitened(work.pairs, moments, work.plan, options, work.stored, work.progress)
-        candidates.append(Candidate("whitened", adapter, records, judge.kl(adapter, "whitened")))
-    best = min(candidates, key=lambda candidate: candidate.kl)
+    candidates = [
+        Candidate(name, adapter, records, judge.figures(adapter, name)) for name, adapter, records in _solutions(work, judge, options)
+    ]
+    best = _nearest(candidates)
     tried: dict[str, Any] = {}
     if options.refine is not None:
         adapter, course = refine(judge, best.adapter, options, work.pairs, work.progress)
         tried["refinement"] = course
-        if isinstance(adapter, LodaAdapter):  # measured on activations, as it is no change of weights
-            records = measured_again(judge, work.pairs, work.plan, adapter, best.records, work.progress)
+        if isinstance(adapter, LodaAdapter):  # no change of weights: measured on activations
+            records = measured_again(judge, work, adapter, best.records)
         else:
             records = remeasured(work.pairs, work.plan, adapter, best.records, work.progress)
-        candidates.append(Candidate("refined", adapter, records, judge.kl(adapter, "refined")))
-        best = min(candidates, key=lambda candidate: candidate.kl)
-    return best, {"candidates": {candidate.name: candidate.kl for candidate in candidates}} | tried
+        candidates.append(Candidate("refined", adapter, records, judge.figures(adapter, "refined")))
+        best = _nearest(candidates)
+    tried |= {"candidates": {candidate.name: candidate.kl for candidate in candidates}}
+    return best, tried | {"control": {candidate.name: candidate.figures.control for candidate in candidates}}
+
+
+def _solutions(work: Work, judge: Judge, options: Options) -> Iterator[tuple[str, Any, list[Record]]]:
+    """The solutions of one size, each with its name: first the one that knows nothing of the text."""
+    if options.to in VARIANTS:
+        (adapter, records), fitted = solve_loda(judge, work, options)
+    else:
+        assert work.solver is not None
+        adapter, records = work.solver(work.pairs, work.plan, options, work.stored, work.progress)
+    if not any(record.status == "factored" and record.energy for record in records):
+        raise AdaptError(f"{work.pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
+    yield "data-free", adapter, records
+    if options.to in VARIANTS:
+        yield "fitted", *fitted
+    elif whitened := WHITENED.get(options.to):
+        find_moments = functools.partial(moments_of, work.pairs, judge.stage, judge.text, work.progress)
+        yield "whitened", *whitened(work, find_moments, options, (adapter, records))
+
+
+def _nearest(candidates: list[Candidate]) -> Candidate:
+    """The candidate of least divergence on held-out text, the first (data-free) one aside none that loses on the control rows."""
+    limit = _TOLERATED * candidates[0].figures.control
+    return min((c for c in candidates if c is candidates[0] or c.figures.control <= limit), key=lambda candidate: candidate.kl)
 
 
 def _smallest(work: Work, judge: Judge, options: Options, target: float) -> tuple[Candidate, dict[str, Any], dict[str, float]]:

@@ -13,12 +13,13 @@ from adapt_convert.convert.calibration.texts import ROW, CalibrationText, split
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.candidates import Stage
 from adapt_convert.convert.validation.live_model import Task, positions_of, vocabulary_of
-from adapt_convert.convert.validation.outputs import Batch, predict
+from adapt_convert.convert.validation.outputs import Batch, make_batches, predict
 from adapt_convert.convert.validation.texts import Corpus
 from adapt_convert.formats.errors import AdaptError
 
 _FIRST_TOKENS = 4096  # of the vocabulary, drawn at random, that are looked at
 _LOOKED_AT = 256  # at a time
+_CONTROL_ROWS, _CONTROL_LENGTH = 16, 64  # rows and tokens: enough to see what is a tenth worse, and soon written
 _ROWS = 64  # written at a time: one reading of the weights serves all of them
 
 
@@ -41,6 +42,18 @@ def sample_text(stage: Stage, tokens: int, task: Task, config: Mapping[str, Any]
     rows = torch.cat([_write(stage, part, length, generator) for part in progress(torch.split(prompts, _ROWS), "writing text")])
     corpus = Corpus(f"written by the fine-tune (seed {seed})", tuple(rows), length)
     return split(corpus, tokens, task, config, seed)
+
+
+def control_rows(stage: Stage, task: Task, config: Mapping[str, Any], seed: int, progress: Progress) -> list[Batch]:
+    """A few rows that belong to no text: what the fine-tune writes behind random first tokens; from other models, random tokens alone."""
+    vocabulary = vocabulary_of(config) or 2
+    length = min(_CONTROL_LENGTH, positions_of(config) or _CONTROL_LENGTH)
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows = torch.randint(vocabulary, (_CONTROL_ROWS, length), generator=generator)
+    if task == "causal":
+        stage.show(stage.fine_tune)
+        rows = torch.cat([_write(stage, part, length, generator) for part in progress((rows[:, 0],), "writing control rows")])
+    return make_batches(Corpus("control", tuple(rows), length), task, config, _CONTROL_ROWS // 2, seed)
 
 
 def _disagreement(stage: Stage, firsts: Tensor, progress: Progress) -> Tensor:

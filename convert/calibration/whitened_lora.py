@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.calibration.moments import Moments
+from adapt_convert.convert.calibration.moments import FindMoments, Moments
+from adapt_convert.convert.calibration.work import Work
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, residual_energy
 from adapt_convert.convert.lora import solve_lora
 from adapt_convert.convert.options import DTYPES, Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, Plan, output_dtype
-from adapt_convert.convert.progress import Progress
+from adapt_convert.convert.preflight import Entry, output_dtype
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.peft import LoraAdapter
 
@@ -51,24 +51,25 @@ def times(delta: Delta, right: Tensor | float) -> Delta:
 
 
 def solve_whitened_lora(
-    pairs: Pairs, moments: Moments, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
+    work: Work, find_moments: FindMoments, options: Options, first: tuple[LoraAdapter, list[Record]]
 ) -> tuple[LoraAdapter, list[Record]]:
     """`solve_lora` with every error weighed by the inputs; the records say what is held of the deltas themselves."""
-    whitened = WhitenedPairs(pairs, moments)
-    adapter, records = solve_lora(whitened, plan, replace(options, dtype="float32"), stored, progress)
+    pairs, plan, progress = work.pairs, work.plan, work.progress
+    whitened = WhitenedPairs(pairs, find_moments([entry.module for entry in plan.having("factor") if entry.kind == "matrix"], {}))
+    adapter, records = solve_lora(whitened, plan, replace(options, dtype="float32"), work.stored, progress)
     dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
     entries = [record.entry for record in records if record.status == "factored"]
     found: dict[Entry, Record] = {}
     by_alias = {e: [a.removesuffix(".weight") for a in plan.aliases(e.name)] for e in entries if e.kind == "embedding"}
 
-    def work(entry: Entry, delta: Delta) -> tuple[LowRankDelta, float, float]:
+    def project(entry: Entry, delta: Delta) -> tuple[LowRankDelta, float, float]:
         held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
         factors = _projected(delta, held[entry.module].B.to(pairs.device))
         written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
         residual = residual_energy(delta, LowRankDelta(written.B.float(), written.A.float()))
         return LowRankDelta(written.B.cpu().contiguous(), written.A.cpu().contiguous()), delta.energy(), residual
 
-    for entry, (factors, energy, residual) in pairs.each(progress(entries, "factoring on inputs"), work):
+    for entry, (factors, energy, residual) in pairs.each(progress(entries, "factoring on inputs"), project):
         for module in (entry.module, *by_alias.get(entry, [])):
             (adapter.embeddings if module in adapter.embeddings else adapter.factors)[module] = factors
         found[entry] = Record(entry, "factored", energy, residual, rank=factors.rank)

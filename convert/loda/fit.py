@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -109,15 +110,21 @@ def _minimise(parameters: list[Tensor], loss: Callable[[Tensor], Tensor], count:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A fitted map as it will be read back, with squared errors on the activations held out: its own, that of the plain LoRA of the
-    same rank as it would be read back, and the energy `sum ||T x||^2` of its target there. `kind` says which of the three it is."""
+class Found:
+    """A map as it will be read back, how it was found, and its squared error on the activations held out."""
 
+    kind: Literal["plain", "projected", "f1+f2"]
     matrix: LodaMatrix
-    kind: str
     error: float
-    plain_error: float
-    target_energy: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The plain LoRA of a matrix, and the best map, which may be the same; `energy` is `sum ||T x||^2` on the activations held out."""
+
+    plain: Found
+    best: Found
+    energy: float
 
 
 def fit_matrix(target: Delta, activations: Activations, rank: int, plus: bool, dtype: torch.dtype, seed: int) -> Fit:
@@ -126,22 +133,20 @@ def fit_matrix(target: Delta, activations: Activations, rank: int, plus: bool, d
     All three are rounded to `dtype` before they are measured, and the plain one is always among them: so the error is never above
     that of the LoRA of the same rank.
     """
-    plain = plain_lora(target, rank, seed)
-    projected = projected_lora(target, activations.fit, rank, seed)
-    found = {"plain": LodaMatrix(plain.A, plain.B), "projected": LodaMatrix(projected.A, projected.B)}
     held = activations.heldout
-
-    def error(kind: str) -> float:
-        return error_of(found[kind], target, held)
-
     energy = float(torch.linalg.vector_norm(target.matmul(held.T), dim=0).double().square().sum())
-    start = min(("plain", "projected"), key=error)
-    if plus and error(start) > _ROUNDING * energy:
-        found["f1+f2"] = fit_plus(LowRankDelta(found[start].B, found[start].A), target, activations, seed)
-    found = {kind: matrix.rounded(dtype).to(held.device) for kind, matrix in found.items()}
-    errors = {kind: error(kind) for kind in found}
-    best = "plain"
-    for kind in errors:  # from the simplest on; NaN, of a fit that went astray, is never below
-        if errors[kind] < errors[best] - max(_WORTH * errors[best], _ROUNDING * energy):
-            best = kind
-    return Fit(found[best], best, errors[best], errors["plain"], energy)
+
+    def found(kind: Literal["plain", "projected", "f1+f2"], matrix: LodaMatrix) -> Found:
+        rounded = matrix.rounded(dtype).to(held.device)
+        return Found(kind, rounded, error_of(rounded, target, held))
+
+    plain, projected = plain_lora(target, rank, seed), projected_lora(target, activations.fit, rank, seed)
+    choices = [found("plain", LodaMatrix(plain.A, plain.B)), found("projected", LodaMatrix(projected.A, projected.B))]
+    if plus and min(choice.error for choice in choices) > _ROUNDING * energy:
+        start = plain if choices[0].error <= choices[1].error else projected
+        choices.append(found("f1+f2", fit_plus(start, target, activations, seed)))
+    best = choices[0]
+    for choice in choices:  # from the simplest on; NaN, of a fit that went astray, is never below
+        if choice.error < best.error - max(_WORTH * best.error, _ROUNDING * energy):
+            best = choice
+    return Fit(choices[0], best, energy)

@@ -131,7 +131,7 @@ def _fit(
     slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s)) for s in slices]
     assert options.rank is not None
     fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device, progress=progress)
-    factors = _as_written(fit.factors, dtype)
+    factors = as_written(fit.factors, dtype)
     block_name: Literal["attention", "mlp"] = "attention" if name == "attention" else "mlp"
     return LortaBlock(block_name, factors, shape.group, tuple(s.slot for s in slices))
 
@@ -144,15 +144,15 @@ def _residual_width(slices: list[_Slice]) -> int:
 
 
 def _loader(pairs: Pairs, part: _Slice) -> Callable[[], Delta]:
-    return lambda: _slab_of(pairs.passing_delta(part.entry), part.slot)
+    return lambda: slab_of(pairs.passing_delta(part.entry), part.slot)
 
 
-def _slab_of(delta: Delta, slot: Slot) -> Delta:
+def slab_of(delta: Delta, slot: Slot) -> Delta:
     rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
     return rows.T if slot.transposed else rows
 
 
-def _as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
+def as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
     """The factors as they will be read back: rounded to the output dtype, in float32 on the CPU."""
 
     def rounded(factor: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,9 @@ def distil(trainable: Trainable, lesson: Lesson, steps: int, rate: float, seed: 
     What is needed to go on is written to `state` whenever the held-out batches have been measured, and read from there: a run that
     was killed ends with the values of one that was not. The file stays. Raises `AdaptError` when the loss is not finite.
     """
-    parameters = {name: value.requires_grad_() for name, value in trainable.parameters.items()}
+    parameters = dict(trainable.parameters)
+    for value in parameters.values():
+        value.requires_grad_()
     optimiser = torch.optim.Adam(parameters.values(), lr=rate)
     course = _resumed(state, parameters, optimiser)
     device = next(iter(parameters.values())).device
