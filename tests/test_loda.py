@@ -83,7 +83,7 @@ def outputs(x: torch.Tensor, m: LodaMatrix) -> torch.Tensor:
     return z @ m.B.double().T + lifted + (m.f2.double() * act(lifted) if m.f2 is not None else 0.0)
 
 
-@pytest.mark.parametrize("to", VARIANTS)
+@pytest.mark.parametrize("to", ["loda", "loda+", "r-loda", "s-loda+"])
 def test_errors_are_those_of_the_written_files_and_never_above_a_loras(
     pairs: Callable[[str], Any], text: Path, tmp_path: Path, to: str
 ) -> None:
@@ -110,11 +110,11 @@ def test_errors_are_those_of_the_written_files_and_never_above_a_loras(
         captured = report["tensors"][f"{module}.weight"]["captured_energy"]
         assert captured == pytest.approx(1 - rows[module]["error"], abs=1e-9)
     kinds = [row["kind"] for row in rows.values()]
-    assert "projected" in kinds
-    assert ("f1+f2" in kinds) <= to.endswith("+")
+    assert (set(kinds) == {"plain"}) == (report["calibration"]["chosen"] == "data-free")
+    assert set(kinds) <= {"plain", "projected", *(["f1+f2"] if to.endswith("+") else [])}
 
 
-@pytest.mark.parametrize(("to", "targets"), [("loda", ""), ("s-loda", ""), ("r-loda+", "all-linear")])
+@pytest.mark.parametrize(("to", "targets"), [("loda", ""), ("s-loda", ""), ("r-loda+", "q_proj,down_proj")])
 def test_macs_are_those_of_the_files(pairs: Callable[[str], Any], text: Path, tmp_path: Path, to: str, targets: str) -> None:
     """Counted from the tensors on disk: every entry of a matrix that multiplies an activation is one."""
     pair = pairs("llama")
@@ -150,7 +150,7 @@ def test_the_more_of_a_weight_stays_the_nearer_to_the_fine_tune(make_pair: Calla
 
     pair = make_pair(tmp_path, "llama", change)
     expected, distances = pair.logits(pair.load(pair.ft)), []
-    for keep in (0.2, 0.6, 0.95):
+    for keep in (0.2, 0.9):
         out, _ = convert(pair, text, tmp_path / str(keep), "s-loda", keep=keep)
         model = adapt_convert.load(pair.load(pair.base), out)
         distances.append(float((pair.logits(model) - expected).square().mean()))
@@ -161,7 +161,7 @@ def test_the_more_of_a_weight_stays_the_nearer_to_the_fine_tune(make_pair: Calla
 def test_full_rank_is_the_fine_tune(pairs: Callable[[str], Any], text: Path, tmp_path: Path) -> None:
     """Also on a base that was pruned: the adapter absorbs all of its error, and what is no matrix is stored exactly."""
     pair = pairs("llama")
-    for to in ("loda", "loda+", "s-loda"):
+    for to in ("loda+", "s-loda"):
         out, report = convert(pair, text, tmp_path / to, to, rank=64, exclude="")
         assert report["captured_energy_of_all_changes"] == pytest.approx(1, abs=1e-6)
         logits = pair.logits(adapt_convert.load(pair.load(pair.base), out))
