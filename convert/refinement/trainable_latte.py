@@ -97,7 +97,7 @@ class _Hooked:
         segments, task = [], replace(self.adapter.tasks[0])
         readers, writers = {}, {}
         for number, segment in enumerate(self.adapter.segments):
-            Q, R = torch.linalg.qr(self.parameters[f"segment.{number}.Q"].detach().cpu().double())
+            Q, R = torch.linalg.qr(self._basis(number))
             segments.append(Segment(segment.start, segment.stop, Q.float()))
             paths = [self.layout.block.format(layer) for layer in range(segment.start, segment.stop)]
             for path in paths:
@@ -108,6 +108,11 @@ class _Hooked:
                     if name in task.writers:
                         writers[name] = (R @ self._value("writer", name)).to(task.writers[name].dtype)
         return replace(self.adapter, segments=segments, tasks=[replace(task, readers=readers, writers=writers)])
+
+    def _basis(self, number: int) -> Tensor:
+        """A segment's Q `(d, R)`; without the uniform direction where norms subtract the mean, as none of them sees it."""
+        Q = self.parameters[f"segment.{number}.Q"].detach().cpu().double()
+        return Q - Q.mean(dim=0) if self.layout.norm == "layer" and not self.layout.post_norms else Q
 
     def _value(self, role: str, name: str) -> Tensor:
         return self.parameters[f"{role}.{name}"].detach().cpu().double()
