@@ -68,7 +68,13 @@ class Commands(click.Group):
 def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:
     """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
     options = [
-        click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta or latte."),
+        click.option(
+            "--to",
+            metavar="TARGET",
+            default=to,
+            show_default=True,
+            help="lora, lorta, latte, or loda, r-loda, s-loda, also with a + (docs/loda.md).",
+        ),
         click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option(
@@ -108,6 +114,8 @@ def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callabl
         click.option(
             "--heads", metavar="HOW", default="wider", show_default=True, help="LatTE's score construction: wider heads, or more of them."
         ),
+        click.option("--base-rank", metavar="K", help="R-LoDA only: rank of the weights that replace q, k and v (or --target-modules)."),
+        click.option("--keep", metavar="F", help="S-LoDA only: share of the entries that stay of q, k and v (or --target-modules)."),
         click.option("--strict", is_flag=True, help="Refuse when anything but --exclude'd modules would be lost."),
         click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default."),
         click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers."),

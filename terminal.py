@@ -77,6 +77,9 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
     ratio = report["inputs"]["source"]["bytes"] / report["bytes"]
     table.add_row("size", f"{size_text(report['bytes'])}, of which stored exactly {size_text(report['bytes_exact'])}")
     table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
+    if "loda" in report:
+        macs, of_lora = report["loda"]["macs_per_token"], report["loda"]["macs_per_token_of_lora"]
+        table.add_row("MACs per token", f"{macs:,} in the adapted matrices; a LoRA of that rank: {of_lora:,}")
     table.add_row("tensors", ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())))
     if "calibration" in report:
         about = report["calibration"]

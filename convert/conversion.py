@@ -29,16 +29,17 @@ from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter
+from adapt_convert.formats.loda import LodaAdapter
 from adapt_convert.formats.lorta import LortaAdapter
 from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.formats.source import Source
 
-Adapter = LoraAdapter | LortaAdapter | LatteAdapter
+Adapter = LoraAdapter | LortaAdapter | LatteAdapter | LodaAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
 ]
-SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte}
+SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte}  # without text
 
 
 @dataclass
@@ -100,7 +101,7 @@ def convert(
     if chosen.calib is None:
         adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     else:
-        adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS[chosen.to], progress), chosen)
+        adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS.get(chosen.to), progress), chosen)
     records += [_with_lost_rows(record, lost) for record in solved]
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
@@ -117,6 +118,8 @@ def convert(
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
+    if isinstance(adapter, LodaAdapter):
+        report["loda"] = adapter.details
     if calibration:
         report["calibration"] = calibration
     return Conversion(adapter, opened_base, plan, records, report, started)

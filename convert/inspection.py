@@ -15,6 +15,7 @@ from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.source import LATTE_WEIGHTS, Source, adapter_config_path, latte_config_path
 
 
@@ -54,6 +55,8 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
         config, store = read_json(config_path), TensorStore(weight_files(location))
         kind = str(config.get("peft_type", "unknown adapter"))
         extra = {"rank": config.get("r"), "base_model": config.get("base_model_name_or_path")}
+        if kind == LODA:
+            extra |= {name: config.get(name) for name in ("variant", "base_rank", "keep")}
     else:
         checkpoint = Checkpoint(location)
         config, store, kind = checkpoint.config, checkpoint.store, "checkpoint"

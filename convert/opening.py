@@ -8,6 +8,7 @@ from adapt_convert.convert.architectures import module_names
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source, latte_config_path
 
 
@@ -41,7 +42,10 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
     if config_path is None:
         checkpoint = Checkpoint(location)
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
-    if read_json(config_path).get("peft_type") == "LORTA":
+    peft_type = read_json(config_path).get("peft_type")
+    if peft_type == LODA:
+        raise AdaptError(f"{location.origin}: is a LoDA, which is no change of weights: it can be neither merged nor converted, only run")
+    if peft_type == "LORTA":
         from adapt_convert.convert.lorta.solver import reference_slots
         from adapt_convert.formats.lorta import read_lorta
 

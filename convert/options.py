@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.loda_config import VARIANTS as LODA_VARIANTS
 
 if TYPE_CHECKING:
     import torch
 
     from adapt_convert.formats.lorta import Orientation
 
-TARGETS = ("lora", "lorta", "latte")
+TARGETS = ("lora", "lorta", "latte", *LODA_VARIANTS)
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
 DEFAULT_RANK = 16
@@ -34,7 +35,7 @@ class Options:
     a share of the base's bytes, "0.1%" as text) and `target_kl` (nats per token) is given; without any the rank is 16.
     `calib` (a file, or `self` for text that the fine-tune writes) gives `calib_tokens` tokens to fit to; `refine` counts steps of
     distillation. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
-    `construction` and `heads` are LatTE's. Raises `AdaptError` on anything out of range.
+    `construction` and `heads` are LatTE's, `base_rank` and `keep` those of R- and S-LoDA. Raises `AdaptError` on anything out of range.
     """
 
     to: str = "lora"
@@ -55,6 +56,8 @@ class Options:
     calib_tokens: int = DEFAULT_CALIB_TOKENS
     refine: int | None = None
     target_kl: float | None = None
+    base_rank: int | None = None
+    keep: float | None = None
 
     def __post_init__(self) -> None:
         for name, parse in _PARSERS.items():
@@ -79,6 +82,7 @@ class Options:
             raise AdaptError(f"--seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
         self._check_latte()
         self._check_calibration()
+        self._check_loda()
         if self.to == "lorta" and self.rank is None and self.target_kl is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -123,6 +127,27 @@ class Options:
     def with_budget_in_bytes(self, whole: int) -> Options:
         """The same options with a budget that is a share of `whole` bytes turned into bytes."""
         return replace(self, budget=max(1, int(self.budget * whole))) if isinstance(self.budget, float) else self
+
+    def _check_loda(self) -> None:
+        for name, prefix in (("base_rank", "r-loda"), ("keep", "s-loda")):
+            option, wanted = f"--{name.replace('_', '-')}", self.to.startswith(prefix)
+            if wanted and getattr(self, name) is None:
+                raise AdaptError(f"--to {self.to} replaces weights: say with {option} by how much")
+            if not wanted and getattr(self, name) is not None:
+                raise AdaptError(f"{option} is an option of --to {prefix}")
+        if self.base_rank is not None and self.base_rank < 1:
+            raise AdaptError(f"--base-rank {self.base_rank}: must be a whole number of at least 1")
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise AdaptError(f"--keep {self.keep}: must be a share of the entries, above 0 and below 1")
+        if self.to in LODA_VARIANTS and self.rank is None and self.target_kl is None:
+            raise AdaptError(f"--to {self.to} takes --rank: its maps are fitted at one rank")
+        if self.to in LODA_VARIANTS and self.calib is None:
+            raise AdaptError(f"--to {self.to} is fitted to activations: give --calib FILE, or --calib self; without text use --to lora")
+
+    @property
+    def takes_any_matrix(self) -> bool:
+        """Whether the target adapts every two-dimensional weight on its own, and not only those of a known place in a known family."""
+        return self.to == "lora" or self.to in LODA_VARIANTS
 
     @property
     def size_name(self) -> str:
@@ -221,6 +246,8 @@ _PARSERS: dict[str, Callable[[str, object], object]] = {
     "calib_tokens": _whole_number,
     "refine": _whole_number,
     "target_kl": _number,
+    "base_rank": _whole_number,
+    "keep": _number,
 }
 
 

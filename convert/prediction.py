@@ -6,10 +6,12 @@ import math
 import os
 
 from adapt_convert.convert.architectures import heads_of
+from adapt_convert.convert.loda.replaced import is_replaced
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.side_by_side import IN_FLIGHT
 from adapt_convert.formats.dtypes import bits_of
+from adapt_convert.formats.loda_config import VARIANTS
 from adapt_convert.formats.source import Source
 
 _RUNTIME = 300 * 2**20  # bytes: Python with torch loaded
@@ -19,7 +21,10 @@ _HEADER = 120  # bytes of a safetensors header for one tensor
 def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
     """Bytes of the written weights, and of peak memory, if every tensor of the plan changed."""
     item = _bytes_each(options.dtype or output_dtype(source))
-    factors = int(options.budget or 0) or _factor_numbers(plan, options) * item
+    if options.to in VARIANTS:
+        factors = sum(_loda_bytes(entry, options, item) for entry in plan.having("factor"))
+    else:
+        factors = int(options.budget or 0) or _factor_numbers(plan, options) * item
     stored = sum(_stored_bytes(entry, plan, options) for entry in plan.having("store"))
     work = max(_in_work(plan), _largest_stored(plan))
     headers = _HEADER * sum(2 if entry.action == "factor" else 1 for entry in plan.entries if entry.action != "drop")
@@ -40,6 +45,17 @@ def _factor_numbers(plan: Plan, options: Options) -> int:
     attention = heads.query + heads.key_value + heads.size if heads else 0
     wide = max(max(shape) for shape in shapes)  # the MLP's width, or at least that of the residual stream
     return (options.rank or 0) * (attention + 2 * wide + 2 * layers + len({place.role for place in places}) + 2)
+
+
+def _loda_bytes(entry: Entry, options: Options, item: int) -> int:
+    """One LoDA at most, with what replaces the weight: factors, or one bit for each entry."""
+    rows, columns = entry.matrix_shape
+    rank = min(options.rank or 0, rows, columns)
+    plus = 2 * rank * rank + rows if options.to.endswith("+") else 0
+    replaced = is_replaced(entry, options)
+    low_rank = min(options.base_rank or 0, rows, columns) * (rows + columns) if replaced else 0
+    mask = (rows * columns + 7) // 8 if replaced and options.keep is not None else 0
+    return item * (rank * (rows + columns) + plus + low_rank) + mask
 
 
 def _stored_bytes(entry: Entry, plan: Plan, options: Options) -> int:

@@ -174,7 +174,7 @@ def _check_same_architecture(base: Checkpoint, source: Source) -> None:
 
 
 def _nothing_to_factor(entries: Iterable[Entry], family: Family | None, base: Checkpoint, options: Options) -> str:
-    if options.to != "lora" and (family is None or not family.blocks):
+    if not options.takes_any_matrix and (family is None or not family.blocks):
         model_type = base.config.get("model_type", "of no stated model_type")
         return f"--to {options.to} needs to know the layers of {base.origin}, and {model_type} is not listed; use --to lora"
     return f"no matrix is left to convert; --target-modules and --exclude choose among {_module_list(entries)}"
@@ -244,16 +244,16 @@ class _Planner:
         if key is None:
             return "store", "new in the fine-tune", True
         saved_whole = self.source.kind != "checkpoint" and part.kind == "replace" and part.rank is None
-        if saved_whole and self.options.to == "lora" and not self.options.target_modules:
+        if saved_whole and self.options.takes_any_matrix and not self.options.target_modules:
             return "store", "stored whole in the source", True  # `modules_to_save`: its author found a LoRA too little for it
         if self._is_targeted(module, kind, place):
-            if kind == "matrix" and self.options.to != "lora" and place is None:
+            if kind == "matrix" and not self.options.takes_any_matrix and place is None:
                 return "drop", "not one of the attention or MLP matrices that a LoRTA or LatTE holds", True
             if kind == "matrix" or self.options.to == "lora":
                 return "factor", "", True
         if kind == "embedding" and part.kind == "low_rank" and self.options.to == "lora":
             return "factor", "", True
-        if kind == "matrix" and (place is not None or self.options.to == "lora"):
+        if kind == "matrix" and (place is not None or self.options.takes_any_matrix):
             return "drop", _untargeted_reason(self.options), True
         return "store", "", True
 
@@ -265,11 +265,11 @@ class _Planner:
         return not any(other.shape == part.shape and other.name != part.name for other in self.source.parts.values())
 
     def _is_targeted(self, module: str, kind: str, place: Place | None) -> bool:
-        to_lora = self.options.to == "lora"
+        any_matrix = self.options.takes_any_matrix
         names = self.options.target_modules or (("attention",) if self.options.to == "lorta" else ("all-linear",))
         attention = place is not None and place.role in (*ATTENTION_ROLES, "qkv")
         return kind in ("matrix", "embedding") and any(
-            (name == "all-linear" and kind == "matrix" and (to_lora or place is not None))
+            (name == "all-linear" and kind == "matrix" and (any_matrix or place is not None))
             or (name == "attention" and attention)
             or (name == "mlp" and place is not None and not attention)
             or matches(module, name)

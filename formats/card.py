@@ -68,7 +68,7 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
     auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), "AutoModel")
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
-    code = _LOAD[report["target"]].format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
+    code = _LOAD.get(report["target"], _LOAD["latte"]).format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
     lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}
     metadata = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (lineage | base_licence(base.directory)).items())
@@ -82,7 +82,7 @@ tags:
 
 # {report["target"].upper()} of {source}
 
-Converted from `{source}` on `{origin}`{commit} without training data.
+Converted from `{source}` on `{origin}`{commit} {_data(report)}.
 
 - captured energy of the factored matrices: {_percent(report["captured_energy"])}
 - captured energy of all changes: {_percent(report["captured_energy_of_all_changes"])}
@@ -94,6 +94,11 @@ What became of every tensor is in `conversion.json`.
 ```python
 {code}```
 """
+
+
+def _data(report: Mapping[str, Any]) -> str:
+    calibration = report.get("calibration")
+    return f"and fitted to {calibration['tokens']} tokens of text" if calibration else "without training data"
 
 
 def _percent(share: float | None) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, read_json
+from adapt_convert.formats.loda_config import VARIANTS
 
 # Weights and config that belong together.
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 LATTE = ("latte.safetensors", "latte_config.json")
-_OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE}
+_OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE, **dict.fromkeys(VARIANTS, PEFT)}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What publishing needs of `conversion.json`; `local` are the inputs that were no Hub models."""
+    """What publishing needs of `conversion.json`; `local` are the inputs that were no Hub models, text among them."""
 
     target: str
     bytes: int
@@ -35,6 +36,8 @@ class Report:
             inputs = data["inputs"]
             base, sources = inputs["base"], inputs.get("sources", [inputs["source"]])  # a bundle has several
             local = tuple(side["origin"] for side in (base, *sources) if side["revision"] is None)
+            text = data.get("options", {}).get("calib")
+            local += (text,) if text is not None else ()
             report = Report(data["target"], data["bytes"], base["revision"] is None, local)
         except (KeyError, TypeError, AttributeError):
             raise AdaptError(f"{path}: is not a report that adapt-convert writes") from None

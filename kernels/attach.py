@@ -11,16 +11,18 @@ from torch import nn
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.peft import CONFIG, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, latte_config_path
 from adapt_convert.kernels.latte import load_latte
+from adapt_convert.kernels.loda_modules import load_loda
 from adapt_convert.kernels.lora_modules import load_loras
 from adapt_convert.kernels.lorta_modules import load_lorta
 from adapt_convert.kernels.surgery import STATE, Replaced
 
 
 def load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision: str | None = None) -> nn.Module:
-    """Add a LoRTA or LatTE directory to `model` in place and return it; `unload` takes it off.
+    """Add a LoRTA, LatTE or LoDA directory to `model` in place and return it; `unload` takes it off.
 
     Several PEFT LoRAs at once, as a list, serve mixed batches: `task_ids` then chooses row by row. A single LoRA is loaded by
     `peft`, its own library. `model` is the base, loaded by `transformers`. Raises `AdaptError` when the adapter does not fit it;
@@ -45,6 +47,8 @@ def _load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision
     if path is None:
         raise AdaptError(f"{adapter}: has no {CONFIG}; it is not an adapter")
     config = read_json(path)
+    if config.get("peft_type") == LODA:
+        return load_loda(model, location)
     if config.get("peft_type") != "LORTA":
         raise AdaptError(f"{adapter}: is a {config.get('peft_type')} adapter; load it with peft.PeftModel.from_pretrained")
     return load_lorta(model, location, config)

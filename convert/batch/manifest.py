@@ -38,6 +38,8 @@ OPTION_SCHEMAS: dict[str, dict[str, Any]] = {
     "segments": {"anyOf": [*_WHOLE["anyOf"], {"const": "auto"}]},
     "construction": {"enum": list(CONSTRUCTIONS)},
     "heads": {"enum": list(HEADS)},
+    "base_rank": _WHOLE,
+    "keep": {"anyOf": [{"type": "number"}, {"type": "string"}]},
     "calib": _TEXT,
     "calib_tokens": _WHOLE,
     "refine": _WHOLE,

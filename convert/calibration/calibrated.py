@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,14 @@ from adapt_convert.convert.calibration.whitened_latte import solve_whitened_latt
 from adapt_convert.convert.calibration.whitened_lora import solve_whitened_lora
 from adapt_convert.convert.calibration.whitened_lorta import solve_whitened_lorta
 from adapt_convert.convert.calibration.work import Solved, Work
+from adapt_convert.convert.loda.solver import measured_again, solve_loda
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.refinement.refine import refine
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.loda import LodaAdapter
+from adapt_convert.formats.loda_config import VARIANTS
 
 # Whitened solvers, by target: what they are given last is the data-free solution.
 _Whitened = Callable[[Work, FindMoments, Options, Any], Solved]
@@ -68,25 +71,39 @@ def calibrated(work: Work, options: Options) -> tuple[Any, list[Record], dict[st
 
 def _best(work: Work, judge: Judge, options: Options) -> tuple[Candidate, dict[str, Any]]:
     """The best candidate of one size, and the figures of all."""
-    adapter, records = work.solver(work.pairs, work.plan, options, work.stored, work.progress)
-    if not any(record.status == "factored" and record.energy for record in records):
-        raise AdaptError(f"{work.pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
-    candidates = [Candidate("data-free", adapter, records, judge.figures(adapter, "data-free"))]
-    whitened = WHITENED.get(options.to)
-    if whitened:
-        find_moments = functools.partial(moments_of, work.pairs, judge.stage, judge.text, work.progress)
-        adapter, records = whitened(work, find_moments, options, (adapter, records))
-        candidates.append(Candidate("whitened", adapter, records, judge.figures(adapter, "whitened")))
+    candidates = [
+        Candidate(name, adapter, records, judge.figures(adapter, name)) for name, adapter, records in _solutions(work, judge, options)
+    ]
     best = _nearest(candidates)
     tried: dict[str, Any] = {}
     if options.refine is not None:
         adapter, course = refine(judge, best.adapter, options, work.pairs, work.progress)
         tried["refinement"] = course
-        records = remeasured(work.pairs, work.plan, adapter, best.records, work.progress)
+        if isinstance(adapter, LodaAdapter):  # no change of weights: measured on activations
+            records = measured_again(judge, work, adapter, best.records)
+        else:
+            records = remeasured(work.pairs, work.plan, adapter, best.records, work.progress)
         candidates.append(Candidate("refined", adapter, records, judge.figures(adapter, "refined")))
         best = _nearest(candidates)
     tried |= {"candidates": {candidate.name: candidate.kl for candidate in candidates}}
     return best, tried | {"control": {candidate.name: candidate.figures.control for candidate in candidates}}
+
+
+def _solutions(work: Work, judge: Judge, options: Options) -> Iterator[tuple[str, Any, list[Record]]]:
+    """The solutions of one size, each with its name: first the one that knows nothing of the text."""
+    if options.to in VARIANTS:
+        (adapter, records), fitted = solve_loda(judge, work, options)
+    else:
+        assert work.solver is not None
+        adapter, records = work.solver(work.pairs, work.plan, options, work.stored, work.progress)
+    if not any(record.status == "factored" and record.energy for record in records):
+        raise AdaptError(f"{work.pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
+    yield "data-free", adapter, records
+    if options.to in VARIANTS:
+        yield "fitted", *fitted
+    elif whitened := WHITENED.get(options.to):
+        find_moments = functools.partial(moments_of, work.pairs, judge.stage, judge.text, work.progress)
+        yield "whitened", *whitened(work, find_moments, options, (adapter, records))
 
 
 def _nearest(candidates: list[Candidate]) -> Candidate:

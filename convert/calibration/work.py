@@ -21,5 +21,5 @@ class Work:
     pairs: Pairs
     plan: Plan
     stored: dict[Entry, float]
-    solver: Callable[..., Solved]
+    solver: Callable[..., Solved] | None  # None for a LoDA, which is fitted to text or not at all
     progress: Progress

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.convert.lorta.cp_tensor import CPFactors
 from adapt_convert.convert.refinement.trainable_latte import trainable_latte
+from adapt_convert.convert.refinement.trainable_loda import trainable_loda
 from adapt_convert.convert.refinement.training import Trainable
 from adapt_convert.convert.validation.candidates import Contender, Stage
+from adapt_convert.formats.loda_config import VARIANTS
 from adapt_convert.formats.lorta import LortaAdapter, LortaBlock, Slot
 from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.kernels.lorta_modules import LortaModule, LortaSlice
@@ -113,4 +115,5 @@ RECIPES: dict[str, Recipe] = {
     "lora": Recipe(trainable_lora, 3e-4),
     "lorta": Recipe(trainable_lorta, 1e-2),
     "latte": Recipe(trainable_latte, 1e-3),
+    **dict.fromkeys(VARIANTS, Recipe(trainable_loda, 3e-4)),
 }

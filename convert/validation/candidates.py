@@ -19,7 +19,7 @@ from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import PREFIX
 from adapt_convert.formats.source import LATTE_WEIGHTS, adapter_config_path, latte_config_path
 
-OURS = ("lorta", "latte")  # loaded by adapt_convert.load; every other adapter is loaded by peft, its own library
+OURS = ("lorta", "latte", "loda")  # loaded by adapt_convert.load; every other adapter is loaded by peft, its own library
 CHECKPOINTS = ("base", "fine-tune", "merged")
 
 

@@ -1,0 +1,109 @@
+"""LoDA on a real model: what its maps gain on a LoRA of the same rank, matrix by matrix and in the model's outputs, and what it costs.
+
+    python bench/loda.py DIRECTORY
+
+DIRECTORY is one of bench/smollm2.py, with `base`, `ft` and `heldout.txt`; the same nine tenths of Python's language reference that the
+fine-tune was trained on calibrate. KL is measured on the last tenth, which neither training nor calibration has seen. Seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from measuring import machine, save, table
+
+ROWS: dict[str, list[str]] = {
+    "lora": ["--to", "lora"],
+    "loda": ["--to", "loda"],
+    "loda+": ["--to", "loda+"],
+    "r-loda, K = 96": ["--to", "r-loda", "--base-rank", "96"],
+    "s-loda, 60 % kept": ["--to", "s-loda", "--keep", "0.6"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--calib-tokens", type=int, default=8192)
+    parser.add_argument("--refine", type=int, metavar="N", help="Also a LoRA and a LoDA with N steps of refinement.")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    base, ft, heldout = (arguments.directory / name for name in ("base", "ft", "heldout.txt"))
+    text = _calibration_text(arguments.directory)
+    calibrated = ["--calib", str(text), "--calib-tokens", str(arguments.calib_tokens)]
+    rows = {name: [*options, *(calibrated if name != "lora" else [])] for name, options in ROWS.items()}
+    if arguments.refine:
+        for target in ("lora", "loda"):
+            rows[f"{target}, refined"] = ["--to", target, *calibrated, "--refine", str(arguments.refine)]
+    tool, adapters = str(Path(sys.executable).with_name("adapt-convert")), {}
+    for number, (name, options) in enumerate(rows.items()):
+        adapters[name] = arguments.directory / f"loda-bench-{number}"
+        command = [tool, "delta", str(base), str(ft), *options, "--rank", str(arguments.rank), "--exclude", "embed_tokens"]
+        subprocess.run([*command, "-o", str(adapters[name]), "--overwrite"], check=True, stdout=sys.stderr)
+    report = arguments.directory / "loda-report"
+    run = [tool, "validate", str(base), str(ft), *map(str, adapters.values()), "--text", str(heldout), "--context", "128"]
+    run += ["--max-tokens", "8192", "--dtype", "float32", "--no-speed", "--no-attribution", "--no-card", "-o", str(report)]
+    subprocess.run(run, check=False, stdout=sys.stderr)
+    validation = json.loads((report / "validation.json").read_text())
+    figures = [
+        _figures(name, json.loads((path / "conversion.json").read_text()), candidate)
+        for (name, path), candidate in zip(adapters.items(), validation["candidates"], strict=True)
+    ]
+    header = ["", "KL", "recovered", "MB", "error / LoRA's: mean", "largest", "matrices below it", "MACs per token, adapted matrices"]
+    print(table(header, [_cells(row) for row in figures]))
+    print(f"\nKL of the base: {validation['base']['kl']:.4f}; rank {arguments.rank}, {arguments.calib_tokens} tokens of calibration")
+    save({"machine": machine("torch", "transformers"), "base_kl": validation["base"]["kl"], "rows": figures}, arguments.json)
+
+
+def _calibration_text(directory: Path) -> Path:
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    path = directory / "calibration.txt"
+    path.write_text(text[: len(text) * 9 // 10], encoding="utf-8")
+    return path
+
+
+def _figures(name: str, report: dict[str, Any], candidate: dict[str, Any]) -> dict[str, Any]:
+    loda = report.get("loda")
+    ratios = [row["error"] / row["lora_error"] for row in loda["matrices"].values()] if loda else []
+    return {
+        "name": name,
+        "kl": candidate["kl"],
+        "recovered": candidate["recovered"],
+        "bytes": report["bytes"],
+        "mean_ratio": statistics.fmean(ratios) if ratios else None,
+        "largest_ratio": max(ratios) if ratios else None,
+        "below": sum(ratio < 1 for ratio in ratios),
+        "matrices": len(ratios),
+        "macs": loda["macs_per_token"] if loda else None,
+        "macs_of_lora": loda["macs_per_token_of_lora"] if loda else None,
+        "chosen": report.get("calibration", {}).get("chosen"),
+        "candidates": report.get("calibration", {}).get("candidates"),
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if row["mean_ratio"] is None:
+        return [row["name"], f"{row['kl']:.4f}", f"{row['recovered']:.1%}", f"{row['bytes'] / 1e6:.2f}", "-", "-", "-", "-"]
+    return [
+        row["name"],
+        f"{row['kl']:.4f}",
+        f"{row['recovered']:.1%}",
+        f"{row['bytes'] / 1e6:.2f}",
+        f"{row['mean_ratio']:.3f}",
+        f"{row['largest_ratio']:.3f}",
+        f"{row['below']} of {row['matrices']}",
+        f"{row['macs'] / 1e6:.1f} M (LoRA {row['macs_of_lora'] / 1e6:.1f} M)",
+    ]
+
+
+if __name__ == "__main__":
+    main()
