@@ -95,7 +95,7 @@ def convert(
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
     stored, lost, records = survey(pairs, plan, chosen, progress)
     adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
-    records += [_with_lost_rows(record, lost) for record in solved]
+    records += [with_lost_rows(record, lost) for record in solved]
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
     if not any(record.status == "factored" and record.energy for record in records):
@@ -208,7 +208,7 @@ def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tu
     return stored, lost, records
 
 
-def _with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
+def with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
     """Of a tensor with more rows than the base only the base's rows could be kept: add what is missing.
 
     One that would have been exact counts as dropped; one that is factored is an approximation anyway.

@@ -69,6 +69,23 @@ def _existing_ancestor(path: Path) -> Path:
     return parent
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, all or nothing: written beside its place and renamed. One that is there is replaced."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise AdaptError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory beside `path` to write into; renamed to `path` when the block ends well, removed when it does not.
