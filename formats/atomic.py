@@ -38,6 +38,13 @@ def check_file(path: Path) -> None:
     _check_parent(path)
 
 
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """The same, and refuse one that is there already unless it is to be replaced."""
+    check_file(path)
+    if path.exists() and not overwrite:
+        raise AdaptError(f"{path} already exists; choose another name, or replace it with --overwrite")
+
+
 def _check_parent(path: Path) -> None:
     parent = _existing_ancestor(path)
     if not parent.is_dir():

@@ -26,10 +26,11 @@ _LEADING = 128  # of a larger one so many
 class MatrixChange:
     """The change of one matrix: `energy` is `||D||_F^2`, `values` its largest singular values, float64, in falling order.
 
-    `whole` says that they are all above rounding.
+    `whole` says that they are all above rounding. `shape` is `(out, in)` of the change, which has the base's rows.
     """
 
     entry: Entry
+    shape: tuple[int, int]
     energy: float
     values: Tensor
     whole: bool
@@ -57,7 +58,7 @@ class MatrixChange:
             return 0.0, 0.0
         fourth = float(self.values.pow(4).sum())
         rest = 0.0 if self.whole else max(0.0, self.energy - float(self.values.square().sum()))
-        unknown = max(1, min(self.entry.matrix_shape) - len(self.values))
+        unknown = max(1, min(self.shape) - len(self.values))
         square = self.energy**2
         return square / (fourth + rest * float(self.values[-1]) ** 2), square / (fourth + rest**2 / unknown)
 
@@ -66,7 +67,7 @@ class MatrixChange:
         return {
             "kind": kind_of(self.entry),
             "layer": layer_of(self.entry),
-            "shape": list(self.entry.matrix_shape),
+            "shape": list(self.shape),
             "energy": self.energy,
             "share_of_all_matrices": self.energy / total,
             "effective_rank": [round(low, 3), round(high, 3)],
@@ -83,11 +84,12 @@ def measure_changes(pairs: Pairs, plan: Plan, seed: int, progress: Progress) -> 
         small = min(delta.shape)
         wanted = small if small <= _WHOLE else _LEADING
         if not delta.energy() > 0:
-            return MatrixChange(entry, 0.0, torch.zeros(0, dtype=torch.float64), True, Rounding())
+            return MatrixChange(entry, delta.shape, 0.0, torch.zeros(0, dtype=torch.float64), True, Rounding())
         factorisation = factorise(delta, wanted, torch.Generator().manual_seed(seed))
         values = factorisation.values
         whole = isinstance(delta, LowRankDelta) or wanted == small or len(values) < wanted
-        return MatrixChange(entry, factorisation.energy, values.cpu(), whole, measure_rounding(pairs, entry, delta))
+        rounding = measure_rounding(pairs, entry, delta)
+        return MatrixChange(entry, delta.shape, factorisation.energy, values.cpu(), whole, rounding)
 
     return [change for _, change in pairs.each(progress(plan.having("factor"), "taking spectra"), work)]
 

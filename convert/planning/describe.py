@@ -83,5 +83,5 @@ def _places(energies: dict[Entry, float], total: float) -> list[dict[str, Any]]:
 
 def _curve(changes: Sequence[MatrixChange]) -> list[list[float]]:
     """`[rank, captured share]` of all matrices of a kind together, as far as their spectra are known."""
-    points = ((rank, captured_by_rank(changes, rank)) for rank in _CURVE if rank <= max(min(c.entry.matrix_shape) for c in changes))
+    points = ((rank, captured_by_rank(changes, rank)) for rank in _CURVE if rank <= max(min(c.shape) for c in changes))
     return [[rank, share] for rank, share in points if share is not None]

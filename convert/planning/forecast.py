@@ -65,8 +65,9 @@ def plan(
 ) -> Forecast:
     """Forecast the conversions of a fine-tune (or adapter) of `base` from its weights alone, writing nothing.
 
-    `capture` is the share of the change of all matrices that the recommended adapter has to hold, above 0 and at most 1. No LoRTA fit
-    begins later than `fit_seconds` after the first. `options` are `target_modules`, `exclude`, `dtype`, `device` and `seed` of `Options`.
+    `capture` is the share of the change of all matrices that the recommended adapter has to hold, above 0 and at most 1. No LoRTA
+    fit begins later than `fit_seconds` after the first; 0 leaves LoRTAs out. `options` are `target_modules`, `exclude`, `dtype`,
+    `device` and `seed` of `Options`.
     Raises `AdaptError`, also when nothing changed.
     """
     if not 0 < capture <= 1:
@@ -79,7 +80,9 @@ def plan(
     lora = _target(opened_base, opened_source, pairs, chosen, progress)
     changes = measure_changes(pairs, lora.plan, chosen.seed, progress)
     if not any(change.energy > 0 for change in changes):
-        raise AdaptError(f"{opened_source.origin}: none of the targeted matrices differs from {opened_base.origin}; there is nothing to plan")
+        raise AdaptError(
+            f"{opened_source.origin}: none of the targeted matrices differs from {opened_base.origin}; there is nothing to plan"
+        )
     found, left_out = _frontiers(pairs, lora, changes, fit_seconds, progress)
     whole = full_bytes(opened_source, changes, lora.stored)
     return Forecast(

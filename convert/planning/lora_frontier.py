@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -31,27 +31,27 @@ def lora_frontier(
         solved = [(change.entry, _empty_piece(change, ranks.get(change.entry.name, 0), dtype)) for change in changes]
         return candidate(how, options, *assemble(pairs, plan, stored, solved), rest)
 
-    largest = max((min(change.entry.matrix_shape) for change in changed), default=0)
+    largest = max((min(change.shape) for change in changed), default=0)
+    used: dict[str, int] = {}
     for rank in (rank for rank in RANKS if rank <= largest):
-        if ranks := _ranks(changed, lambda change, rank=rank: rank if change.knows(rank) else None):  # type: ignore[misc]
-            yield make(f"--rank {rank}", ranks)
-            budget = sum(rank * costs[name] for name in ranks)
-            if (spent := _spent(changed, costs, budget)) and spent != ranks:
-                yield make(f"--budget {budget}B", spent)
+        ranks = _ranks(changed, [rank if change.knows(rank) else None for change in changed])
+        if ranks is None or ranks == used:  # beyond what is known, or no matrix has more to give
+            break
+        used = ranks
+        yield make(f"--rank {rank}", ranks)
+        budget = sum(own * costs[name] for name, own in ranks.items())
+        if (spent := _spent(changed, costs, budget)) and spent != ranks:
+            yield make(f"--budget {budget}B", spent)
     for share in ENERGIES:
-        if ranks := _ranks(changed, lambda change, share=share: change.rank_for(share)):  # type: ignore[misc]
+        if ranks := _ranks(changed, [change.rank_for(share) for change in changed]):
             yield make(f"--energy {share:g}", ranks)
 
 
-def _ranks(changed: Sequence[MatrixChange], choose: Callable[[MatrixChange], int | None]) -> dict[str, int] | None:
-    """A rank for every matrix, never more than it has; None when one asks for more than is known of its spectrum."""
-    ranks = {}
-    for change in changed:
-        rank = choose(change)
-        if rank is None:
-            return None
-        ranks[change.entry.name] = min(rank, len(change.values))
-    return ranks
+def _ranks(changed: Sequence[MatrixChange], wanted: Sequence[int | None]) -> dict[str, int] | None:
+    """A rank for every matrix, never more than it has; None when one wants more than is known of its spectrum."""
+    if None in wanted:
+        return None
+    return {change.entry.name: min(rank or 0, len(change.values)) for change, rank in zip(changed, wanted, strict=True)}
 
 
 def _spent(changed: Sequence[MatrixChange], costs: Mapping[str, int], budget: int) -> dict[str, int] | None:
@@ -65,7 +65,7 @@ def _empty_piece(change: MatrixChange, rank: int, dtype: torch.dtype) -> Piece:
     """What the solver would return, but for the numbers in the factors."""
     if not rank:
         return Piece({}, {"energy": change.energy})
-    rows, columns = change.entry.matrix_shape
+    rows, columns = change.shape
     shapes = {"B": (rows, rank), "A": (rank, columns)}
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     return Piece(tensors, {"energy": change.energy, "residual": change.energy - change.captured(rank)})

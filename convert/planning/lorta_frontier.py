@@ -25,13 +25,13 @@ def lorta_frontier(
     seconds: float,
     progress: Progress,
 ) -> Iterator[Candidate]:
-    """Fits of rising rank; none begins later than `seconds` after the first.
+    """Fits of rising rank; none begins later than `seconds` after the first, and 0 seconds leave them all out.
 
     What is captured is measured on the factors in the output dtype, so a conversion with the same options has the same figure.
     """
-    start = time.monotonic()
+    deadline = time.monotonic() + seconds
     for rank in RANKS:
-        if time.monotonic() - start > seconds:
+        if seconds == 0 or (rank > RANKS[0] and time.monotonic() > deadline):
             return
         adapter, records = solve_lorta(pairs, plan, replace(options, rank=rank), stored, progress)
         yield candidate(f"--rank {rank}", options, adapter, records, rest)

@@ -26,7 +26,8 @@ class Rounding:
 
     `fine_tune` and `base` are the expected `||rounding error||_F^2` of storing either side, to be held against the energy of the
     change: a twelfth of the squared step for each entry, which is the variance of an error that is uniform over one step (Bennett
-    1948). The base's counts only where the fine-tune did not start from the stored base but from what that was rounded from.
+    1948). Where the true change is much smaller than a step the error is that change, and less than this. The base's counts only
+    where the fine-tune did not start from the stored base but from what that was rounded from.
     """
 
     entries: int = 0
