@@ -12,10 +12,10 @@ globals().pop("convert", None)
 
 if TYPE_CHECKING:
     from adapt_convert.convert.batch.batch import batch
+    from adapt_convert.convert.bundle import bundle
     from adapt_convert.convert.conversion import Conversion, convert
     from adapt_convert.convert.demo import run_demo
     from adapt_convert.convert.inspection import inspect
-    from adapt_convert.convert.latte.bundle import bundle
     from adapt_convert.convert.merge import merge
     from adapt_convert.convert.planning.forecast import Forecast, plan
     from adapt_convert.convert.validation.result import Validation
@@ -49,7 +49,7 @@ _HOMES = {
     "Forecast": "adapt_convert.convert.planning.forecast",
     "Validation": "adapt_convert.convert.validation.result",
     "batch": "adapt_convert.convert.batch.batch",
-    "bundle": "adapt_convert.convert.latte.bundle",
+    "bundle": "adapt_convert.convert.bundle",
     "convert": "adapt_convert.convert.conversion",
     "inspect": "adapt_convert.convert.inspection",
     "load": "adapt_convert.kernels.attach",

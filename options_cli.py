@@ -65,10 +65,10 @@ class Commands(click.Group):
             raise
 
 
-def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:
-    """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
+def conversion_options(command: Callable[..., Any], to: str = "lora", targets: str = "lora, lorta or latte.") -> Callable[..., Any]:
+    """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target of `targets`."""
     options = [
-        click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta or latte."),
+        click.option("--to", metavar="TARGET", default=to, show_default=True, help=targets),
         click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option("--budget", metavar="SIZE", help="One budget for all factors, like 20MB, spent where it captures most."),

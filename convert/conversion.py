@@ -30,9 +30,10 @@ from adapt_convert.formats.latte import LatteAdapter, latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
+from adapt_convert.formats.shared_lora import SharedLoraAdapter, open_shared_lora, shared_lora_config_path
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
 
-Adapter = LoraAdapter | LortaAdapter | LatteAdapter
+Adapter = LoraAdapter | LortaAdapter | LatteAdapter | SharedLoraAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
@@ -74,6 +75,7 @@ def convert(
     *,
     revision: str | None = None,
     base_revision: str | None = None,
+    task: str | None = None,
     progress: Progress = silent,
     on_plan: Callable[[Plan, Source, Options], None] = lambda plan, source, options: None,
     pieces: Pieces | None = None,
@@ -81,13 +83,14 @@ def convert(
 ) -> Conversion:
     """Convert a fine-tune of `base` - a checkpoint or an adapter, each a path or a Hub id - into an adapter.
 
-    `options` are the fields of `Options`. `progress(iterable, what)` wraps the long loops; `on_plan` is told what will be done
-    before it is; `pieces` keeps what is finished, tensor by tensor, for a run after an interruption. Raises `AdaptError` for
-    anything that can be mended by the user, always before something is written.
+    `options` are the fields of `Options`; `task` chooses one adapter of a shared LoRA, by name or number.
+    `progress(iterable, what)` wraps the long loops; `on_plan` is told what will be done before it is; `pieces` keeps what is
+    finished, tensor by tensor, for a run after an interruption. Raises `AdaptError` for anything that can be mended by the user,
+    always before something is written.
     """
     started = time.monotonic()
     chosen = Options(**options)
-    opened_base, opened_source = open_pair(base, source, revision, base_revision)
+    opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
     plan = make_plan(opened_base, opened_source, chosen)
     require_factors(plan, opened_base, chosen)
     on_plan(plan, opened_source, chosen)
@@ -115,17 +118,17 @@ def convert(
 
 
 def open_pair(
-    base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None
+    base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None, task: str | None = None
 ) -> tuple[Checkpoint, Source]:
     """Open both sides from headers; whether the source is a checkpoint or an adapter is detected."""
     opened_base = open_base(base, base_revision)
-    return opened_base, open_source(opened_base, source, revision)
+    return opened_base, open_source(opened_base, source, revision, task)
 
 
 def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a full model from headers."""
     location = locate(base, revision)
-    if adapter_config_path(location) or latte_config_path(location):
+    if adapter_config_path(location) or latte_config_path(location) or shared_lora_config_path(location):
         raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
     return Checkpoint(location)
 
@@ -136,11 +139,15 @@ def refuse_latte(source: Location) -> None:
         raise AdaptError(f"{source.origin}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
 
 
-def open_source(base: Checkpoint, source: str | Path, revision: str | None = None) -> Source:
-    """Open a fine-tune or an adapter of `base` from headers."""
+def open_source(base: Checkpoint, source: str | Path, revision: str | None = None, task: str | None = None) -> Source:
+    """Open a fine-tune or an adapter of `base` from headers; of a shared LoRA one `task`, by name or number."""
     location = locate(source, revision)
     config_path = adapter_config_path(location)
     refuse_latte(location)
+    if shared_lora_config_path(location) is not None:
+        return open_shared_lora(location).source(task)
+    if task is not None:
+        raise AdaptError(f"--task {task}: {source} is no shared LoRA, it holds one adapter alone")
     if config_path is None:
         checkpoint = Checkpoint(location)
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))

@@ -19,6 +19,7 @@ from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
 from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import PREFIX
+from adapt_convert.formats.shared_lora import shared_lora_config_path
 from adapt_convert.formats.source import adapter_config_path
 
 OURS = ("lorta", "latte")  # loaded by adapt_convert.load; every other adapter is loaded by peft, its own library
@@ -46,6 +47,8 @@ def open_contender(origin: str | Path, kind: str | None = None, task: str | None
     config_path = adapter_config_path(location)
     if kind == "base" and (config_path or latte_config_path(location)):
         raise AdaptError(f"{origin}: is an adapter; BASE has to be the full model that it was trained on")
+    if shared_lora_config_path(location) is not None:
+        raise AdaptError(f"{origin}: is a shared LoRA; validate one of its adapters: adapt-convert delta BASE {origin} --task NAME")
     if config_path:
         kind = str(read_json(config_path).get("peft_type", "adapter")).lower()
     latte = latte_config_path(location) is not None
