@@ -98,8 +98,8 @@ def delta(
             print_plan(describe_plan(*plan), console(stderr=True))
 
     with progress(quiet=as_json) as track:
-        revisions = {"revision": revision, "base_revision": base_revision}
-        conversion = convert(base, source, **revisions, task=task, progress=track, on_plan=announce, **options)
+        where = {"revision": revision, "base_revision": base_revision, "task": task}
+        conversion = convert(base, source, progress=track, on_plan=announce, **where, **options)
         conversion.save(directory, overwrite)
     if not as_json:
         print_summary(conversion, directory)

@@ -50,8 +50,8 @@ def load_shared_lora(model: nn.Module, location: Location) -> nn.Module:
             found = pair.U.shape[0], pair.V.shape[1]
             if found != shape:
                 raise AdaptError(f"{location.origin}: its changes of {module} are {list(found)}, the model's weight {list(shape)}")
-            parts = (pair.U, pair.V, _stacked(opened, module))
-            state.swap(model, module, SharedLoraLayer(model.get_submodule(module), *(part.to(weight) for part in parts), tasks))
+            U, V, cores = (part.to(weight) for part in (pair.U, pair.V, _stacked(opened, module)))
+            state.swap(model, module, SharedLoraLayer(model.get_submodule(module), U, V, cores, tasks))
 
     return state.fill(model, put_on)
 

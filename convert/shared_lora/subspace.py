@@ -57,4 +57,5 @@ def _leading(stack: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors of matrices `(N, m, n)` side by side, at most `rank` and none of rounding."""
     values, vectors = torch.linalg.eigh(torch.einsum("imk,ink->mn", stack, stack))
     kept = min(rank, max(1, int((values > _NOISE * values.sum()).sum())))
-    return vectors[:, -kept:].flip(1)
+    leading: Tensor = vectors[:, -kept:].flip(1)
+    return leading
