@@ -98,8 +98,8 @@ def delta(
             print_plan(describe_plan(*plan), console(stderr=True))
 
     with progress(quiet=as_json) as track:
-        where = {"revision": revision, "base_revision": base_revision, "task": task}
-        conversion = convert(base, source, progress=track, on_plan=announce, **where, **options)
+        where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
+        conversion = convert(base, source, **where, progress=track, on_plan=announce, **options)
         conversion.save(directory, overwrite)
     if not as_json:
         print_summary(conversion, directory)
