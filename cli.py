@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, Commands, conversion_options, path_option
+from adapt_convert.plan_cli import plan
 from adapt_convert.terminal import (
     batch_table,
     console,
@@ -17,7 +18,6 @@ from adapt_convert.terminal import (
     fail,
     print_batch,
     print_demo,
-    print_forecast,
     print_merge,
     print_plan,
     print_push,
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 @click.version_option(package_name="adapt-convert")
 def main() -> None:
     """Turn fine-tunes into adapters after the fact: no training data, every tensor accounted for."""
+
+
+main.add_command(plan)
 
 
 @main.command()
@@ -81,11 +84,11 @@ def delta(
     from adapt_convert.formats.location import locate
 
     parsed = Options(**options)
-    name = "-".join([locate(source, revision).name, *([task] if task else [])])
-    directory = output or Path(f"{name}-{parsed.to}-{parsed.size_name}")
+    directory = output or Path(f"{locate(source, revision).name}{f'-{task}' if task else ''}-{parsed.to}-{parsed.size_name}")
+    where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
     if dry_run:
-        plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, task=task, **options)
-        emit(plan, True) if as_json else print_plan(plan, console())
+        planned = inspect_paths(base, source, **where, **options)
+        emit(planned, True) if as_json else print_plan(planned, console())
         return
     check_destination(directory, overwrite, (base, source))
     if repo:
@@ -98,7 +101,6 @@ def delta(
             print_plan(describe_plan(*plan), console(stderr=True))
 
     with progress(quiet=as_json) as track:
-        where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
         conversion = convert(base, source, **where, progress=track, on_plan=announce, **options)
         conversion.save(directory, overwrite)
     if not as_json:
@@ -136,45 +138,6 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
         print_plan(result, console())
     else:
         emit(result, as_json)
-
-
-@main.command()
-@click.argument("base")
-@click.argument("ft")
-@click.option("--capture", type=float, default=0.9, show_default=True, metavar="F", help="Share of the change that is to be kept.")
-@click.option("--target-modules", multiple=True, metavar="NAME", help="What to factor, as in `delta`; all-linear if nothing is said.")
-@click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats.")
-@click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
-@click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers.")
-@click.option(
-    "--fit-seconds", type=float, default=120.0, show_default=True, metavar="S", help="Begin no LoRTA fit later than this; 0 for none."
-)
-@path_option("--html", help="File for the plan as one self-contained page.")
-@OVERWRITE
-@REVISION
-@BASE_REVISION
-@JSON
-def plan(base: str, ft: str, html: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
-    """Say what FT changed in BASE, what LoRAs, LoRTAs and LatTEs of it would hold and take, and which one to make.
-
-    Everything is predicted from the weights, and the figures are those that `delta` with the same options would measure; no adapter
-    is written.
-
-    \b
-    Example:
-      adapt-convert plan ./base ./ft --html plan.html
-    """
-    from adapt_convert.convert.planning.forecast import plan as forecast
-    from adapt_convert.formats.atomic import check_new_file
-
-    if html:
-        check_new_file(html, overwrite)
-    with progress(quiet=as_json) as track:
-        result = forecast(base, ft, progress=track, **options)
-    if html:
-        result.save_html(html)
-    emit(result.to_json(), True) if as_json else print_forecast(result.to_json())
 
 
 @main.command()
