@@ -12,11 +12,12 @@ globals().pop("convert", None)
 
 if TYPE_CHECKING:
     from adapt_convert.convert.batch.batch import batch
+    from adapt_convert.convert.bundle import bundle
     from adapt_convert.convert.conversion import Conversion, convert
     from adapt_convert.convert.demo import run_demo
     from adapt_convert.convert.inspection import inspect
-    from adapt_convert.convert.latte.bundle import bundle
     from adapt_convert.convert.merge import merge
+    from adapt_convert.convert.planning.forecast import Forecast, plan
     from adapt_convert.convert.validation.result import Validation
     from adapt_convert.convert.validation.validate import validate
     from adapt_convert.formats.errors import AdaptError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptError",
     "Conversion",
+    "Forecast",
     "Validation",
     "batch",
     "bundle",
@@ -33,6 +35,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "plan",
     "push",
     "run_demo",
     "task_ids",
@@ -43,13 +46,15 @@ __all__ = [
 _HOMES = {
     "AdaptError": "adapt_convert.formats.errors",
     "Conversion": "adapt_convert.convert.conversion",
+    "Forecast": "adapt_convert.convert.planning.forecast",
     "Validation": "adapt_convert.convert.validation.result",
     "batch": "adapt_convert.convert.batch.batch",
-    "bundle": "adapt_convert.convert.latte.bundle",
+    "bundle": "adapt_convert.convert.bundle",
     "convert": "adapt_convert.convert.conversion",
     "inspect": "adapt_convert.convert.inspection",
     "load": "adapt_convert.kernels.attach",
     "merge": "adapt_convert.convert.merge",
+    "plan": "adapt_convert.convert.planning.forecast",
     "push": "adapt_convert.formats.hub",
     "run_demo": "adapt_convert.convert.demo",
     "task_ids": "adapt_convert.kernels.attach",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, Commands, conversion_options, path_option
+from adapt_convert.plan_cli import plan
 from adapt_convert.terminal import (
     batch_table,
     console,
@@ -36,6 +37,9 @@ def main() -> None:
     """Turn fine-tunes into adapters after the fact: no training data, every tensor accounted for."""
 
 
+main.add_command(plan)
+
+
 @main.command()
 @click.argument("base")
 @click.argument("source")
@@ -44,6 +48,7 @@ def main() -> None:
 @OVERWRITE
 @REVISION
 @BASE_REVISION
+@click.option("--task", metavar="NAME", help="Of a shared LoRA the adapter to take, by name or number.")
 @click.option("--dry-run", is_flag=True, help="Stop after the preflight, which reads headers only.")
 @click.option("--push", "repo", metavar="REPO", help="Then publish it as this Hub repository (org/name).")
 @click.option("--validate", "rerun", is_flag=True, help="Then rerun base, source and adapter, and exit with 3 unless it is the same model.")
@@ -55,6 +60,7 @@ def delta(
     overwrite: bool,
     revision: str | None,
     base_revision: str | None,
+    task: str | None,
     dry_run: bool,
     repo: str | None,
     rerun: bool,
@@ -78,10 +84,11 @@ def delta(
     from adapt_convert.formats.location import locate
 
     parsed = Options(**options)
-    directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{parsed.size_name}")
+    directory = output or Path(f"{locate(source, revision).name}{f'-{task}' if task else ''}-{parsed.to}-{parsed.size_name}")
+    where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
     if dry_run:
-        plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **options)
-        emit(plan, True) if as_json else print_plan(plan, console())
+        planned = inspect_paths(base, source, **where, **options)
+        emit(planned, True) if as_json else print_plan(planned, console())
         return
     check_destination(directory, overwrite, (base, source))
     if repo:
@@ -94,7 +101,7 @@ def delta(
             print_plan(describe_plan(*plan), console(stderr=True))
 
     with progress(quiet=as_json) as track:
-        conversion = convert(base, source, revision=revision, base_revision=base_revision, progress=track, on_plan=announce, **options)
+        conversion = convert(base, source, **where, progress=track, on_plan=announce, **options)
         conversion.save(directory, overwrite)
     if not as_json:
         print_summary(conversion, directory)
@@ -175,24 +182,25 @@ def merge(
 @main.command()
 @click.argument("base")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@functools.partial(conversion_options, to="latte")
+@functools.partial(conversion_options, to="latte", targets="latte or shared-lora.")
 @OUT
 @OVERWRITE
 @JSON
 def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
-    """Put several fine-tunes or adapters of BASE into one LatTE whose tasks can be mixed in one batch, row by row.
+    """Put several fine-tunes or adapters of BASE into one LatTE or shared LoRA whose tasks can be mixed in one batch, row by row.
 
-    Task k is the k-th SOURCE, 0 the base itself: adapt_convert.task_ids(model, [1, 0, 2]). They share one basis of --rank dims,
-    so adapters trained apart are exact only at the sum of their ranks.
+    Task k is the k-th SOURCE, 0 the base itself: adapt_convert.task_ids(model, [1, 0, 2]). They share one basis of --rank dims
+    (a LatTE), or two subspaces of --rank dims for each matrix (a shared LoRA), so adapters trained apart are exact only at the sum
+    of their ranks. `delta BASE BUNDLE --task NAME` makes an adapter of a shared LoRA's one again.
 
     \b
     Example:
       adapt-convert bundle ./base ./adapter-a ./adapter-b --to latte --rank 32 -o ./bundle
     """
-    from adapt_convert.convert.latte.bundle import bundle as make_bundle
+    from adapt_convert.convert.bundle import bundle as make_bundle
     from adapt_convert.formats.atomic import check_destination
 
-    directory = output or Path(f"bundle-of-{len(sources)}-latte")
+    directory = output or Path(f"bundle-of-{len(sources)}-{options['to']}")
     check_destination(directory, overwrite, (base, *sources))
     with progress(quiet=as_json) as track:
         conversion = make_bundle(base, sources, progress=track, **options)

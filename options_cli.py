@@ -30,6 +30,9 @@ BASE_REVISION = click.option("--base-revision", metavar="REV", help="Branch, tag
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the fine-tune or adapter when it is a Hub id.")
 
 
+TARGETS_TEXT = "lora, lorta, latte, or loda, r-loda, s-loda, also with a + (docs/loda.md)."
+
+
 class Commands(click.Group):
     """Turns every refusal of the library into one line and exit code 1; a wrong call exits with 2.
 
@@ -65,16 +68,14 @@ class Commands(click.Group):
             raise
 
 
-def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callable[..., Any]:
-    """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
+def conversion_options(
+    command: Callable[..., Any],
+    to: str = "lora",
+    targets: str = TARGETS_TEXT,
+) -> Callable[..., Any]:
+    """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target of `targets`."""
     options = [
-        click.option(
-            "--to",
-            metavar="TARGET",
-            default=to,
-            show_default=True,
-            help="lora, lorta, latte, or loda, r-loda, s-loda, also with a + (docs/loda.md).",
-        ),
+        click.option("--to", metavar="TARGET", default=to, show_default=True, help=targets),
         click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option(

@@ -135,6 +135,18 @@ def print_demo(result: dict[str, Any]) -> None:
         terminal.print(command, highlight=False, soft_wrap=True)
 
 
+def print_forecast(data: dict[str, Any]) -> None:
+    """What changed and the candidates as tables, what was left out, and the recommendation last."""
+    from adapt_convert.formats.plan_table import plan_tables
+
+    terminal = console()
+    for table in plan_tables(data):
+        terminal.print(table)
+    for name, reason in data["left_out"].items():
+        terminal.print(f"not predicted: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    terminal.print(data["recommendation"]["sentence"], highlight=False, markup=False, soft_wrap=True)
+
+
 def print_push(result: dict[str, Any]) -> None:
     """What was sent, or would be; the card of a dry run last."""
     for name, size in result["files"].items():

@@ -32,9 +32,10 @@ from adapt_convert.formats.latte import LatteAdapter
 from adapt_convert.formats.loda import LodaAdapter
 from adapt_convert.formats.lorta import LortaAdapter
 from adapt_convert.formats.peft import LoraAdapter
+from adapt_convert.formats.shared_lora import SharedLoraAdapter
 from adapt_convert.formats.source import Source
 
-Adapter = LoraAdapter | LortaAdapter | LatteAdapter | LodaAdapter
+Adapter = LoraAdapter | LortaAdapter | LatteAdapter | LodaAdapter | SharedLoraAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
@@ -76,6 +77,7 @@ def convert(
     *,
     revision: str | None = None,
     base_revision: str | None = None,
+    task: str | None = None,
     progress: Progress = silent,
     on_plan: Callable[[Plan, Source, Options], None] = lambda plan, source, options: None,
     pieces: Pieces | None = None,
@@ -83,13 +85,14 @@ def convert(
 ) -> Conversion:
     """Convert a fine-tune of `base` - a checkpoint or an adapter, each a path or a Hub id - into an adapter.
 
-    `options` are the fields of `Options`. `progress(iterable, what)` wraps the long loops; `on_plan` is told what will be done
-    before it is; `pieces` keeps what is finished, tensor by tensor, for a run after an interruption. Raises `AdaptError` for
-    anything that can be mended by the user, always before something is written.
+    `options` are the fields of `Options`; `task` chooses one adapter of a shared LoRA, by name or number.
+    `progress(iterable, what)` wraps the long loops; `on_plan` is told what will be done before it is; `pieces` keeps what is
+    finished, tensor by tensor, for a run after an interruption. Raises `AdaptError` for anything that can be mended by the user,
+    always before something is written.
     """
     started = time.monotonic()
     chosen = Options(**options)
-    opened_base, opened_source = open_pair(base, source, revision, base_revision)
+    opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
     chosen = chosen.with_budget_in_bytes(opened_base.store.nbytes)
     plan = make_plan(opened_base, opened_source, chosen)
     require_factors(plan, opened_base, chosen)
@@ -102,7 +105,7 @@ def convert(
         adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     else:
         adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS.get(chosen.to), progress), chosen)
-    records += [_with_lost_rows(record, lost) for record in solved]
+    records += [with_lost_rows(record, lost) for record in solved]
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
     if not any(record.status == "factored" and record.energy for record in records):
@@ -156,7 +159,7 @@ def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tu
     return stored, lost, records
 
 
-def _with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
+def with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
     """Of a tensor with more rows than the base only the base's rows could be kept: add what is missing.
 
     One that would have been exact counts as dropped; one that is factored is an approximation anyway.

@@ -16,7 +16,7 @@ from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
-from adapt_convert.formats.source import LATTE_WEIGHTS, Source, adapter_config_path, latte_config_path
+from adapt_convert.formats.source import LATTE_WEIGHTS, Source, adapter_config_path, latte_config_path, shared_lora_config_path
 
 
 def inspect(
@@ -25,17 +25,18 @@ def inspect(
     *,
     revision: str | None = None,
     base_revision: str | None = None,
+    task: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Describe one model or adapter, or the pair of a base and its fine-tune. Reads no tensor.
 
-    `revision` is that of the last Hub id given. With `other` the result is the plan of a conversion with the given `options`,
-    as `describe_plan` has it. Raises `AdaptError`.
+    `revision` is that of the last Hub id given, `task` chooses one adapter of a shared LoRA. With `other` the result is the plan of
+    a conversion with the given `options`, as `describe_plan` has it. Raises `AdaptError`.
     """
     if other is None:
         return _describe(path, revision)
     chosen = Options(**options)
-    base, source = open_pair(path, other, revision, base_revision)
+    base, source = open_pair(path, other, revision, base_revision, task)
     chosen = chosen.with_budget_in_bytes(base.store.nbytes)
     plan = make_plan(base, source, chosen)
     require_factors(plan, base, chosen)
@@ -51,6 +52,12 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
         config, store, kind = read_json(latte_path), TensorStore([location.directory / LATTE_WEIGHTS]), "LATTE"
         extra = {name: config.get(name) for name in ("construction", "segments", "tasks", "model_type")}
         extra |= {"base_model": config.get("base_model_name_or_path")}
+    elif shared_lora_config_path(location):
+        from adapt_convert.formats.shared_lora import open_shared_lora
+
+        shared = open_shared_lora(location)
+        store, kind = shared.store, "SHARED_LORA"
+        extra = {"rank": shared.config.get("r"), "tasks": list(shared.names), "base_model": shared.config.get("base_model_name_or_path")}
     elif config_path:
         config, store = read_json(config_path), TensorStore(weight_files(location))
         kind = str(config.get("peft_type", "unknown adapter"))

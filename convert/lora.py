@@ -29,10 +29,17 @@ def solve_lora(
     pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
 ) -> tuple[LoraAdapter, list[Record]]:
     """Factor every matrix of the plan and place the changed tensors of `stored` (entry -> energy of its change)."""
+    return assemble(pairs, plan, stored, _solved(pairs, plan, options, progress))
+
+
+def assemble(
+    pairs: Pairs, plan: Plan, stored: dict[Entry, float], solved: Iterable[tuple[Entry, Piece]]
+) -> tuple[LoraAdapter, list[Record]]:
+    """The adapter of the plan's matrices, each with what was solved for it, and of the changed tensors of `stored`."""
     _refuse_biases_beside_embeddings(plan, stored)
     modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
     adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
-    records = [_place(entry, piece, adapter) for entry, piece in _solved(pairs, plan, options, progress)]
+    records = [_place(entry, piece, adapter) for entry, piece in solved]
     for module, delta in list(adapter.embeddings.items()):
         for alias in plan.aliases(f"{module}.weight"):  # the same factors, on every module that shares the table
             name = alias.removesuffix(".weight")

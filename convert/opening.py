@@ -9,21 +9,21 @@ from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
-from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source, latte_config_path
+from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source, latte_config_path, shared_lora_config_path
 
 
 def open_pair(
-    base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None
+    base: str | Path, source: str | Path, revision: str | None = None, base_revision: str | None = None, task: str | None = None
 ) -> tuple[Checkpoint, Source]:
     """Open both sides from headers; whether the source is a checkpoint or an adapter is detected."""
     opened_base = open_base(base, base_revision)
-    return opened_base, open_source(opened_base, source, revision)
+    return opened_base, open_source(opened_base, source, revision, task)
 
 
 def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a full model from headers."""
     location = locate(base, revision)
-    if adapter_config_path(location) or latte_config_path(location):
+    if adapter_config_path(location) or latte_config_path(location) or shared_lora_config_path(location):
         raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
     return Checkpoint(location)
 
@@ -34,11 +34,17 @@ def refuse_latte(source: Location) -> None:
         raise AdaptError(f"{source.origin}: is a LatTE already; convert the fine-tune, LoRA or LoRTA that it was made from")
 
 
-def open_source(base: Checkpoint, source: str | Path, revision: str | None = None) -> Source:
-    """Open a fine-tune or an adapter of `base` from headers."""
+def open_source(base: Checkpoint, source: str | Path, revision: str | None = None, task: str | None = None) -> Source:
+    """Open a fine-tune or an adapter of `base` from headers; of a shared LoRA one `task`, by name or number."""
     location = locate(source, revision)
     config_path = adapter_config_path(location)
     refuse_latte(location)
+    if shared_lora_config_path(location) is not None:
+        from adapt_convert.formats.shared_lora import open_shared_lora
+
+        return open_shared_lora(location).source(task)
+    if task is not None:
+        raise AdaptError(f"--task {task}: {source} is no shared LoRA, it holds one adapter alone")
     if config_path is None:
         checkpoint = Checkpoint(location)
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))

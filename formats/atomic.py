@@ -38,6 +38,13 @@ def check_file(path: Path) -> None:
     _check_parent(path)
 
 
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """The same, and refuse one that is there already unless it is to be replaced."""
+    check_file(path)
+    if path.exists() and not overwrite:
+        raise AdaptError(f"{path} already exists; choose another name, or replace it with --overwrite")
+
+
 def _check_parent(path: Path) -> None:
     parent = _existing_ancestor(path)
     if not parent.is_dir():
@@ -67,6 +74,23 @@ def _existing_ancestor(path: Path) -> Path:
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     return parent
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, all or nothing: written beside its place and renamed. One that is there is replaced."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise AdaptError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

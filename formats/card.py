@@ -23,6 +23,13 @@ from transformers import {auto}
 
 model = adapt_convert.load({auto}.from_pretrained({base}), {here})
 """,
+    "shared-lora": """import adapt_convert
+from transformers import {auto}
+
+model = adapt_convert.load({auto}.from_pretrained({base}), {here})
+with adapt_convert.task_ids(model, [1]):  # of each row of the batch: 0 is the base, k the k-th adapter
+    ...
+""",
     "lorta": """import adapt_convert
 from transformers import {auto}
 
@@ -39,6 +46,7 @@ _AUTO = {
 }
 
 
+_TITLE = {"shared-lora": "Shared LoRA"}
 _HERE = json.dumps("path/of/this/directory")
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -80,7 +88,7 @@ tags:
 - adapt-convert
 ---
 
-# {report["target"].upper()} of {source}
+# {_TITLE.get(report["target"], report["target"].upper())} of {source}
 
 Converted from `{source}` on `{origin}`{commit} {_data(report)}.
 

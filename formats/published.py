@@ -16,7 +16,8 @@ from adapt_convert.formats.loda_config import VARIANTS
 # Weights and config that belong together.
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 LATTE = ("latte.safetensors", "latte_config.json")
-_OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE, **dict.fromkeys(VARIANTS, PEFT)}
+SHARED_LORA = ("shared_lora.safetensors", "shared_lora_config.json")
+_OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE, "shared-lora": SHARED_LORA, **dict.fromkeys(VARIANTS, PEFT)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def check_adapter(directory: Path, report: Report | None) -> None:
     """Refuse a directory whose adapter is not whole: weights, the config that goes with them, and the size in the report."""
     from adapt_convert.formats.safetensors_file import SafetensorsFile  # imports torch
 
-    kinds = [_OF_TARGET[report.target]] if report else [PEFT, LATTE]
+    kinds = [_OF_TARGET[report.target]] if report else [PEFT, LATTE, SHARED_LORA]
     names = next((names for names in kinds if (directory / names[0]).is_file()), None)
     if names is None:
         expected = " or ".join(names[0] for names in kinds)

@@ -197,11 +197,8 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str]) -> int:
-    """Write one file, holding one lazy tensor at a time; returns its size in bytes.
-
-    The order is that of the `safetensors` library (by dtype, then by name), so equal content gives equal bytes.
-    """
+def _layout(tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:
+    """The names in the order of the file, the encoded header, and how many bytes of data follow it."""
     dtypes = {name: str(file_name(tensor.dtype)) for name, tensor in tensors.items()}
     order = list(TORCH_NAMES)
     names = sorted(tensors, key=lambda name: (order.index(dtypes[name]), name))
@@ -218,6 +215,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], me
         position = end
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts on a multiple of eight
+    return names, encoded, position
+
+
+def safetensors_size(tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str]) -> int:
+    """The size in bytes that `write_safetensors` would give the file; of the tensors only shapes and dtypes are looked at."""
+    _, encoded, data = _layout(tensors, metadata)
+    return 8 + len(encoded) + data
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str]) -> int:
+    """Write one file, holding one lazy tensor at a time; returns its size in bytes.
+
+    The order is that of the `safetensors` library (by dtype, then by name), so equal content gives equal bytes.
+    """
+    names, encoded, data = _layout(tensors, metadata)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
@@ -226,4 +238,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], me
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise ValueError(f"{name}: announced {tensor.dtype} {tensor.shape}, got {value.dtype} {tuple(value.shape)}")
             file.write(byte_view(value.detach().cpu().contiguous()))
-    return 8 + len(encoded) + position
+    return 8 + len(encoded) + data

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LATTE_CONFIG = "latte_config.json"
 LATTE_WEIGHTS = "latte.safetensors"
+SHARED_LORA_CONFIG = "shared_lora_config.json"
 
 
 @dataclass(frozen=True)
@@ -83,4 +84,10 @@ def adapter_config_path(location: Location) -> Path | None:
 def latte_config_path(location: Location) -> Path | None:
     """The `latte_config.json` that makes a directory a LatTE."""
     path = location.directory / LATTE_CONFIG
+    return path if location.file is None and path.is_file() else None
+
+
+def shared_lora_config_path(location: Location) -> Path | None:
+    """The `shared_lora_config.json` that makes a directory a shared LoRA."""
+    path = location.directory / SHARED_LORA_CONFIG
     return path if location.file is None and path.is_file() else None

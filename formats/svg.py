@@ -124,21 +124,31 @@ def lines(
     marks: Mapping[str, float],
     share: bool,
     numbers: Mapping[str, int],
+    show_x: Callable[[float], str] | None = None,
 ) -> str:
-    """Curves with a legend below; `marks` are vertical lines at x with a name. y is a share, or logarithmic."""
+    """Curves with a legend below; `marks` are vertical lines at x with a name. y is a share, or logarithmic.
+
+    With `show_x`, which writes its numbers, x is logarithmic and every point is marked, as there are few.
+    """
     xs = [x for _, points in series for x, _ in points]
     ys = [y for _, points in series for _, y in points if y > 0 or not log_y]
     low, high = (min(ys), max(ys)) if log_y else (min(0.0, *ys), max(1.0, *ys))
-    x, y = plot_area((min(xs), max(xs)), (low * (0.9 if log_y else 1), high), log_y=log_y)
-    parts = frame(x, y, titles[0], titles[1], lambda v: f"{v:g}", (lambda v: f"{v:.0%}") if share else (lambda v: f"{v:.3g}"))
+    x, y = plot_area((min(xs), max(xs)), (low * (0.9 if log_y else 1), high), log_x=show_x is not None, log_y=log_y)
+    parts = frame(x, y, titles[0], titles[1], show_x or (lambda v: f"{v:g}"), (lambda v: f"{v:.0%}") if share else (lambda v: f"{v:.3g}"))
     for name, at in marks.items():
         if x.low <= at <= x.high:
             parts.append(f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{y.start}" y2="{y.end}" class="mark"/>')
-            parts.append(text(x(at) + 5, y.end + 12, name, "start", "tick"))
+            side = "start" if x(at) < x.end - 80 else "end"
+            parts.append(text(x(at) + (5 if side == "start" else -5), y.end + 12, name, side, "tick"))
     for name, points in series:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points if b > 0 or not log_y)
         title = f"<title>{escape(name)}</title>"
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour(numbers[name])}" stroke-width="2">{title}</polyline>')
+        if show_x is None:
+            continue
+        for a, b in points:
+            title = f"<title>{escape(name)}: {b:.1%} at {show_x(a)}</title>"
+            parts.append(f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="4" fill="{colour(numbers[name])}">{title}</circle>')
     legend = [text(x.start + 18 + 170 * (n % 3), HEIGHT + 14 + 20 * (n // 3), name, "start", "name") for n, (name, _) in enumerate(series)]
     dots = [
         f'<rect x="{x.start + 170 * (n % 3):.1f}" y="{HEIGHT + 5 + 20 * (n // 3)}" width="12" height="10" fill="{colour(numbers[name])}"/>'

@@ -13,16 +13,17 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.peft import CONFIG, read_lora
-from adapt_convert.formats.source import Source, adapter_config_path, latte_config_path
+from adapt_convert.formats.source import Source, adapter_config_path, latte_config_path, shared_lora_config_path
 from adapt_convert.kernels.latte import load_latte
 from adapt_convert.kernels.loda_modules import load_loda
 from adapt_convert.kernels.lora_modules import load_loras
 from adapt_convert.kernels.lorta_modules import load_lorta
+from adapt_convert.kernels.shared_lora_modules import load_shared_lora
 from adapt_convert.kernels.surgery import STATE, Replaced
 
 
 def load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision: str | None = None) -> nn.Module:
-    """Add a LoRTA, LatTE or LoDA directory to `model` in place and return it; `unload` takes it off.
+    """Add a LoRTA, LatTE, LoDA or shared LoRA directory to `model` in place and return it; `unload` takes it off.
 
     Several PEFT LoRAs at once, as a list, serve mixed batches: `task_ids` then chooses row by row. A single LoRA is loaded by
     `peft`, its own library. `model` is the base, loaded by `transformers`. Raises `AdaptError` when the adapter does not fit it;
@@ -43,6 +44,8 @@ def _load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision
     location = locate(adapter, revision)
     if latte_config_path(location) is not None:
         return load_latte(model, location)
+    if shared_lora_config_path(location) is not None:
+        return load_shared_lora(model, location)
     path = adapter_config_path(location)
     if path is None:
         raise AdaptError(f"{adapter}: has no {CONFIG}; it is not an adapter")

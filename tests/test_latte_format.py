@@ -131,4 +131,4 @@ def test_the_command_line_writes_a_latte_and_a_bundle_the_same_twice(pairs: Call
     assert "is a LatTE, which runs expanded and is never merged" in merged.output
     refused = runner.invoke(main, ["bundle", str(pair.base), str(pair.ft), "--to", "lora", "-o", str(tmp_path / "no")])
     assert (refused.exit_code, (tmp_path / "no").exists()) == (1, False)
-    assert "only --to latte can mix tasks" in refused.output
+    assert "only --to latte and --to shared-lora can mix tasks" in refused.output

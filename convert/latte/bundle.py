@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapt_convert.convert.bundle_report import Bundled, bundle_report, names_apart
 from adapt_convert.convert.conversion import Conversion, survey, task_type
 from adapt_convert.convert.latte.deltas import Effective
 from adapt_convert.convert.latte.segments import find_segments
@@ -17,7 +18,7 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype, require_factors
 from adapt_convert.convert.progress import Progress, silent
-from adapt_convert.convert.report import Record, build_report, captured_energy
+from adapt_convert.convert.report import Record
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask
@@ -50,7 +51,7 @@ def bundle(
     started = time.monotonic()
     chosen = Options(**{"to": "latte", **options})
     if chosen.to != "latte":
-        raise AdaptError(f"--to {chosen.to}: a bundle is a LatTE; only --to latte can mix tasks in one batch")
+        raise AdaptError(f"--to {chosen.to}: of bundles only --to latte and --to shared-lora can mix tasks in one batch")
     if chosen.construction == "score":
         raise AdaptError("--construction score: its wider heads belong to one task; a bundle takes --construction residual")
     if chosen.calib is not None:
@@ -58,7 +59,8 @@ def bundle(
     if not sources:
         raise AdaptError("a bundle needs at least one adapter")
     tasks = [_open(base, source, chosen, progress) for source in sources]
-    _name_apart(tasks)
+    for task, name in zip(tasks, names_apart([task.held.name for task in tasks]), strict=True):
+        task.held.name = name
     first = tasks[0]
     segments, searched = find_segments([task.effective for task in tasks], chosen, progress)
     dtype = torch_dtype(chosen.dtype or output_dtype(first.effective.pairs.source))
@@ -71,7 +73,8 @@ def bundle(
     adapter.base_model, adapter.task_type = opened_base.location.loadable, task_type(first.plan)
     records = [record for task in tasks for record in task.records]
     adapter.details = describe(adapter, searched)
-    report = _report(tasks, chosen) | {"latte": adapter.details}
+    held = [Bundled(task.held.name, task.effective.pairs.source, task.plan, task.records) for task in tasks]
+    report = bundle_report(opened_base, held, chosen) | {"latte": adapter.details}
     return Conversion(adapter, opened_base, first.plan, records, report, started)
 
 
@@ -95,31 +98,3 @@ def _refuse_unshared(stored: dict[Entry, float], effective: Effective) -> None:
                 f"{effective.pairs.source.origin}: changes {entry.name}, which all rows of a batch share; "
                 f"leave it out with --exclude {entry.module}, or convert this fine-tune on its own"
             )
-
-
-def _name_apart(tasks: list[_Task]) -> None:
-    """Names by directory, numbered where they repeat."""
-    taken: set[str] = set()
-    for number, task in enumerate(tasks, 1):
-        if task.held.name in taken:
-            task.held.name = f"{task.held.name}-{number}"
-        taken.add(task.held.name)
-
-
-def _report(tasks: list[_Task], options: Options) -> dict[str, Any]:
-    """The report of the first task's form, its tensors those of all tasks, and each task's own captured energy."""
-    base = tasks[0].effective.pairs.base
-    reports = [build_report(base, t.effective.pairs.source, options, t.records, t.plan.missing) for t in tasks]
-    records = [record for task in tasks for record in task.records]
-    sources = [report["inputs"]["source"] for report in reports]
-    return reports[0] | {
-        "captured_energy": captured_energy(r for r in records if r.status == "factored"),
-        "captured_energy_of_all_changes": captured_energy(records),
-        "inputs": {
-            "base": reports[0]["inputs"]["base"],
-            "source": sources[0] | {"origin": ", ".join(s["origin"] for s in sources), "bytes": sum(s["bytes"] for s in sources)},
-            "sources": sources,
-        },
-        "tasks": {task.held.name: report["captured_energy"] for task, report in zip(tasks, reports, strict=True)},
-        "tensors": {f"{t.held.name}: {name}": row for t, r in zip(tasks, reports, strict=True) for name, row in r["tensors"].items()},
-    }

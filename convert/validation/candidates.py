@@ -17,7 +17,7 @@ from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import PREFIX
-from adapt_convert.formats.source import LATTE_WEIGHTS, adapter_config_path, latte_config_path
+from adapt_convert.formats.source import LATTE_WEIGHTS, adapter_config_path, latte_config_path, shared_lora_config_path
 
 OURS = ("lorta", "latte", "loda")  # loaded by adapt_convert.load; every other adapter is loaded by peft, its own library
 CHECKPOINTS = ("base", "fine-tune", "merged")
@@ -44,6 +44,8 @@ def open_contender(origin: str | Path, kind: str | None = None, task: str | None
     config_path = adapter_config_path(location)
     if kind == "base" and (config_path or latte_config_path(location)):
         raise AdaptError(f"{origin}: is an adapter; BASE has to be the full model that it was trained on")
+    if shared_lora_config_path(location) is not None:
+        raise AdaptError(f"{origin}: is a shared LoRA; validate one of its adapters: adapt-convert delta BASE {origin} --task NAME")
     if config_path:
         kind = str(read_json(config_path).get("peft_type", "adapter")).lower()
     latte = latte_config_path(location) is not None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shlex
-import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +20,7 @@ from adapt_convert.convert.validation.fidelity import Fidelity
 from adapt_convert.convert.validation.speed import Speed
 from adapt_convert.convert.validation.texts import Corpus
 from adapt_convert.convert.validation.verdict import Thresholds
+from adapt_convert.formats.atomic import write_text
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.validation_card import with_validation
 from adapt_convert.formats.validation_html import validation_page
@@ -213,12 +212,12 @@ class Validation:
     def save(self, directory: str | Path) -> Path:
         """Write `validation.json` into a directory, which is made if need be. Returns the file."""
         path = Path(directory) / FILE
-        _write(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         return path
 
     def save_html(self, path: str | Path) -> Path:
         """Write the report as one self-contained page."""
-        _write(Path(path), validation_page(self.to_json()))
+        write_text(Path(path), validation_page(self.to_json()))
         return Path(path)
 
     def update_cards(self) -> list[Path]:
@@ -234,7 +233,7 @@ class Validation:
             if row.contender.location.is_hub or not (directory / RECORD).is_file() or not card.is_file():
                 continue
             try:
-                _write(card, with_validation(card.read_text(encoding="utf-8"), figures, data, row.contender.location.name))
+                write_text(card, with_validation(card.read_text(encoding="utf-8"), figures, data, row.contender.location.name))
                 written.append(card)
             except (AdaptError, OSError, UnicodeDecodeError) as error:
                 refused.append(str(error) if isinstance(error, AdaptError) else f"{card}: cannot be read: {error}")
@@ -265,22 +264,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: written beside its place and renamed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise AdaptError(f"{path}: cannot be written: {error.strerror or error}") from None

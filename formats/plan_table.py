@@ -1,0 +1,54 @@
+"""A forecast of `adapt-convert plan` as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from adapt_convert.formats.sizes import size_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def plan_tables(data: Mapping[str, Any]) -> list[Table]:
+    """What changed by kind of tensor, and the candidates."""
+    from rich.table import Table
+    from rich.text import Text
+
+    kinds = Table("changed", *_right("share", "effective rank", "rank 16 holds", "unchanged", "one step", "rounding"))
+    for kind, row in data["kinds"].items():
+        rounding = (row.get(key) for key in ("unchanged_entries", "one_step_entries", "expected_rounding_of_the_fine_tune"))
+        cells = [percent(row["share"]), effective_rank(row), percent(row.get("captured_by_rank_16")), *map(percent, rounding)]
+        kinds.add_row(*map(Text, (kind, *cells)))
+    candidates = Table("options", *_right("size", "stored exactly", "captured"))
+    for row in data["candidates"]:
+        sizes = size_text(row["bytes"]), size_text(row["bytes_exact"])
+        candidates.add_row(*map(Text, (row["options"], *sizes, percent(row["captured_of_matrices"]))))
+    return [kinds, candidates]
+
+
+def _right(*titles: str) -> list[Any]:
+    from rich.table import Column
+
+    return [Column(title, justify="right") for title in titles]
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}" if share >= 0.0005 or share == 0 else "<0.1%"
+
+
+def effective_rank(row: Mapping[str, Any]) -> str:
+    """One number where the bounds meet, else both."""
+    low, high = row.get("effective_rank", (None, None))
+    if low is None:
+        return "-"
+    return f"{low:.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f}"
+
+
+def series_of(row: Mapping[str, Any]) -> str:
+    """The curve that a candidate belongs to: LoRAs by how their ranks are chosen, LatTEs by their number of segments."""
+    words = row["options"].split()
+    if row["target"] == "lora":
+        return f"LoRA {words[2]}"
+    return f"LatTE --segments {words[words.index('--segments') + 1]}" if row["target"] == "latte" else "LoRTA"

@@ -1,0 +1,50 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adapt_convert.options_cli import BASE_REVISION, JSON, OVERWRITE, REVISION, path_option
+from adapt_convert.terminal import emit, print_forecast, progress
+
+
+@click.command()
+@click.argument("base")
+@click.argument("ft")
+@click.option("--capture", type=float, default=0.9, show_default=True, metavar="F", help="Share of the change that is to be kept.")
+@click.option("--target-modules", multiple=True, metavar="NAME", help="What to factor, as in `delta`; all-linear if nothing is said.")
+@click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats.")
+@click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
+@click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers.")
+@click.option(
+    "--fit-seconds", type=float, default=120.0, show_default=True, metavar="S", help="Begin no LoRTA fit later than this; 0 for none."
+)
+@path_option("--html", help="File for the plan as one self-contained page.")
+@OVERWRITE
+@REVISION
+@BASE_REVISION
+@JSON
+def plan(base: str, ft: str, html: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Say what FT changed in BASE, what LoRAs, LoRTAs and LatTEs of it would hold and take, and which one to make.
+
+    Everything is predicted from the weights, and the figures are those that `delta` with the same options would measure; no adapter
+    is written.
+
+    \b
+    Example:
+      adapt-convert plan ./base ./ft --html plan.html
+    """
+    from adapt_convert.convert.planning.forecast import plan as forecast
+    from adapt_convert.formats.atomic import check_new_file
+
+    if html:
+        check_new_file(html, overwrite)
+    with progress(quiet=as_json) as track:
+        result = forecast(base, ft, progress=track, **options)
+    if html:
+        result.save_html(html)
+    emit(result.to_json(), True) if as_json else print_forecast(result.to_json())
