@@ -363,3 +363,16 @@ def test_core_loss_is_the_naive_one() -> None:
     core = Core.of(tuple(torch.randn(6, m, 3, h, 4, generator=generator) for m, h in [(2, 3), (1, 2)]))
     fit = fit_core(core, 3, 1, 0)
     assert fit.loss == pytest.approx(residual_core(core, fit.model).energy, rel=1e-5)
+
+
+def test_inner_product_of_two_cp_tensors() -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def factors(rank: int) -> CPFactors:
+        a, b, c_l, c_m = (torch.randn(n, rank, generator=draw) for n in (GQA.d, GQA.d_h, GQA.layers, len(GQA.group)))
+        return CPFactors(a, b, tuple(torch.randn(heads, rank, generator=draw) for heads in GQA.heads), c_l, c_m)
+
+    left, right = factors(3), factors(2)
+    formed = [rebuilt(left, GQA), rebuilt(right, GQA)]
+    expected = sum(float((formed[0][place] * formed[1][place]).sum()) for place in formed[0])
+    assert left.inner(right, GQA.group) == pytest.approx(expected, rel=1e-5)

@@ -132,3 +132,27 @@ def test_refusals(pairs: Any, tmp_path: Path) -> None:
     assert torch.equal(other.logits(stranger), before)
     with pytest.raises(AdaptError, match="no adapter"):
         adapt_convert.unload(stranger)
+
+
+def test_factors_that_cancel_are_stored_in_float32(make_pair: Any, tmp_path: Path) -> None:
+    """The best fit of rank 2 to a tensor of border rank 2 and rank 3 has columns that grow without bound and cancel (Kolda and Bader 2009,
+    section 3.3): bfloat16 loses it."""
+    draw = torch.Generator().manual_seed(5)
+    a, b = torch.randn(2, 32, generator=draw), torch.randn(2, 8, generator=draw)
+    sides = (torch.outer(a[0], b[1]) + torch.outer(a[1], b[0]), torch.outer(a[0], b[0]))
+
+    def change(model: Any) -> None:
+        model.to(torch.bfloat16)
+        for layer, side in enumerate(sides):
+            for role in ("q_proj", "k_proj", "v_proj"):
+                weight = model.get_parameter(f"model.layers.{layer}.self_attn.{role}.weight")
+                weight.add_(side.repeat(1, weight.shape[0] // 8).T.to(weight.dtype))
+
+    pair = make_pair(tmp_path, "llama", change)
+    report, dtypes = {}, {}
+    for dtype in (None, "bfloat16"):
+        out = adapt_convert.convert(pair.base, pair.ft, to="lorta", rank=2, dtype=dtype).save(tmp_path / str(dtype))
+        report[dtype] = json.loads((out / "conversion.json").read_text())["captured_energy"]
+        dtypes[dtype] = load_file(out / "adapter_model.safetensors")[PREFIX + "lora_A"].dtype
+    assert dtypes == {None: torch.float32, "bfloat16": torch.bfloat16}
+    assert report[None] > report["bfloat16"] + 0.01

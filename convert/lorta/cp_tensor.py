@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import Delta, LowRankDelta
@@ -73,6 +74,19 @@ class CPFactors:
     def slab(self, shape: CPShape, layer: int, matrix: int) -> LowRankDelta:
         """The approximation of one delta, `(d, heads * d_h)`, in factors: exact, as `A` is common to all heads."""
         return LowRankDelta(self.A, self.right(shape, layer, matrix).T)
+
+    def inner(self, other: CPFactors, group: tuple[int, ...]) -> float:
+        """The inner product of two CP tensors, over all layers and matrices, in float64; `group` as in `CPShape`."""
+        common = _cross(self.A, other.A) * _cross(self.B, other.B) * _cross(self.C_l, other.C_l)
+        total = torch.zeros_like(common)
+        for number, (heads, others) in enumerate(zip(self.C_h, other.C_h, strict=True)):
+            members = [matrix for matrix, own in enumerate(group) if own == number]
+            total += common * _cross(heads, others) * _cross(self.C_m[members], other.C_m[members])
+        return float(total.sum())
+
+
+def _cross(left: Tensor, right: Tensor) -> Tensor:
+    return left.double().T @ right.double()
 
 
 @dataclass(frozen=True)

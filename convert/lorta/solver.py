@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,8 @@ from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import LortaAdapter, LortaBlock, Orientation, Slot
 
+_ROUNDING = 0.01  # above this share of the tensor's energy lost, its few numbers are stored in float32
+
 
 @dataclass(frozen=True)
 class _Slice:
@@ -44,15 +46,21 @@ class _Slice:
 def solve_lorta(
     pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
 ) -> tuple[LortaAdapter, list[Record]]:
-    """Fit the CP tensors of the plan's matrices; the changed tensors of `stored` are kept by value."""
+    """Fit the CP tensors of the plan's matrices; the changed tensors of `stored` are kept by value.
+
+    Factors get the dtype asked for, or the source's own unless rounding to it would cost a noticeable part of the tensor.
+    """
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     adapter = LortaAdapter([], dtype, orientation=options.orientation)
     for name, roles in (("attention", ATTENTION_ROLES), ("mlp", MLP_ROLES)):
         slices, d_h = _slices(pairs, plan, roles, options.orientation)
         if slices:
-            adapter.blocks.append(_fit(pairs, name, slices, d_h, options, dtype, progress))
+            adapter.blocks.append(_fit(pairs, name, slices, d_h, options, progress))
     if not adapter.blocks:
         raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
+    if options.dtype is None and any(_rounding(block, dtype) > _ROUNDING for block in adapter.blocks):
+        adapter.dtype = torch.float32
+    adapter.blocks = [replace(block, factors=as_written(block.factors, adapter.dtype)) for block in adapter.blocks]
     adapter.exact = {entry.name: lazy_value(pairs, plan, entry.name) for entry in stored}
     records = [exact(entry, energy, entry.reason) for entry, energy in stored.items()]
     return adapter, records + measure(pairs, plan, adapter, progress)
@@ -117,7 +125,6 @@ def _fit(
     slices: list[_Slice],
     d_h: int,
     options: Options,
-    dtype: torch.dtype,
     progress: Progress,
 ) -> LortaBlock:
     counts = list(dict.fromkeys(s.heads for s in sorted(slices, key=lambda s: s.slot.matrix)))
@@ -132,9 +139,8 @@ def _fit(
     slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s)) for s in slices]
     assert options.rank is not None
     fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device, progress=progress)
-    factors = as_written(fit.factors, dtype)
     block_name: Literal["attention", "mlp"] = "attention" if name == "attention" else "mlp"
-    return LortaBlock(block_name, factors, shape.group, tuple(s.slot for s in slices))
+    return LortaBlock(block_name, fit.factors, shape.group, tuple(s.slot for s in slices))
 
 
 def _residual_width(slices: list[_Slice]) -> int:
@@ -151,6 +157,14 @@ def _loader(pairs: Pairs, part: _Slice) -> Callable[[], Delta]:
 def slab_of(delta: Delta, slot: Slot) -> Delta:
     rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
     return rows.T if slot.transposed else rows
+
+
+def _rounding(block: LortaBlock, dtype: torch.dtype) -> float:
+    """Share of a tensor's energy that rounding its factors loses: more than the dtype's, squared, where columns cancel each other."""
+    factors, rounded = block.factors, as_written(block.factors, dtype)
+    energy = factors.inner(factors, block.group)
+    lost = energy - 2 * factors.inner(rounded, block.group) + rounded.inner(rounded, block.group)
+    return lost / energy if energy else 0.0
 
 
 def as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
