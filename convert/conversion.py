@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.architectures import family_of, module_names
+from adapt_convert.convert.experts import split_stacks
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
@@ -127,7 +128,9 @@ def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
     location = locate(base, revision)
     if adapter_config_path(location) or latte_config_path(location):
         raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
-    return Checkpoint(location)
+    checkpoint = Checkpoint(location)
+    split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config))
+    return checkpoint
 
 
 def refuse_latte(source: Location) -> None:
@@ -143,6 +146,7 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
     refuse_latte(location)
     if config_path is None:
         checkpoint = Checkpoint(location)
+        split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
     if read_json(config_path).get("peft_type") == "LORTA":
         return read_lorta(location, reference_slots(_modules(base), base.config))

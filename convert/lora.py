@@ -30,7 +30,9 @@ def solve_lora(
     """Factor every matrix of the plan and place the changed tensors of `stored` (entry -> energy of its change)."""
     _refuse_biases_beside_embeddings(plan, stored)
     modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
-    adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
+    family = plan.family
+    conv1d = family is not None and family.conv1d and any(entry.transposed for entry in plan.having("factor"))
+    adapter = LoraAdapter(conv1d=conv1d, experts=family.experts if family else None, all_modules=modules)
     records = [_place(entry, piece, adapter) for entry, piece in _solved(pairs, plan, options, progress)]
     for module, delta in list(adapter.embeddings.items()):
         for alias in plan.aliases(f"{module}.weight"):  # the same factors, on every module that shares the table
@@ -161,8 +163,11 @@ def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[s
             records.append(dropped(entry, energy, reason))
             continue
         if entry.name == f"{entry.module}.bias" and entry.module in adapter.factors:
-            adapter.biases[entry.module] = pairs.difference(entry)
-            records.append(exact(entry, energy, "as lora_B.bias"))
+            if adapter.experts:
+                adapter.bias_values[entry.module] = lazy_value(pairs, plan, entry.name)
+            else:
+                adapter.biases[entry.module] = pairs.difference(entry)
+            records.append(exact(entry, energy, "as lora_B.bias" if not adapter.experts else "as base_layer.bias"))
             continue
         if entry.name == f"{entry.module}.bias" and entry.module in left_out:
             records.append(dropped(entry, energy, "the budget leaves its matrix without factors"))

@@ -36,12 +36,12 @@ class Record:
     def is_loss(self) -> bool:
         return self.status == "dropped" and self.entry.lossy
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, source: Source) -> dict[str, Any]:
         row: dict[str, Any] = {"status": self.status, "shape": list(self.entry.part.shape), "energy": self.energy}
         if self.status == "factored":
             row |= {"rank": self.rank, "captured_energy": self.captured}
         row |= {"reason": self.reason} if self.reason else {}
-        return row | {"source_tensors": list(self.entry.part.keys)}
+        return row | {"source_tensors": source.store.stored_names(self.entry.part.keys)}
 
 
 def captured_energy(records: Iterable[Record]) -> float | None:
@@ -90,5 +90,5 @@ def build_report(base: Checkpoint, source: Source, options: Options, records: It
         },
         "missing_from_source": list(missing),
         "ignored_source_tensors": dict(source.ignored),
-        "tensors": {record.entry.name: record.to_json() for record in records},
+        "tensors": {record.entry.name: record.to_json(source) for record in records},
     }

@@ -33,6 +33,7 @@ class TensorStore:
         self.files = files
         self._owner: dict[str, SafetensorsFile | PickleFile] = {}
         self.infos: dict[str, TensorInfo] = {}
+        self.stacks: dict[str, list[str]] = {}  # tensors of the files that appear as their parts
         self._digests: dict[str, str] = {}
         self._read: list[str] = []  # a list, as several threads read
         for path in files:
@@ -63,6 +64,26 @@ class TensorStore:
             yield block
         if digest:
             self._digests[name] = digest.hexdigest()
+
+    def split(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        """Let a tensor appear as `parts`, consecutive pieces of it of one `shape`, as if each lay in the file on its own.
+
+        Raises `AdaptError` when one of them does.
+        """
+        twice = next((part for part in parts if part in self.infos), None)
+        if twice:
+            raise AdaptError(f"{self._owner[name].path}: holds {twice!r} in {name!r} and once more on its own; one of the two is stale")
+        owner = self._owner.pop(name)
+        del self.infos[name]
+        owner.split(name, parts, shape)
+        for part in parts:
+            self._owner[part], self.infos[part] = owner, owner.infos[part]
+        self.stacks[name] = parts
+
+    def stored_names(self, names: Iterable[str]) -> list[str]:
+        """The tensors of the files that hold the named ones."""
+        stacks = {part: stack for stack, parts in self.stacks.items() for part in parts}
+        return list(dict.fromkeys(stacks.get(name, name) for name in names))
 
     def content_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.convert.experts import stack_pattern
+from adapt_convert.convert.families import Experts
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
+from adapt_convert.formats.peft_experts import Stack, Targets, complete, expert_targets, stacks
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 from adapt_convert.formats.source import Part, Source, whole_part
 
@@ -179,15 +182,18 @@ class LoraAdapter:
     """A LoRA to be written: `factors` by module in the output dtype, and what is stored exactly.
 
     `embeddings` are factors of `(vocabulary, hidden)` deltas; `biases` are differences added to the module's bias, float32;
-    `exact` holds every parameter of every module in `modules_to_save`, by parameter name.
+    `exact` holds every parameter of every module in `modules_to_save`, by parameter name. A mixture of `experts` has whole `bias_values`
+    in place of `biases`, as PEFT refuses `lora_bias` beside parameters.
     """
 
     factors: dict[str, LowRankDelta] = field(default_factory=dict)
     embeddings: dict[str, LowRankDelta] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    bias_values: dict[str, LazyTensor] = field(default_factory=dict)
     exact: dict[str, Tensor | LazyTensor] = field(default_factory=dict)
     exact_modules: list[str] = field(default_factory=list)
     conv1d: bool = False
+    experts: Experts | None = None
     all_modules: list[str] = field(default_factory=list)
     base_model: str = ""
     base_revision: str | None = None
@@ -195,11 +201,16 @@ class LoraAdapter:
 
     def tensors(self) -> dict[str, Tensor | LazyTensor]:
         tensors: dict[str, Tensor | LazyTensor] = {}
-        for module, delta in self.factors.items():
+        factors, stacked = self._placed()
+        for module, delta in factors.items():
             tensors[f"{PREFIX}{module}.lora_A.weight"] = delta.A
             tensors[f"{PREFIX}{module}.lora_B.weight"] = delta.B
             if self.biases:  # `lora_bias` is one switch for all modules: those without a changed bias get zeros
                 tensors[f"{PREFIX}{module}.lora_B.bias"] = self.biases.get(module, torch.zeros(delta.shape[0]))
+        for stack in stacked.values():
+            tensors[f"{PREFIX}{stack.prefix}.lora_A.weight"] = stack.A
+            tensors[f"{PREFIX}{stack.prefix}.lora_B.weight"] = stack.B
+        tensors |= {f"{PREFIX}{module}.base_layer.bias": value for module, value in self.bias_values.items()}
         for module, delta in self.embeddings.items():
             tensors[f"{PREFIX}{module}.lora_embedding_A"] = delta.B.T
             tensors[f"{PREFIX}{module}.lora_embedding_B"] = delta.A.T
@@ -207,11 +218,28 @@ class LoraAdapter:
             tensors[PREFIX + name] = value
         return tensors
 
+    def _placed(self) -> tuple[dict[str, LowRankDelta], dict[str, Stack]]:
+        """The factors of modules, and those of stacks by the parameter's name."""
+        if self.experts is None:
+            return self.factors, {}
+        if self.experts.modules:
+            return complete(self.factors, self.all_modules, self.experts), {}
+        pattern = stack_pattern(self.experts)
+        plain = {module: delta for module, delta in self.factors.items() if not re.fullmatch(pattern, module)}
+        return plain, stacks(self.factors, self.all_modules, self.experts)
+
     def config(self) -> dict[str, Any]:
         """The smallest config that says everything: `lora_alpha == r` everywhere, so no loader can get the scale wrong."""
-        ranks = {module: delta.rank for module, delta in {**self.factors, **self.embeddings}.items()}
-        common = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
-        pattern = {f"^{re.escape(module)}": rank for module, rank in sorted(ranks.items()) if rank != common}
+        factors, stacked = self._placed()
+        ranks = {module: delta.rank for module, delta in {**factors, **self.embeddings}.items()}
+        targets = Targets(ranks, {}, None)
+        if self.experts:
+            targets = expert_targets(ranks, {name: stack.rank for name, stack in stacked.items()}, self.experts)
+        named = {**targets.modules, **targets.parameters}
+        listed = list(named.values())
+        common = targets.rank or max(listed, key=lambda rank: (listed.count(rank), rank))
+        pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(named.items()) if rank != common}
+        plain = [name for name in self.all_modules if f"{name}.weight" not in targets.parameters]
         return {
             "peft_type": "LORA",
             "task_type": self.task_type,
@@ -226,10 +254,11 @@ class LoraAdapter:
             "use_rslora": False,
             "use_dora": False,
             "init_lora_weights": True,
-            "bias": "none",
+            "bias": "lora_only" if self.bias_values else "none",
             "lora_bias": bool(self.biases),
             "fan_in_fan_out": self.conv1d,
-            "target_modules": shortest_targets(ranks, self.all_modules),
+            "target_modules": shortest_targets(targets.modules, plain) + list(targets.names),
+            **({"target_parameters": sorted(targets.parameters)} if targets.parameters else {}),
             "modules_to_save": sorted(self.exact_modules) or None,
         }
 
