@@ -150,7 +150,8 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
     if read_json(config_path).get("peft_type") == "LORTA":
         return read_lorta(location, reference_slots(_modules(base), base.config))
-    return read_lora(location)
+    family = family_of(base.config)
+    return read_lora(location, family.experts if family else None)
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

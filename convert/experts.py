@@ -7,7 +7,6 @@ form of memory). A stack is no copy but a view: its experts are consecutive byte
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 
 from adapt_convert.convert.families import Experts, Family
 from adapt_convert.formats.checkpoint import TensorStore
@@ -73,9 +72,3 @@ def expert_pattern(experts: Experts) -> str:
 def stack_pattern(experts: Experts) -> str:
     """Matches the modules that `split_stacks` makes of stacks: `owner`, `number` (none for biases) and `parameter`."""
     return rf"(?P<owner>.*\.{re.escape(experts.stacked)})\.(?:(?P<number>\d+)\.)?(?P<parameter>{'|'.join(experts.parameters)})"
-
-
-def restack(names: Iterable[str], stacks: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The tensors to write -> the names that they are made of, in order."""
-    parts = {part for stack in stacks.values() for part in stack}
-    return {name: [name] for name in names if name not in parts} | dict(stacks)

@@ -66,6 +66,8 @@ def merge(
     tensors |= {e.name: _merged(pairs, e, None, target, rounding) for e in added}
     left = _heads_left_behind(plan, source)
     tensors |= {alias: _merged(pairs, None, key, target, rounding) for alias, key in left.items()}
+    for name, split in opened_base.store.splits.items():
+        tensors[name] = _whole([tensors.pop(part) for part in split.parts], split.shape)
     with atomic_directory(Path(output), overwrite) as staging:
         size, shards = write_checkpoint(staging, _watched(tensors, progress))
         copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added), dtype=dtype)
@@ -154,6 +156,11 @@ def _merged(pairs: Pairs, entry: Entry | None, key: str | None, target: torch.dt
         return written
 
     return LazyTensor(shape, dtype, load)
+
+
+def _whole(parts: list[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
+    """A tensor that was read in parts, as the base's files have it."""
+    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.load().flatten() for part in parts]).view(shape))
 
 
 def _watched(tensors: dict[str, LazyTensor], progress: Progress) -> dict[str, LazyTensor]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ _HASHED = 2**19  # elements at a time
 _SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
 
 
+@dataclass(frozen=True)
+class Split:
+    """A tensor of a file that appears as `parts`, consecutive pieces of it; `shape` is its own."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
 class TensorStore:
     """The tensors of one or more files: `infos` by name from the headers, `read` for one at a time.
 
@@ -33,7 +42,7 @@ class TensorStore:
         self.files = files
         self._owner: dict[str, SafetensorsFile | PickleFile] = {}
         self.infos: dict[str, TensorInfo] = {}
-        self.stacks: dict[str, list[str]] = {}  # tensors of the files that appear as their parts
+        self.splits: dict[str, Split] = {}
         self._digests: dict[str, str] = {}
         self._read: list[str] = []  # a list, as several threads read
         for path in files:
@@ -74,16 +83,15 @@ class TensorStore:
         if twice:
             raise AdaptError(f"{self._owner[name].path}: holds {twice!r} in {name!r} and once more on its own; one of the two is stale")
         owner = self._owner.pop(name)
-        del self.infos[name]
+        self.splits[name] = Split(tuple(parts), self.infos.pop(name).shape)
         owner.split(name, parts, shape)
         for part in parts:
             self._owner[part], self.infos[part] = owner, owner.infos[part]
-        self.stacks[name] = parts
 
     def stored_names(self, names: Iterable[str]) -> list[str]:
         """The tensors of the files that hold the named ones."""
-        stacks = {part: stack for stack, parts in self.stacks.items() for part in parts}
-        return list(dict.fromkeys(stacks.get(name, name) for name in names))
+        wholes = {part: name for name, split in self.splits.items() for part in split.parts}
+        return list(dict.fromkeys(wholes.get(name, name) for name in names))
 
     def content_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""

@@ -7,6 +7,7 @@ Layout as of PEFT 0.21: `adapter_config.json` and `adapter_model.safetensors`, k
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from adapt_convert.convert.families import Experts
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
-from adapt_convert.formats.peft_experts import Stack, Targets, complete, expert_targets, stacks
+from adapt_convert.formats.peft_experts import Stack, Targets, complete, expert_targets, stack_of, stack_parts, stacks
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 from adapt_convert.formats.source import Part, Source, whole_part
 
@@ -38,8 +39,10 @@ _SUFFIXES = re.compile(
 _FOREIGN = re.compile(r"(^|\.)(lora_[^.]*|token_adapter|trainable_tokens[^.]*)(\.|$)")
 
 
-def read_lora(location: Location) -> Source:
+def read_lora(location: Location, experts: Experts | None = None) -> Source:
     """Open a PEFT LoRA directory; alpha, rsLoRA and both patterns are folded into `B`. Reads headers only.
+
+    `experts` are those of the base, whose stacks an adapter may name; each becomes one part for each expert.
 
     Raises `AdaptError` for another PEFT method, DoRA, a missing half of a factor pair or contradicting shapes.
     """
@@ -63,7 +66,10 @@ def read_lora(location: Location) -> Source:
         else:
             parts[name] = whole_part(store, name, key)
     for module, slot in slots.items():
-        for part in _module_parts(location, store, config, module, slot):
+        read = _module_parts
+        if experts and (stack := stack_of(module, config.get("target_parameters") or [], experts)):
+            read = functools.partial(_stack_parts, stack, experts)
+        for part in read(location, store, config, module, slot):
             parts[part.name] = part
     return Source("lora", location, config, store, parts, ignored)
 
@@ -75,8 +81,9 @@ def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
         raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter; LORA and LORTA are supported")
     if config.get("use_dora"):
         raise AdaptError(f"{location.origin}: is a DoRA adapter, which is no sum of base and delta; merge it with PEFT first")
-    if config.get("target_parameters"):
-        raise AdaptError(f"{location.origin}: adapts bare parameters (target_parameters), which is not supported")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise AdaptError(f"{location.origin}: {CONFIG} has target_parameters = {parameters!r}, expected a list of names")
     if config.get("layer_replication"):
         raise AdaptError(f"{location.origin}: replicates layers, so its deltas belong to no base tensor")
     for key in ("r", "lora_alpha"):
@@ -113,6 +120,25 @@ def _module_parts(
         yield _added_bias(store, config, module, slot["lora_B.bias"], _rank(store, slot, names[0]))
     if "base_layer.bias" in slot:
         yield whole_part(store, f"{module}.bias", slot["base_layer.bias"])
+
+
+def _stack_parts(
+    stack: str,
+    experts: Experts,
+    location: Location,
+    store: TensorStore,
+    config: Mapping[str, Any],
+    module: str,
+    slot: Mapping[str, str],
+) -> Iterable[Part]:
+    """The parts of a stack of experts, one for each matrix, from its common factors."""
+    whole = _low_rank(location, store, config, module, slot, ("lora_A.weight", "lora_B.weight"))
+    rank = _pattern_value(config.get("rank_pattern"), [stack], config.get("r", 8))
+    if not isinstance(rank, int) or whole.rank is None or whole.rank % rank:
+        raise AdaptError(f"{location.origin}: {module} has {whole.rank} rows, no multiple of the rank {rank!r} that {CONFIG} gives {stack}")
+    alpha = float(_pattern_value(config.get("alpha_pattern"), [stack], config.get("lora_alpha", 8)))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return stack_parts(store, slot["lora_A.weight"], slot["lora_B.weight"], stack, rank, scale, experts)
 
 
 def _rank(store: TensorStore, slot: Mapping[str, str], name: str) -> int:
@@ -168,13 +194,18 @@ def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key:
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA. Patterns are regular expressions anchored at a dot; the first wins."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
+    names = [module, f"{module}.weight"] if config.get("target_parameters") else [module]
+    alpha = _pattern_value(config.get("alpha_pattern"), names, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern_value(patterns: Mapping[str, Any] | None, names: list[str], default: Any) -> Any:
+    """What the patterns give a module or parameter: regular expressions anchored at a dot, of which the first that fits wins."""
+    for pattern, value in (patterns or {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            return value
+    return default
 
 
 @dataclass

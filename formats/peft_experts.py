@@ -9,6 +9,7 @@ keys of those within.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import LowRankDelta
-from adapt_convert.convert.experts import expert_pattern, stack_pattern
+from adapt_convert.convert.experts import expert_pattern, parts_of_stack, stack_pattern
 from adapt_convert.convert.families import Experts
+from adapt_convert.formats.checkpoint import TensorStore
+from adapt_convert.formats.source import Part
 
 Factors = Mapping[str, LowRankDelta]
 
@@ -120,3 +123,32 @@ def expert_targets(ranks: Mapping[str, int], stacks: Mapping[str, int], experts:
             parameters[f"{stack}.{'down_proj' if down else 'gate_up_proj'}"] = rank if down else 2 * rank
         names = ()
     return Targets({module: r for module, r in ranks.items() if module not in found and module not in shadowed}, parameters, rank, names)
+
+
+def stack_of(module: str, parameters: Iterable[str], experts: Experts) -> str | None:
+    """The stack that the factors under `module` belong to, where `parameters` are an adapter's targets; None where to no stack."""
+    owner = re.sub(r"(\.base_layer)+$", "", module)
+    if not owner.endswith(f".{experts.stacked}"):
+        return None
+    order = experts.parameters or ("gate_up_proj", "down_proj")
+    adapted = [name for name in order if any(f".{owner}.{name}".endswith(f".{target}") for target in parameters)]
+    outer = (len(module) - len(owner)) // len(".base_layer")
+    return f"{owner}.{adapted[-1 - outer]}" if outer < len(adapted) else None
+
+
+def stack_parts(store: TensorStore, key_a: str, key_b: str, stack: str, rank: int, scale: float, experts: Experts) -> Iterable[Part]:
+    """One part for each matrix of a stack, from `lora_A (experts * rank, in)` and `lora_B (out, rank * experts)`, `B` times `scale`."""
+    (rows, columns), (out, _) = store.infos[key_a].shape, store.infos[key_b].shape
+    count, parameter = rows // rank, stack.rpartition(".")[2]
+    names = [f"{stack}.weight"] if parameter.endswith("_bias") else parts_of_stack(stack, parameter, count, experts)
+    height = out * count // len(names)  # gate and up are halves of one matrix
+
+    def load(number: int) -> LowRankDelta:
+        expert, half = divmod(number, len(names) // count)
+        a = store.read(key_a).float().reshape(count, rank, columns)[expert]
+        b = store.read(key_b).float().reshape(out, rank, count)[half * height : (half + 1) * height, :, expert]
+        return LowRankDelta(b * scale, a)
+
+    for number, name in enumerate(names):
+        shape = (height, columns)
+        yield Part(name, (key_a, key_b), shape, store.infos[key_a].dtype, "low_rank", functools.partial(load, number), rank)
