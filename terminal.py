@@ -78,6 +78,8 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
     table.add_row("size", f"{size_text(report['bytes'])}, of which stored exactly {size_text(report['bytes_exact'])}")
     table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
     table.add_row("tensors", ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())))
+    if quantised := report.get("quantised_base"):
+        table.add_row("base", f"{quantised['format']}; its rounding is about {quantised['noise']:.1%} of the change that was factored")
     table.add_row("time", f"{report['seconds']:.1f} s")
     table.add_row("peak memory", size_text(report["peak_memory"]))
     terminal.print(table)

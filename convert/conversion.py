@@ -128,7 +128,7 @@ def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
     location = locate(base, revision)
     if adapter_config_path(location) or latte_config_path(location):
         raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
-    checkpoint = Checkpoint(location)
+    checkpoint = Checkpoint(location, dequantised=True)
     split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config))
     return checkpoint
 

@@ -36,10 +36,12 @@ class Record:
     def is_loss(self) -> bool:
         return self.status == "dropped" and self.entry.lossy
 
-    def to_json(self, source: Source) -> dict[str, Any]:
+    def to_json(self, source: Source, noise: float | None) -> dict[str, Any]:
+        """`noise` is the expected energy of what quantising the base put under the change."""
         row: dict[str, Any] = {"status": self.status, "shape": list(self.entry.part.shape), "energy": self.energy}
         if self.status == "factored":
             row |= {"rank": self.rank, "captured_energy": self.captured}
+        row |= {"base_noise": noise} if noise is not None else {}
         row |= {"reason": self.reason} if self.reason else {}
         return row | {"source_tensors": source.store.stored_names(self.entry.part.keys)}
 
@@ -88,7 +90,16 @@ def build_report(base: Checkpoint, source: Source, options: Options, records: It
             }
             for role, side in (("base", base), ("source", source))
         },
+        **({"quantised_base": _quantised_base(base, factored)} if base.quantisation else {}),
         "missing_from_source": list(missing),
         "ignored_source_tensors": dict(source.ignored),
-        "tensors": {record.entry.name: record.to_json(source) for record in records},
+        "tensors": {record.entry.name: record.to_json(source, base.store.noise.get(record.entry.base_key or "")) for record in records},
     }
+
+
+def _quantised_base(base: Checkpoint, factored: Iterable[Record]) -> dict[str, Any]:
+    """The format of a quantised base, and its rounding noise as a share of what the factored matrices seem to have changed by."""
+    factored = list(factored)
+    noise = sum(base.store.noise.get(record.entry.base_key or "", 0.0) for record in factored)
+    total = sum(record.energy for record in factored)
+    return {"format": base.quantisation, "noise": noise / total if total else None}
