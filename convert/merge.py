@@ -70,7 +70,9 @@ def merge(
         tensors[name] = _whole([tensors.pop(part) for part in split.parts], split.shape)
     with atomic_directory(Path(output), overwrite) as staging:
         size, shards = write_checkpoint(staging, _watched(tensors, progress))
-        copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added), dtype=dtype)
+        untie = bool(left) or any(e.tied_to for e in added)
+        dequantised = opened_base.config if opened_base.quantisation else None
+        copy_small_files(opened_base.location.directory, staging, untie, dtype, dequantised)
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
         summary |= {"rounding_loss": rounding.loss} | ({"rounded_to": rounding.worst} if rounding.worst else {})
         (staging / "conversion.json").write_text(

@@ -107,7 +107,9 @@ def _fp8(origin: str, config: Mapping[str, Any], store: TensorStore) -> dict[str
             continue
         scale = next((key for suffix in _SCALES if (key := name.removesuffix(".weight") + suffix) in store.infos), None)
         if scale is None or len(info.shape) != 2:
-            raise AdaptError(f"{origin}: {name} is {list(info.shape)} {info.dtype}, and has no weight_scale or weight_scale_inv beside it")
+            raise AdaptError(
+                f"{origin}: is quantised ({info.dtype}; {name}) without the weight_scale or weight_scale_inv that belongs beside it"
+            )
         rows, columns = info.shape
         shape = store.infos[scale].shape
         by_block = shape == (-(-rows // size[0]), -(-columns // size[1])) and shape not in ((1, 1), (rows, 1))

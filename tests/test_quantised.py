@@ -124,6 +124,8 @@ def test_full_rank_leads_from_the_quantised_base_to_the_fine_tune(pair: Pair, tm
     (plain / "config.json").write_bytes((pair.base / "config.json").read_bytes())
     on_plain = Pair(plain, pair.ft, pair.model_class, pair.inputs)
     torch.testing.assert_close(on_plain.logits(on_plain.load_peft(out)), pair.logits(pair.load(pair.ft)), atol=2e-4, rtol=2e-4)
+    adapt_convert.merge(directory, out, tmp_path / "merged")  # an ordinary checkpoint
+    torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), pair.logits(pair.load(pair.ft)), atol=2e-4, rtol=2e-4)
     report = json.loads((out / "conversion.json").read_text())
     rows = [row for row in report["tensors"].values() if row["status"] == "factored"]
     noisy = [row["base_noise"] for row in rows if "base_noise" in row]
@@ -204,6 +206,8 @@ def test_a_fine_tune_of_a_gguf_base(tmp_path: Path) -> None:
         base = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="q8.gguf", dtype=torch.float32)
         adapted = PeftModel.from_pretrained(base, out).eval()
     torch.testing.assert_close(pair.logits(adapted), pair.logits(pair.load(pair.ft)), atol=1e-3, rtol=1e-3)
+    adapt_convert.merge(tmp_path / "q8.gguf", out, tmp_path / "merged")
+    torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), pair.logits(pair.load(pair.ft)), atol=1e-3, rtol=1e-3)
     assert json.loads((out / "conversion.json").read_text())["quantised_base"]["format"] == "GGUF, Q8_0"
 
 
@@ -224,7 +228,7 @@ def test_what_cannot_be_dequantised_is_refused_by_name(pair: Pair, tmp_path: Pat
         adapt_convert.convert(fp8, pair.ft, rank=2)
     del state[key]
     save_file(state, fp8 / "model.safetensors")
-    with pytest.raises(AdaptError, match=r"up_proj.weight .* has no weight_scale"):
+    with pytest.raises(AdaptError, match=r"quantised \(F8_E4M3; model\.layers\.0\.mlp\.up_proj\.weight\) without the weight_scale"):
         adapt_convert.convert(fp8, pair.ft, rank=2)
 
 
