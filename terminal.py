@@ -85,11 +85,13 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
     terminal.print(table)
     by_reason: dict[str, list[str]] = {}
     for record in conversion.records:
-        if record.status == "dropped" or record.entry.rows_lost:
+        if record.status == "dropped":
             by_reason.setdefault(record.reason, []).append(record.entry.name)
     for reason, names in by_reason.items():
         listed = names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} ... {names[-1]}"
         terminal.print(f"lost: {listed}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if "vocabulary" in report:
+        terminal.print(f"resize the base before loading: model.resize_token_embeddings({report['vocabulary']})", highlight=False)
     terminal.print(f"written to {directory}", highlight=False, markup=False, soft_wrap=True)
 
 

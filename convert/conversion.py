@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,9 @@ def convert(
     on_plan(plan, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
-    stored, lost, records = survey(pairs, plan, chosen, progress)
+    stored, records = survey(pairs, plan, chosen, progress)
     adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
-    records += [_with_lost_rows(record, lost) for record in solved]
+    records += solved
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
     if not any(record.status == "factored" and record.energy for record in records):
@@ -163,12 +163,11 @@ def _modules(checkpoint: Checkpoint) -> list[str]:
 def refuse_certain_losses(plan: Plan, options: Options) -> None:
     """With `--strict`, refuse what is certain to be lost before a tensor is read.
 
-    That is rows and tensors that no adapter of the unresized base can hold, and tensors of whole layers that the source lacks.
+    That is tensors that no adapter can hold, and tensors of whole layers that the source lacks.
     """
     if not options.strict:
         return
     losses = [f"{name} (not in the fine-tune)" for name in plan.missing if re.search(r"\.\d+\.", name)]
-    losses += [f"{entry.name} ({_rows_reason(entry)})" for entry in plan.entries if entry.rows_lost and entry.action != "drop"]
     if options.to == "lora":
         for entry in plan.having("store"):
             reason = unstorable(plan, entry) if entry.base_key is None else None
@@ -182,52 +181,29 @@ def _refuse_losses(losses: list[str]) -> None:
         raise AdaptError(f"--strict: {losses[0]}{more} would be lost; leave out with --exclude what may be lost")
 
 
-def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
-    """Read everything that is not factored: what has to be stored (with its energy), rows lost, and the records of the rest.
+def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], list[Record]]:
+    """Read everything that is not factored: what has to be stored (with its energy), and the records of the rest.
 
     It comes before the solving, so that a loss that `--strict` forbids is found before the long work starts.
     """
     stored: dict[Entry, float] = {}
-    lost: dict[str, float] = {}
     records: list[Record] = []
-    compared = [entry for entry in plan.entries if entry.action != "factor" or entry.rows_lost]
-    for entry, (energy, lost_energy) in pairs.change_energies(progress(compared, "comparing")):
-        if lost_energy:
-            lost[entry.name] = lost_energy
-        if entry.action == "factor":
-            continue
-        if energy == 0 and not lost_energy and entry.base_key is not None:
+    compared = [entry for entry in plan.entries if entry.action != "factor"]
+    for entry, (common, added) in pairs.change_energies(progress(compared, "comparing")):
+        energy = common + added
+        if energy == 0 and entry.base_key is not None:
             records.append(unchanged(entry))
         elif entry.action == "drop":
             # What the model computes for itself is no change, however much of it a checkpoint carries.
-            changed = energy + lost_energy if entry.lossy or entry.reason != COMPUTED else 0.0
+            changed = energy if entry.lossy or entry.reason != COMPUTED else 0.0
             records.append(dropped(entry, changed, entry.reason))
-        elif energy == 0 and lost_energy:
-            records.append(dropped(entry, lost_energy, _rows_reason(entry)))
         else:
             stored[entry] = energy
     if options.strict:
         reasons = {e: unstorable(plan, e) for e in stored} if options.to == "lora" else {}
         losses = [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
         _refuse_losses(losses + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
-    return stored, lost, records
-
-
-def _with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
-    """Of a tensor with more rows than the base only the base's rows could be kept: add what is missing.
-
-    One that would have been exact counts as dropped; one that is factored is an approximation anyway.
-    """
-    missing = lost.get(record.entry.name, 0.0)
-    if not missing:
-        return record
-    status = "dropped" if record.status == "exact" else record.status
-    reason = f"{_rows_reason(record.entry)}; the others are kept"
-    return replace(record, status=status, energy=record.energy + missing, residual=record.residual + missing, reason=reason)
-
-
-def _rows_reason(entry: Entry) -> str:
-    return f"{entry.rows_lost} rows beyond the base's cannot be loaded onto the unresized base"
+    return stored, records
 
 
 _TASKS = {

@@ -83,7 +83,7 @@ def _solve_kept(pairs: Pairs, entry: Entry, options: Options, budgeted: int | No
 
 def prepare(pairs: Pairs, plan: Plan, entry: Entry, options: Options) -> None:
     """Work out, and keep among the pieces, all that a conversion will ask of the base about one tensor."""
-    if entry.action != "factor" or entry.rows_lost:
+    if entry.action != "factor":
         pairs.change_energy(entry)
     if entry.action == "factor":
         _solve_kept(pairs, entry, options)
@@ -207,7 +207,7 @@ def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
         key = plan.base_keys[name]
         info = pairs.base.infos[key]
         return LazyTensor(info.shape, STORED_DTYPES[info.dtype], lambda: pairs.base.read(key))
-    shape = pairs.base.infos[entry.base_key].shape if entry.base_key else entry.part.shape
+    shape = pairs.base.infos[entry.base_key].shape if entry.base_key and not entry.rows_added else entry.part.shape
     dtype = entry.part.dtype if entry.part.kind == "replace" else "F32"
     return LazyTensor(shape, STORED_DTYPES[dtype], lambda: pairs.value(entry))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.architectures import aliases_of, is_head
+from adapt_convert.convert.architectures import aliases_of, is_embedding, is_head
 from adapt_convert.convert.conversion import open_pair
 from adapt_convert.convert.options import DTYPES as DTYPES_BY_NAME
 from adapt_convert.convert.options import Options
@@ -72,7 +72,8 @@ def merge(
         size, shards = write_checkpoint(staging, _watched(tensors, progress))
         untie = bool(left) or any(e.tied_to for e in added)
         dequantised = opened_base.config if opened_base.quantisation else None
-        copy_small_files(opened_base.location.directory, staging, untie, dtype, dequantised)
+        rows = [e.part.shape[0] for e in plan.entries if e.rows_added and is_embedding(e.module)]
+        copy_small_files(opened_base.location.directory, staging, untie, dtype, dequantised, max(rows, default=None))
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
         summary |= {"rounding_loss": rounding.loss} | ({"rounded_to": rounding.worst} if rounding.worst else {})
         (staging / "conversion.json").write_text(
@@ -141,7 +142,7 @@ class _Rounding:
 
 def _merged(pairs: Pairs, entry: Entry | None, key: str | None, target: torch.dtype | None, rounding: _Rounding) -> LazyTensor:
     info = pairs.base.infos[key] if key else None
-    shape = info.shape if info else entry.part.shape  # type: ignore[union-attr]
+    shape = info.shape if info and not (entry and entry.rows_added) else entry.part.shape  # type: ignore[union-attr]
     stored = DTYPES[info.dtype if info else entry.part.dtype]  # type: ignore[union-attr]
     dtype = target if target and stored.is_floating_point else stored
 
@@ -154,7 +155,8 @@ def _merged(pairs: Pairs, entry: Entry | None, key: str | None, target: torch.dt
         if written.is_floating_point() and not torch.isfinite(written).all():
             raise AdaptError(f"{entry.name}: the merged value is not finite (NaN or Inf) in {dtype}; is {pairs.source.origin} damaged?")
         if key and written.dtype != value.dtype:
-            rounding.add(pairs.base.read(key), value, written)
+            old = pairs.base.read(key)
+            rounding.add(old, value[: len(old)], written[: len(old)])
         return written
 
     return LazyTensor(shape, dtype, load)

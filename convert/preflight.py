@@ -58,7 +58,7 @@ class Entry:
     transposed: bool = False
     lossy: bool = True
     tied_to: str | None = None
-    rows_lost: int = 0  # rows beyond the base's, which an adapter of the unresized base cannot hold
+    rows_added: int = 0  # rows beyond the base's: tokens or classes that the fine-tune added
 
     @property
     def name(self) -> str:
@@ -205,8 +205,10 @@ class _Planner:
         action, reason, lossy = self._decide(part, module, kind, key, place)
         if tied_to and action != "drop" and self.source.config.get("tie_word_embeddings", True):
             action, reason = "store", f"shares {tied_to}"
-        lost = max(0, part.shape[0] - rows[0]) if rows else 0
-        return Entry(part, key, module, kind, action, reason, place, transposed, lossy, tied_to, lost)
+        added = max(0, part.shape[0] - rows[0]) if rows else 0
+        if added and action == "factor":  # the added rows have no base that factors could be added to
+            action, reason = "store", f"has {added} rows more than the base"
+        return Entry(part, key, module, kind, action, reason, place, transposed, lossy, tied_to, added)
 
     def _is_transposed(self, module: str) -> bool:
         """Whether the base stores the matrix of a module `(in, out)`."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+from adapt_convert.convert.architectures import is_embedding, is_head
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -90,6 +91,7 @@ def build_report(base: Checkpoint, source: Source, options: Options, records: It
             }
             for role, side in (("base", base), ("source", source))
         },
+        **_sizes_to_load(records),
         **({"quantised_base": _quantised_base(base, factored)} if base.quantisation else {}),
         "missing_from_source": list(missing),
         "ignored_source_tensors": dict(source.ignored),
@@ -103,3 +105,13 @@ def _quantised_base(base: Checkpoint, factored: Iterable[Record]) -> dict[str, A
     noise = sum(base.store.noise.get(record.entry.base_key or "", 0.0) for record in factored)
     total = sum(record.energy for record in factored)
     return {"format": base.quantisation, "noise": noise / total if total else None}
+
+
+def _sizes_to_load(records: Iterable[Record]) -> dict[str, int]:
+    """What the base has to be given before it takes the adapter: a `vocabulary` or a number of `classes` larger than its own."""
+    kept = [record.entry for record in records if record.entry.rows_added and record.status == "exact"]
+    tokens = [entry.part.shape[0] for entry in kept if is_embedding(entry.module) or entry.module.startswith("lm_head")]
+    classes = [entry.part.shape[0] for entry in kept if is_head(entry.module) and not entry.module.startswith("lm_head")]
+    if tokens:
+        return {"vocabulary": max(tokens)}
+    return {"classes": max(classes)} if classes else {}
