@@ -11,7 +11,7 @@ from adapt_convert.convert.families import BY_MODEL_TYPE, Family
 
 # A module of this last name is an embedding table, in known and unknown architectures alike.
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe|shared|embeddings?|word_embeddings|position_embeddings"
+    r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe|shared|embeddings?|word_embeddings|position_embeddings?|token_embedding"
     r"|token_type_embeddings|relative_attention_bias)$"
 )
 
@@ -42,15 +42,15 @@ def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, st
     prefix = f"{family.prefix}." if family and family.prefix else ""
     architecture = str((config.get("architectures") or [""])[0])
     with_head = not architecture.endswith("Model") or architecture.endswith(("HeadModel", "HeadsModel"))  # GPT2LMHeadModel
-    add_prefix = bool(prefix) and with_head and bool(config) and not any(key.startswith(prefix) for key in keys)
     names = {}
     for key in keys:
         name = key
         for pattern, replacement in renames:
             name = pattern.sub(replacement, name)
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)  # checkpoints from before 2020
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        names[key] = prefix + name if add_prefix and not is_head(name) else name
+        names[key] = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    if prefix and with_head and config and not any(name.startswith(prefix) for name in names.values()):
+        return {key: name if is_head(name) else prefix + name for key, name in names.items()}
     return names
 
 
@@ -116,7 +116,9 @@ class Heads:
 
 
 def heads_of(config: Mapping[str, Any]) -> Heads | None:
-    """Attention geometry from `config.json`, or None when it does not say."""
+    """Attention geometry from `config.json`, of the language model where there are several, or None when it does not say."""
+    nested = config.get("text_config")
+    config = {**config, **nested} if isinstance(nested, dict) else config
 
     def first(*names: str) -> int | None:
         return next((int(config[n]) for n in names if isinstance(config.get(n), int)), None)

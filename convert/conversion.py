@@ -220,6 +220,8 @@ def task_type(plan: Plan) -> str | None:
     A classifier gets none: with one, PEFT would expect its head among the saved modules, whether it changed or not.
     """
     architecture = str((plan.config.get("architectures") or [""])[0])
+    if architecture.endswith("ForConditionalGeneration") and not plan.config.get("is_encoder_decoder"):
+        return None  # a language model that also sees
     return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
 
 

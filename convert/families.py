@@ -107,6 +107,7 @@ class Family:
 
 
 _HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
+_INNER_HEAD = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 _QKV = {role: f"self_attn.{role}_proj" for role in ("q", "k", "v")}
 _ATTENTION = {**_QKV, "o": "self_attn.o_proj"}
 _MLP = {role: f"mlp.{role}_proj" for role in MLP_ROLES}
@@ -167,6 +168,26 @@ FAMILIES: tuple[Family, ...] = (
         why_no_latte="it normalises what its writers add, and that norm depends on more than the carried dims",
     ),
     replace(_LLAMA, model_types=("olmo", "stablelm", "cohere", "granite"), stream=None),
+    replace(  # a language model beside a vision tower, which has no roles: other widths, no part of a common tensor
+        _LLAMA,
+        model_types=("qwen2_vl", "qwen2_5_vl"),
+        blocks=(Block("model.language_model.layers.{}", {**_ATTENTION, **_MLP}),),
+        tied=_INNER_HEAD,
+        renames=((r"^visual\.", "model.visual."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model.")),
+        stream=None,
+    ),
+    replace(
+        _LLAMA,
+        model_types=("llava", "gemma3"),
+        blocks=(Block("model.language_model.layers.{}", {**_ATTENTION, **_MLP}),),
+        tied=_INNER_HEAD,
+        renames=(
+            (r"^language_model\.lm_head\.", "lm_head."),
+            (r"^language_model\.model\.", "model.language_model."),
+            (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+        ),
+        stream=None,
+    ),
     Family(
         model_types=("starcoder2",),
         prefix="model",

@@ -51,6 +51,8 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
     origin, source = base.origin, report["inputs"]["source"]["origin"]
     architecture = str((config.get("architectures") or [""])[0])
     auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), "AutoModel")
+    if auto == "AutoModelForSeq2SeqLM" and not config.get("is_encoder_decoder"):
+        auto = "AutoModelForImageTextToText"
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
     code = _loading(report, auto, base)

@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
 )
@@ -55,11 +56,26 @@ MASKED: dict[str, dict[str, Any]] = {
 }
 SEQ2SEQ: dict[str, dict[str, Any]] = {"bart": _BART, "mbart": _BART, "t5": _T5, "mt5": _T5}
 IMAGES: dict[str, dict[str, Any]] = {"vit": _SIZE | {"image_size": 16, "patch_size": 8, "num_labels": 3}}
+_SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+_QWEN_SIGHT = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
+_QWEN_SIGHT |= {"intermediate_size": 24, "out_hidden_size": 32}
+_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+_QWEN_VL = {"text_config": _GQA | _MROPE, "vision_config": _QWEN_SIGHT, "tie_word_embeddings": False}
+SEEING: dict[str, dict[str, Any]] = {
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "llava": {"text_config": _GQA | {"model_type": "llama"}, "vision_config": _SIGHT | {"model_type": "clip_vision_model"}},
+    "gemma3": {
+        "text_config": _GQA | _HEAD | {"model_type": "gemma3_text"},
+        "vision_config": _SIGHT | {"model_type": "siglip_vision_model"},
+    },
+}
 _CLASSES = (
     (AutoModelForCausalLM, CAUSAL),
     (AutoModelForMaskedLM, MASKED),
     (AutoModelForSeq2SeqLM, SEQ2SEQ),
     (AutoModelForImageClassification, IMAGES),
+    (AutoModelForImageTextToText, SEEING),
 )
 TINY = {name: (auto, sizes) for auto, family in _CLASSES for name, sizes in family.items()}
 

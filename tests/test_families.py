@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Pair, save_pair
 from families import TINY, tiny
+from safetensors.torch import load_file, save_file
 
 import adapt_convert
 from adapt_convert import AdaptError
@@ -23,16 +24,19 @@ def family_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(model_type: str) -> Pair:
         if model_type not in made:
-            made[model_type] = save_pair(tmp_path_factory.mktemp(model_type), *tiny(model_type), _without_sinks)
+            made[model_type] = save_pair(tmp_path_factory.mktemp(model_type), *tiny(model_type), _what_peft_can_hold)
         return made[model_type]
 
     return make
 
 
-def _without_sinks(model: Any) -> None:
-    """Change everything but the attention sinks of gpt-oss, which PEFT has no place for (test_experts.py has them reported)."""
+_UNHELD = ("sinks", "class_embedding", "vision_tower.head")  # bare parameters beside modules that are factored
+
+
+def _what_peft_can_hold(model: Any) -> None:
+    """Change everything but the parameters that PEFT has no place for (test_experts.py has them reported)."""
     for name, parameter in model.named_parameters():
-        if not name.endswith("sinks"):
+        if not any(part in name for part in _UNHELD):
             parameter += 0.05 * torch.randn_like(parameter)
 
 
@@ -82,6 +86,21 @@ def test_full_rank_is_the_fine_tune(family_pair: Any, tmp_path: Path, model_type
     logits, base = pair.logits(pair.load_peft(out)), pair.logits(pair.load(pair.base))
     torch.testing.assert_close(logits, pair.logits(pair.load(pair.ft)), atol=5e-4, rtol=5e-4)
     assert (logits - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in BY_MODEL_TYPE.items() if family.renames])
+def test_names_of_another_release_convert_alike(family_pair: Any, tmp_path: Path, model_type: str) -> None:
+    """The fine-tune under its names in memory, the base under those on disk."""
+    pair = family_pair(model_type)
+    expected = adapt_convert.convert(pair.base, pair.ft, rank=2).save(tmp_path / "expected")
+    (tmp_path / "ft").mkdir()
+    state = {name: value.detach().clone() for name, value in pair.load(pair.ft).named_parameters()}
+    assert set(state) != set(load_file(pair.ft / "model.safetensors"))
+    save_file(state, tmp_path / "ft" / "model.safetensors")
+    (tmp_path / "ft" / "config.json").write_bytes((pair.ft / "config.json").read_bytes())
+    out = adapt_convert.convert(pair.base, tmp_path / "ft", rank=2).save(tmp_path / "out")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
 
 
 _FUSED = [name for name, family in BY_MODEL_TYPE.items() for block in family.blocks if set(block.roles) & set(FUSED)]

@@ -143,7 +143,7 @@ def test_rows_shorter_than_a_block_of_bitsandbytes(tmp_path: Path) -> None:
     assert error < 0.012 * sum(float(original[key].square().sum()) for key in expected)
 
 
-def write_gguf(path: Path, model: Any, architecture: str, kind: gguf.GGMLQuantizationType) -> None:
+def write_gguf(path: Path, model: Any, architecture: str, kind: gguf.GGMLQuantizationType, quantise: Any = None) -> None:
     """As llama.cpp's converter would: its own names, and for a Llama the rows of q and k in the order of its rotation."""
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -162,7 +162,7 @@ def write_gguf(path: Path, model: Any, architecture: str, kind: gguf.GGMLQuantiz
         if heads and architecture == "llama":
             rows = rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
         matrix = rows.ndim == 2
-        stored = gguf.quants.quantize(rows, kind) if matrix else rows
+        stored = (quantise(rows) if quantise else gguf.quants.quantize(rows, kind)) if matrix else rows
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind if matrix else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -194,6 +194,28 @@ def test_a_gguf_base_is_read_as_transformers_reads_it(tmp_path: Path, architectu
             true += float((value - model.state_dict()[name]).square().sum())
             estimated += base.store.noise[name]
     assert estimated == pytest.approx(true, rel=0.3)
+
+
+@pytest.mark.parametrize(("kind", "size", "scales"), [("Q4_K", 144, (0, 2)), ("Q5_K", 176, (0, 2)), ("Q6_K", 210, (208,))])
+def test_k_quants_are_read_as_transformers_reads_them(tmp_path: Path, kind: str, size: int, scales: tuple[int, ...]) -> None:
+    """Blocks of 256 weights from random codes, as the package writes none; with scales of an ordinary size."""
+    model_class, config = tiny("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    model, generator = model_class(config), numpy.random.default_rng(0)
+
+    def random_blocks(rows: numpy.ndarray) -> numpy.ndarray:
+        blocks = generator.integers(0, 256, (rows.size // 256, size), dtype=numpy.uint8)
+        for place in scales:
+            blocks[:, place : place + 2] = numpy.full((len(blocks), 1), 0.001, numpy.float16).view(numpy.uint8)
+        return blocks.reshape(len(rows), -1)
+
+    write_gguf(tmp_path / "model.gguf", model, "llama", gguf.GGMLQuantizationType[kind], random_blocks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    base = open_base(tmp_path / "model.gguf")
+    for name, value in expected.items():
+        torch.testing.assert_close(base.read(name), value, atol=0, rtol=0)
+        assert (base.store.noise[name] > 0) == (value.ndim == 2)
 
 
 def test_a_fine_tune_of_a_gguf_base(tmp_path: Path) -> None:
