@@ -86,16 +86,20 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
         tried = ", ".join(f"{name} {value:.4g}" for name, value in about["candidates"].items())
         table.add_row("held-out KL", f"{tried} (base {about['kl_of_base']:.4g})")
         table.add_row("", f"{about['chosen']} is written: {1 - about['kl'] / about['kl_of_base']:.1%} of the base's KL removed")
+    if quantised := report.get("quantised_base"):
+        table.add_row("base", f"{quantised['format']}; its rounding is about {quantised['noise']:.1%} of the change that was factored")
     table.add_row("time", f"{report['seconds']:.1f} s")
     table.add_row("peak memory", size_text(report["peak_memory"]))
     terminal.print(table)
     by_reason: dict[str, list[str]] = {}
     for record in conversion.records:
-        if record.status == "dropped" or record.entry.rows_lost:
+        if record.status == "dropped":
             by_reason.setdefault(record.reason, []).append(record.entry.name)
     for reason, names in by_reason.items():
         listed = names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} ... {names[-1]}"
         terminal.print(f"lost: {listed}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if "vocabulary" in report:
+        terminal.print(f"resize the base before loading: model.resize_token_embeddings({report['vocabulary']})", highlight=False)
     terminal.print(f"written to {directory}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from adapt_convert.convert.calibration.work import Work
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora
 from adapt_convert.convert.lorta.solver import solve_lorta
-from adapt_convert.convert.losses import refuse_certain_losses, refuse_losses, rows_reason, unstorable
+from adapt_convert.convert.losses import refuse_certain_losses, refuse_losses, unstorable
 from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
@@ -99,13 +99,13 @@ def convert(
     on_plan(plan, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
-    stored, lost, records = survey(pairs, plan, chosen, progress)
+    stored, records = survey(pairs, plan, chosen, progress)
     calibration: dict[str, Any] = {}
     if chosen.calib is None:
         adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     else:
         adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS.get(chosen.to), progress), chosen)
-    records += [with_lost_rows(record, lost) for record in solved]
+    records += solved
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
     if not any(record.status == "factored" and record.energy for record in records):
@@ -128,48 +128,29 @@ def convert(
     return Conversion(adapter, opened_base, plan, records, report, started)
 
 
-def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], dict[str, float], list[Record]]:
-    """Read everything that is not factored: what has to be stored (with its energy), rows lost, and the records of the rest.
+def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], list[Record]]:
+    """Read everything that is not factored: what has to be stored (with its energy), and the records of the rest.
 
     It comes before the solving, so that a loss that `--strict` forbids is found before the long work starts.
     """
     stored: dict[Entry, float] = {}
-    lost: dict[str, float] = {}
     records: list[Record] = []
-    compared = [entry for entry in plan.entries if entry.action != "factor" or entry.rows_lost]
-    for entry, (energy, lost_energy) in pairs.change_energies(progress(compared, "comparing")):
-        if lost_energy:
-            lost[entry.name] = lost_energy
-        if entry.action == "factor":
-            continue
-        if energy == 0 and not lost_energy and entry.base_key is not None:
+    compared = [entry for entry in plan.entries if entry.action != "factor"]
+    for entry, (common, added) in pairs.change_energies(progress(compared, "comparing")):
+        energy = common + added
+        if energy == 0 and entry.base_key is not None:
             records.append(unchanged(entry))
         elif entry.action == "drop":
             # What the model computes for itself is no change, however much of it a checkpoint carries.
-            changed = energy + lost_energy if entry.lossy or entry.reason != COMPUTED else 0.0
+            changed = energy if entry.lossy or entry.reason != COMPUTED else 0.0
             records.append(dropped(entry, changed, entry.reason))
-        elif energy == 0 and lost_energy:
-            records.append(dropped(entry, lost_energy, rows_reason(entry)))
         else:
             stored[entry] = energy
     if options.strict:
         reasons = {e: unstorable(plan, e) for e in stored} if options.to == "lora" else {}
         losses = [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
         refuse_losses(losses + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
-    return stored, lost, records
-
-
-def with_lost_rows(record: Record, lost: dict[str, float]) -> Record:
-    """Of a tensor with more rows than the base only the base's rows could be kept: add what is missing.
-
-    One that would have been exact counts as dropped; one that is factored is an approximation anyway.
-    """
-    missing = lost.get(record.entry.name, 0.0)
-    if not missing:
-        return record
-    status = "dropped" if record.status == "exact" else record.status
-    reason = f"{rows_reason(record.entry)}; the others are kept"
-    return replace(record, status=status, energy=record.energy + missing, residual=record.residual + missing, reason=reason)
+    return stored, records
 
 
 _TASKS = {
@@ -186,6 +167,8 @@ def task_type(plan: Plan) -> str | None:
     A classifier gets none: with one, PEFT would expect its head among the saved modules, whether it changed or not.
     """
     architecture = str((plan.config.get("architectures") or [""])[0])
+    if architecture.endswith("ForConditionalGeneration") and not plan.config.get("is_encoder_decoder"):
+        return None  # a language model that also sees
     return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
 
 

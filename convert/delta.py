@@ -31,6 +31,10 @@ class DenseDelta:
         """Output rows `start:stop`, one part of a fused matrix."""
         return DenseDelta(self.weight[start:stop])
 
+    def pick(self, rows: Tensor) -> DenseDelta:
+        """Output rows by number, one part of an interleaved matrix."""
+        return DenseDelta(self.weight[rows.to(self.weight.device)])
+
     def matmul(self, x: Tensor) -> Tensor:
         """`D @ x` for `x (in, k)`, float32."""
         return _times(self.weight, x) if self.weight.is_contiguous() else _transposed_times(self.weight.T, x)
@@ -78,6 +82,10 @@ class LowRankDelta:
     def rows(self, start: int, stop: int) -> LowRankDelta:
         """Output rows `start:stop`, one part of a fused matrix."""
         return LowRankDelta(self.B[start:stop], self.A)
+
+    def pick(self, rows: Tensor) -> LowRankDelta:
+        """Output rows by number, one part of an interleaved matrix."""
+        return LowRankDelta(self.B[rows.to(self.B.device)], self.A)
 
     def matmul(self, x: Tensor) -> Tensor:
         """`D @ x` for `x (in, k)`, float32."""

@@ -38,7 +38,9 @@ def assemble(
     """The adapter of the plan's matrices, each with what was solved for it, and of the changed tensors of `stored`."""
     _refuse_biases_beside_embeddings(plan, stored)
     modules = [name.removesuffix(".weight") for name in plan.base_keys if name.endswith(".weight")]
-    adapter = LoraAdapter(conv1d=any(entry.transposed for entry in plan.having("factor")), all_modules=modules)
+    family = plan.family
+    conv1d = family is not None and family.conv1d and any(entry.transposed for entry in plan.having("factor"))
+    adapter = LoraAdapter(conv1d=conv1d, experts=family.experts if family else None, all_modules=modules)
     records = [_place(entry, piece, adapter) for entry, piece in solved]
     for module, delta in list(adapter.embeddings.items()):
         for alias in plan.aliases(f"{module}.weight"):  # the same factors, on every module that shares the table
@@ -76,7 +78,7 @@ def _solve_kept(pairs: Pairs, entry: Entry, options: Options, budgeted: int | No
 
 def prepare(pairs: Pairs, plan: Plan, entry: Entry, options: Options) -> None:
     """Work out, and keep among the pieces, all that a conversion will ask of the base about one tensor."""
-    if entry.action != "factor" or entry.rows_lost:
+    if entry.action != "factor":
         pairs.change_energy(entry)
     if entry.action == "factor":
         _solve_kept(pairs, entry, options)
@@ -156,8 +158,11 @@ def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[s
             records.append(dropped(entry, energy, reason))
             continue
         if entry.name == f"{entry.module}.bias" and entry.module in adapter.factors:
-            adapter.biases[entry.module] = pairs.difference(entry)
-            records.append(exact(entry, energy, "as lora_B.bias"))
+            if adapter.experts:
+                adapter.bias_values[entry.module] = lazy_value(pairs, plan, entry.name)
+            else:
+                adapter.biases[entry.module] = pairs.difference(entry)
+            records.append(exact(entry, energy, "as lora_B.bias" if not adapter.experts else "as base_layer.bias"))
             continue
         if entry.name == f"{entry.module}.bias" and entry.module in left_out:
             records.append(dropped(entry, energy, "the budget leaves its matrix without factors"))
@@ -197,6 +202,6 @@ def lazy_value(pairs: Pairs, plan: Plan, name: str) -> LazyTensor:
         key = plan.base_keys[name]
         info = pairs.base.infos[key]
         return LazyTensor(info.shape, torch_dtype(info.dtype), lambda: pairs.base.read(key))
-    shape = pairs.base.infos[entry.base_key].shape if entry.base_key else entry.part.shape
+    shape = pairs.base.infos[entry.base_key].shape if entry.base_key and not entry.rows_added else entry.part.shape
     dtype = entry.part.dtype if entry.part.kind == "replace" else "F32"
     return LazyTensor(shape, torch_dtype(dtype), lambda: pairs.value(entry))

@@ -12,12 +12,11 @@ from adapt_convert.formats.errors import AdaptError
 def refuse_certain_losses(plan: Plan, options: Options) -> None:
     """With `--strict`, refuse what is certain to be lost before a tensor is read.
 
-    That is rows and tensors that no adapter of the unresized base can hold, and tensors of whole layers that the source lacks.
+    That is tensors that no adapter can hold, and tensors of whole layers that the source lacks.
     """
     if not options.strict:
         return
     losses = [f"{name} (not in the fine-tune)" for name in plan.missing if re.search(r"\.\d+\.", name)]
-    losses += [f"{entry.name} ({rows_reason(entry)})" for entry in plan.entries if entry.rows_lost and entry.action != "drop"]
     if options.to == "lora":
         for entry in plan.having("store"):
             reason = unstorable(plan, entry) if entry.base_key is None else None
@@ -29,10 +28,6 @@ def refuse_losses(losses: list[str]) -> None:
     if losses:
         more = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
         raise AdaptError(f"--strict: {losses[0]}{more} would be lost; leave out with --exclude what may be lost")
-
-
-def rows_reason(entry: Entry) -> str:
-    return f"{entry.rows_lost} rows beyond the base's cannot be loaded onto the unresized base"
 
 
 def unstorable(plan: Plan, entry: Entry) -> str | None:

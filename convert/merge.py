@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.architectures import aliases_of, is_head
+from adapt_convert.convert.architectures import aliases_of, is_embedding, is_head
 from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
@@ -65,9 +65,14 @@ def merge(
     tensors |= {e.name: _merged(pairs, e, None, target, rounding) for e in added}
     left = _heads_left_behind(plan, source)
     tensors |= {alias: _merged(pairs, None, key, target, rounding) for alias, key in left.items()}
+    for name, split in opened_base.store.splits.items():
+        tensors[name] = _whole([tensors.pop(part) for part in split.parts], split.shape)
     with atomic_directory(Path(output), overwrite) as staging:
         size, shards = write_checkpoint(staging, _watched(tensors, progress))
-        copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added), dtype=dtype)
+        untie = bool(left) or any(e.tied_to for e in added)
+        dequantised = opened_base.config if opened_base.quantisation else None
+        rows = [e.part.shape[0] for e in plan.entries if e.rows_added and is_embedding(e.module)]
+        copy_small_files(opened_base.location.directory, staging, untie, dtype, dequantised, max(rows, default=None))
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
         summary |= {"rounding_loss": rounding.loss} | ({"rounded_to": rounding.worst} if rounding.worst else {})
         (staging / "conversion.json").write_text(
@@ -136,7 +141,7 @@ class _Rounding:
 
 def _merged(pairs: Pairs, entry: Entry | None, key: str | None, target: torch.dtype | None, rounding: _Rounding) -> LazyTensor:
     info = pairs.base.infos[key] if key else None
-    shape = info.shape if info else entry.part.shape  # type: ignore[union-attr]
+    shape = info.shape if info and not (entry and entry.rows_added) else entry.part.shape  # type: ignore[union-attr]
     stored = torch_dtype(info.dtype if info else entry.part.dtype)  # type: ignore[union-attr]
     dtype = target if target and stored.is_floating_point else stored
 
@@ -149,10 +154,16 @@ def _merged(pairs: Pairs, entry: Entry | None, key: str | None, target: torch.dt
         if written.is_floating_point() and not torch.isfinite(written).all():
             raise AdaptError(f"{entry.name}: the merged value is not finite (NaN or Inf) in {dtype}; is {pairs.source.origin} damaged?")
         if key and written.dtype != value.dtype:
-            rounding.add(pairs.base.read(key), value, written)
+            old = pairs.base.read(key)
+            rounding.add(old, value[: len(old)], written[: len(old)])
         return written
 
     return LazyTensor(shape, dtype, load)
+
+
+def _whole(parts: list[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
+    """A tensor that was read in parts, as the base's files have it."""
+    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.load().flatten() for part in parts]).view(shape))
 
 
 def _watched(tensors: dict[str, LazyTensor], progress: Progress) -> dict[str, LazyTensor]:

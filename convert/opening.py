@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.architectures import family_of, module_names
+from adapt_convert.convert.experts import split_stacks
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate, read_json
@@ -25,7 +26,9 @@ def open_base(base: str | Path, revision: str | None = None) -> Checkpoint:
     location = locate(base, revision)
     if adapter_config_path(location) or latte_config_path(location) or shared_lora_config_path(location):
         raise AdaptError(f"{base}: is an adapter; BASE has to be the full model that it was trained on")
-    return Checkpoint(location)
+    checkpoint = Checkpoint(location, dequantised=True)
+    split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config))
+    return checkpoint
 
 
 def refuse_latte(source: Location) -> None:
@@ -47,6 +50,7 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         raise AdaptError(f"--task {task}: {source} is no shared LoRA, it holds one adapter alone")
     if config_path is None:
         checkpoint = Checkpoint(location)
+        split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
     peft_type = read_json(config_path).get("peft_type")
     if peft_type == LODA:
@@ -58,7 +62,8 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         return read_lorta(location, reference_slots(_modules(base), base.config))
     from adapt_convert.formats.peft import read_lora
 
-    return read_lora(location)
+    family = family_of(base.config)
+    return read_lora(location, family.experts if family else None)
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

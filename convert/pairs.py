@@ -162,9 +162,9 @@ class Pairs:
             raise AdaptError(f"{entry.name}: the change from base to {self.source.origin} is not finite (NaN or Inf)")
 
     def value(self, entry: Entry) -> Tensor:
-        """The parameter's new value, in the base's shape where the base has it, in its own dtype when it is stored whole."""
+        """The parameter's new value, in the base's shape unless rows were added, in its own dtype when it is stored whole."""
         old_shape = self.base.infos[entry.base_key].shape if entry.base_key else None
-        if entry.part.kind == "replace" and old_shape in (None, entry.part.shape):
+        if entry.part.kind == "replace" and (entry.rows_added or old_shape in (None, entry.part.shape)):
             whole = entry.part.load()
             assert isinstance(whole, Tensor)
             return whole

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from adapt_convert.convert.architectures import (
-    ATTENTION_ROLES,
-    Family,
     Place,
     aliases_of,
     family_of,
@@ -25,6 +23,8 @@ from adapt_convert.convert.architectures import (
     place_of,
     without_prefix,
 )
+from adapt_convert.convert.experts import is_expert, is_router
+from adapt_convert.convert.families import ATTENTION_ROLES, FUSED, Family
 from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ class Entry:
     transposed: bool = False
     lossy: bool = True
     tied_to: str | None = None
-    rows_lost: int = 0  # rows beyond the base's, which an adapter of the unresized base cannot hold
+    rows_added: int = 0  # rows beyond the base's: tokens or classes that the fine-tune added
 
     @property
     def name(self) -> str:
@@ -194,7 +194,7 @@ class _Planner:
     def entry(self, part: Part) -> Entry:
         module, family = part.name.rpartition(".")[0], self.family
         key, tied_to = self._counterpart(part)
-        transposed = bool(family and family.conv1d and key and place_of(module, family) and part.name.endswith(".weight"))
+        transposed = self._is_transposed(module) and key is not None and part.name.endswith(".weight")
         kind = _kind(part, module, transposed)
         rows = part.shape[:1]
         if key is not None:
@@ -205,8 +205,19 @@ class _Planner:
         action, reason, lossy = self._decide(part, module, kind, key, place)
         if tied_to and action != "drop" and self.source.config.get("tie_word_embeddings", True):
             action, reason = "store", f"shares {tied_to}"
-        lost = max(0, part.shape[0] - rows[0]) if rows else 0
-        return Entry(part, key, module, kind, action, reason, place, transposed, lossy, tied_to, lost)
+        added = max(0, part.shape[0] - rows[0]) if rows else 0
+        if added and action == "factor":  # the added rows have no base that factors could be added to
+            action, reason = "store", f"has {added} rows more than the base"
+        return Entry(part, key, module, kind, action, reason, place, transposed, lossy, tied_to, added)
+
+    def _is_transposed(self, module: str) -> bool:
+        """Whether the base stores the matrix of a module `(in, out)`."""
+        family = self.family
+        if family is None:
+            return False
+        if family.conv1d:
+            return place_of(module, family) is not None
+        return bool(family.experts and family.experts.transposed and is_expert(module, family) and not module.endswith("_bias"))
 
     def _counterpart(self, part: Part) -> tuple[str | None, str | None]:
         """The base's tensor for a parameter; and the parameter it shares, where the base does not store it on its own."""
@@ -238,7 +249,12 @@ class _Planner:
             computed = _BUFFER.search(part.name) is not None
             return "drop", COMPUTED if computed else "holds no floating-point numbers", not computed
         if is_mixture(self.config) and _EXPERTS.search(f".{module}."):
-            return "drop", "part of a mixture of experts, which transformers holds in another form than the checkpoint", True
+            if self.family is None or self.family.experts is None:
+                return "drop", "part of a mixture of experts, in a form that is not known for this architecture", True
+            if is_router(module, self.family):
+                return "store", "chooses among experts", True
+            if self.options.to != "lora":
+                return "drop", "part of a mixture of experts, which no LoRTA or LatTE holds", True
         if kind == "embedding" and self.family is None and self._shares_unknown_head(part):
             return "drop", "shared with an output head whose name is not known for this architecture", True
         if key is None:
@@ -267,7 +283,7 @@ class _Planner:
     def _is_targeted(self, module: str, kind: str, place: Place | None) -> bool:
         any_matrix = self.options.takes_any_matrix
         names = self.options.target_modules or (("attention",) if self.options.to == "lorta" else ("all-linear",))
-        attention = place is not None and place.role in (*ATTENTION_ROLES, "qkv")
+        attention = place is not None and set(FUSED.get(place.role, (place.role,))) <= set(ATTENTION_ROLES)
         return kind in ("matrix", "embedding") and any(
             (name == "all-linear" and kind == "matrix" and (any_matrix or place is not None))
             or (name == "attention" and attention)
@@ -313,9 +329,8 @@ def _notes(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
             notes.append(f"{entry.name} shares {entry.tied_to} in the base")
         if len(entry.part.shape) == 3:
             notes.append(f"{entry.name} {list(entry.part.shape)} holds stacked matrices")
-    fused = sorted({e.module.rsplit(".", 1)[-1] for e in entries if e.place and e.place.role == "qkv"})
-    if fused:
-        notes.append(f"fused matrices: {', '.join(fused)} (q, k and v in one weight)")
+    fused = {e.module.rsplit(".", 1)[-1]: FUSED[e.place.role] for e in entries if e.place and e.place.role in FUSED}
+    notes += [f"fused matrices: {module} ({', '.join(parts)} in one weight)" for module, parts in sorted(fused.items())]
     return notes + [f"{name} of the base is not in the fine-tune" for name in missing]
 
 

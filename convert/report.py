@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+from adapt_convert.convert.architectures import is_embedding, is_head
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -36,12 +37,14 @@ class Record:
     def is_loss(self) -> bool:
         return self.status == "dropped" and self.entry.lossy
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, source: Source, noise: float | None) -> dict[str, Any]:
+        """`noise` is the expected energy of what quantising the base put under the change."""
         row: dict[str, Any] = {"status": self.status, "shape": list(self.entry.part.shape), "energy": self.energy}
         if self.status == "factored":
             row |= {"rank": self.rank, "captured_energy": self.captured}
+        row |= {"base_noise": noise} if noise is not None else {}
         row |= {"reason": self.reason} if self.reason else {}
-        return row | {"source_tensors": list(self.entry.part.keys)}
+        return row | {"source_tensors": source.store.stored_names(self.entry.part.keys)}
 
 
 def captured_energy(records: Iterable[Record]) -> float | None:
@@ -88,7 +91,27 @@ def build_report(base: Checkpoint, source: Source, options: Options, records: It
             }
             for role, side in (("base", base), ("source", source))
         },
+        **_sizes_to_load(records),
+        **({"quantised_base": _quantised_base(base, factored)} if base.quantisation else {}),
         "missing_from_source": list(missing),
         "ignored_source_tensors": dict(source.ignored),
-        "tensors": {record.entry.name: record.to_json() for record in records},
+        "tensors": {record.entry.name: record.to_json(source, base.store.noise.get(record.entry.base_key or "")) for record in records},
     }
+
+
+def _quantised_base(base: Checkpoint, factored: Iterable[Record]) -> dict[str, Any]:
+    """The format of a quantised base, and its rounding noise as a share of what the factored matrices seem to have changed by."""
+    factored = list(factored)
+    noise = sum(base.store.noise.get(record.entry.base_key or "", 0.0) for record in factored)
+    total = sum(record.energy for record in factored)
+    return {"format": base.quantisation, "noise": noise / total if total else None}
+
+
+def _sizes_to_load(records: Iterable[Record]) -> dict[str, int]:
+    """What the base has to be given before it takes the adapter: a `vocabulary` or a number of `classes` larger than its own."""
+    kept = [record.entry for record in records if record.entry.rows_added and record.status == "exact"]
+    tokens = [entry.part.shape[0] for entry in kept if is_embedding(entry.module) or entry.module.startswith("lm_head")]
+    classes = [entry.part.shape[0] for entry in kept if is_head(entry.module) and not entry.module.startswith("lm_head")]
+    if tokens:
+        return {"vocabulary": max(tokens)}
+    return {"classes": max(classes)} if classes else {}

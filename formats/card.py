@@ -13,28 +13,12 @@ from yaml import YAMLError
 from adapt_convert.formats.location import Location
 
 _LOAD = {
-    "lora": """from peft import PeftModel
-from transformers import {auto}
-
-model = PeftModel.from_pretrained({auto}.from_pretrained({base}), {here})
-""",
-    "latte": """import adapt_convert
-from transformers import {auto}
-
-model = adapt_convert.load({auto}.from_pretrained({base}), {here})
-""",
-    "shared-lora": """import adapt_convert
-from transformers import {auto}
-
-model = adapt_convert.load({auto}.from_pretrained({base}), {here})
-with adapt_convert.task_ids(model, [1]):  # of each row of the batch: 0 is the base, k the k-th adapter
-    ...
-""",
-    "lorta": """import adapt_convert
-from transformers import {auto}
-
-model = adapt_convert.load({auto}.from_pretrained({base}), {here})
-""",
+    "lora": "PeftModel.from_pretrained({model}, {here})",
+    "latte": "adapt_convert.load({model}, {here})",
+    "shared-lora": (
+        "adapt_convert.load({model}, {here})\n"
+        "with adapt_convert.task_ids(model, [1]):  # of each row of the batch: 0 is the base, k the k-th adapter\n    ..."
+    ),
 }
 _AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -74,9 +58,11 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
     origin, source = base.origin, report["inputs"]["source"]["origin"]
     architecture = str((config.get("architectures") or [""])[0])
     auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), "AutoModel")
+    if auto == "AutoModelForSeq2SeqLM" and not config.get("is_encoder_decoder"):
+        auto = "AutoModelForImageTextToText"
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
-    code = _LOAD.get(report["target"], _LOAD["latte"]).format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
+    code = _loading(report, auto, base)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
     lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}
     metadata = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (lineage | base_licence(base.directory)).items())
@@ -107,6 +93,23 @@ What became of every tensor is in `conversion.json`.
 def _data(report: Mapping[str, Any]) -> str:
     calibration = report.get("calibration")
     return f"and fitted to {calibration['tokens']} tokens of text" if calibration else "without training data"
+
+
+def _loading(report: Mapping[str, Any], auto: str, base: Location) -> str:
+    """Python that loads the adapter; tokens or classes that the fine-tune added need a larger base first."""
+    imported = "from peft import PeftModel" if report["target"] == "lora" else "import adapt_convert"
+    path = Path(base.origin)
+    where = json.dumps(base.loadable)
+    if path.suffix == ".gguf":
+        where = f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
+    if "classes" in report:
+        where += f", num_labels={report['classes']}, ignore_mismatched_sizes=True"
+    model, resize = f"{auto}.from_pretrained({where})", ""
+    if "vocabulary" in report:
+        resize = f"base = {model}\nbase.resize_token_embeddings({report['vocabulary']})  # the fine-tune added tokens\n"
+        model = "base"
+    load = _LOAD.get(report["target"], _LOAD["latte"]).format(model=model, here=_HERE)
+    return f"{imported}\nfrom transformers import {auto}\n\n{resize}model = {load}\n"
 
 
 def _percent(share: float | None) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapt_convert.formats.dequantised import DequantisedFile
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
+from adapt_convert.formats.quantised import dequantise, refuse_quantised
 from adapt_convert.formats.safetensors_file import SafetensorsFile, TensorInfo, byte_view
 
 if TYPE_CHECKING:
@@ -23,6 +27,14 @@ _HASHED = 2**19  # elements at a time
 _SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
 
 
+@dataclass(frozen=True)
+class Split:
+    """A tensor of a file that appears as `parts`, consecutive pieces of it; `shape` is its own."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
 class TensorStore:
     """The tensors of one or more files: `infos` by name from the headers, `read` for one at a time.
 
@@ -32,8 +44,10 @@ class TensorStore:
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
-        self._owner: dict[str, SafetensorsFile | PickleFile] = {}
+        self._owner: dict[str, SafetensorsFile | PickleFile | DequantisedFile] = {}
         self.infos: dict[str, TensorInfo] = {}
+        self.splits: dict[str, Split] = {}
+        self.noise: Mapping[str, float] = {}  # of the tensors that were dequantised: the expected energy of what that added
         self._digests: dict[str, str] = {}
         self._read: list[str] = []  # a list, as several threads read
         for path in files:
@@ -64,6 +78,37 @@ class TensorStore:
             yield block
         if digest:
             self._digests[name] = digest.hexdigest()
+
+    def split(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        """Let a tensor appear as `parts`, consecutive pieces of it of one `shape`, as if each lay in the file on its own.
+
+        Raises `AdaptError` when one of them does.
+        """
+        twice = next((part for part in parts if part in self.infos), None)
+        if twice:
+            raise AdaptError(f"{self._owner[name].path}: holds {twice!r} in {name!r} and once more on its own; one of the two is stale")
+        owner = self._owner.pop(name)
+        self.splits[name] = Split(tuple(parts), self.infos.pop(name).shape)
+        owner.split(name, parts, shape)
+        for part in parts:
+            self._owner[part], self.infos[part] = owner, owner.infos[part]
+
+    def replace(self, names: Iterable[str], owner: DequantisedFile) -> None:
+        """Let tensors appear as the ones that `owner` makes of them."""
+        for name in names:
+            del self._owner[name], self.infos[name]
+        for name, info in owner.infos.items():
+            self._owner[name], self.infos[name] = owner, info
+        self.noise = owner.noise
+
+    def taker(self, name: str) -> Callable[[], Tensor]:
+        """A function that reads a tensor as it is stored, whatever appears in its place later."""
+        return functools.partial(self._owner[name].read, name)
+
+    def stored_names(self, names: Iterable[str]) -> list[str]:
+        """The tensors of the files that hold the named ones."""
+        wholes = {part: name for name, split in self.splits.items() for part in split.parts}
+        return list(dict.fromkeys(wholes.get(name, name) for name in names))
 
     def content_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""
@@ -108,14 +153,21 @@ def _open(path: Path) -> SafetensorsFile | PickleFile:
 
 
 class Checkpoint:
-    """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only."""
+    """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only.
+
+    With `dequantised` its quantised weights appear in float32, where that is possible, and `quantisation` names their format.
+    """
 
     kind = "checkpoint"
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, dequantised: bool = False) -> None:
         refuse_unconsolidated(location)
         self.location = location
         self.origin = location.origin
+        self.quantisation: str | None = None
+        if dequantised and (gguf := gguf_file(location)):
+            self._open_gguf(gguf)
+            return
         config = location.directory / "config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         _check_config(config, self.config)
@@ -123,7 +175,19 @@ class Checkpoint:
         _check_index(location, self.store)
         if not self.store.infos:
             raise AdaptError(f"{self.origin}: holds no tensors")
-        refuse_quantised(self.origin, self.config, self.store.infos)
+        if dequantised:
+            self.quantisation = dequantise(self.origin, self.config, self.store)
+        else:
+            refuse_quantised(self.origin, self.config, self.store.infos)
+
+    def _open_gguf(self, path: Path) -> None:
+        from adapt_convert.formats.gguf_file import open_gguf
+
+        model = open_gguf(path)
+        self.config, self.quantisation = model.config, f"GGUF, {', '.join(model.types) or 'F32'}"
+        self.store = TensorStore([])
+        self.store.files = [path]
+        self.store.replace([], model.weights)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -145,13 +209,23 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise AdaptError(f"{path}: model_type is {model_type!r}, expected a name")
 
 
+def gguf_file(location: Location) -> Path | None:
+    """The GGUF file that a location means: the one named, or the only one of a directory without other weights."""
+    if location.file:
+        return location.file if location.file.suffix == ".gguf" else None
+    if any((location.directory / name).is_file() for name in (*_INDEXES, *_SINGLE)):
+        return None
+    found = list(location.directory.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
+
+
 def weight_files(location: Location) -> list[Path]:
     """The files that hold the weights: the one named, those of an index, or a single file under its usual name."""
     if location.file:
         if location.file.name.endswith(".index.json"):
             return _indexed(location.file)
         if location.file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-            hint = "; GGUF is quantised, use the original checkpoint" if location.file.suffix == ".gguf" else ""
+            hint = "; GGUF can be a base, and as a fine-tune its rounding would be converted" if location.file.suffix == ".gguf" else ""
             raise AdaptError(f"{location.origin}: is not a .safetensors or .bin file{hint}")
         return [location.file]
     for name in _INDEXES:
@@ -199,38 +273,3 @@ def refuse_unconsolidated(location: Location) -> None:
     in_pieces = any(directory.glob("**/*_optim_states.pt")) or (directory / "zero_to_fp32.py").is_file()
     if in_pieces and not any((directory / name).is_file() for name in (*_INDEXES, *_SINGLE)):
         raise AdaptError(f"{location.origin}: is a DeepSpeed ZeRO checkpoint; run its own zero_to_fp32.py first")
-
-
-_QUANTISED_SUFFIXES = {
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
-    ".weight_scale_inv": "FP8",
-    ".weight_scale": "FP8 or compressed-tensors",
-    ".weight_packed": "compressed-tensors",
-    "_blocks": "MXFP4",
-    ".absmax": "bitsandbytes",
-    ".quant_map": "bitsandbytes",
-    ".SCB": "bitsandbytes",
-}
-
-
-def refuse_quantised(origin: str, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> None:
-    """A difference of quantised weights is mostly quantisation noise: say which format it is and what to do."""
-    quantisation = config.get("quantization_config")
-    named = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-    method = (named or "unnamed method") if quantisation else None
-    evidence = "config.json: quantization_config"
-    for name, info in infos.items():
-        if method:
-            break
-        if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" not in infos:
-            continue
-        method = next((kind for suffix, kind in _QUANTISED_SUFFIXES.items() if name.endswith(suffix)), None)
-        if method is None and info.dtype.startswith(("F8_", "F6_", "F4")):
-            method = info.dtype
-        evidence = name
-    if method:
-        raise AdaptError(
-            f"{origin}: is quantised ({method}; {evidence}); use the unquantised original, "
-            "or dequantise it first (transformers: model.dequantize(), then save_pretrained)"
-        )

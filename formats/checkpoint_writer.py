@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 
@@ -43,14 +44,27 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor]) -> tupl
     return size, len(shards)
 
 
-def copy_small_files(source: Path, target: Path, untie: bool, dtype: str | None = None) -> None:
+def copy_small_files(
+    source: Path,
+    target: Path,
+    untie: bool,
+    dtype: str | None = None,
+    dequantised: Mapping[str, Any] | None = None,
+    vocabulary: int | None = None,
+) -> None:
     """Copy configuration, tokenizer and licence; `untie` tells the configuration that the head has its own weight, `dtype` in what
-    the weights are stored, without which transformers would load them in the base's."""
+    the weights are stored, without which transformers would load them in the base's. `dequantised` is the configuration of a quantised
+    source, of which the weights are float32 now; `vocabulary` the number of tokens after some were added."""
     for path in source.iterdir():
         if path.is_file() and _COPIED.search(path.name):
             shutil.copyfile(path, target / path.name)
     config = target / "config.json"
+    if dequantised is not None:
+        plain = {key: value for key, value in dequantised.items() if key != "quantization_config"}
+        config.write_text(json.dumps(plain, indent=2) + "\n")
+        dtype = dtype or "float32"
     changes: dict[str, object] = {"tie_word_embeddings": False} if untie else {}
+    changes |= {"vocab_size": vocabulary} if vocabulary else {}
     if config.is_file() and (changes or dtype):
         data = json.loads(config.read_text())
         changes |= {key: dtype for key in ("dtype", "torch_dtype") if key in data} or {"dtype": dtype} if dtype else {}

@@ -35,7 +35,8 @@ _NAMES = {"attention": "lora_", "mlp": "lora_mlp_"}
 class Slot:
     """One slice of the tensor: rows `start:stop` of a module's `(out, in)` weight, the whole of it when they are None.
 
-    `transposed` says that the residual side is the matrix's input side, so that the weight is the slice transposed.
+    `transposed` says that the residual side is the matrix's input side, so that the weight is the slice transposed. With a `stride`
+    `start:stop` are the rows of the first head, and those of each next head come `stride` rows later: q, k and v in turn.
     """
 
     module: str
@@ -44,6 +45,17 @@ class Slot:
     transposed: bool
     start: int | None = None
     stop: int | None = None
+    stride: int | None = None
+
+    def rows(self, count: int) -> Tensor | None:
+        """The numbers of the `count` rows of the slice, int64; None when the slice is the whole weight."""
+        if self.start is None or self.stop is None:
+            return None
+        first = torch.arange(self.start, self.stop)
+        if self.stride is None:
+            return first
+        heads = torch.arange(count // len(first))
+        return (heads[:, None] * self.stride + first).flatten()
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,8 @@ class LortaAdapter:
 
 
 def _slot_row(slot: Slot) -> list[Any]:
-    return [slot.module, slot.layer, slot.matrix, slot.transposed, slot.start, slot.stop]
+    row = [slot.module, slot.layer, slot.matrix, slot.transposed, slot.start, slot.stop]
+    return row if slot.stride is None else [*row, slot.stride]
 
 
 def read_lorta_blocks(
@@ -149,12 +162,14 @@ def read_lorta_blocks(
 
 
 def _slot(row: Any) -> Slot:
-    module, layer, matrix, transposed, start, stop = row
-    rows = () if start is None and stop is None else (start, stop)
+    module, layer, matrix, transposed, start, stop, *stride = row
+    rows = () if start is None and stop is None else (start, stop, *stride)
     counted = all(type(n) is int and n >= 0 for n in (layer, matrix, *rows))
     if not isinstance(module, str) or type(transposed) is not bool or not counted or (rows and start >= stop):
         raise ValueError(f"malformed slot {row!r}")
-    return Slot(module, layer, matrix, transposed, start, stop)
+    if len(stride) > 1 or (stride and not (rows and stride[0] >= stop - start)):
+        raise ValueError(f"malformed slot {row!r}")
+    return Slot(module, layer, matrix, transposed, start, stop, *stride)
 
 
 def _read_factors(store: TensorStore, config: Mapping[str, Any], name: str) -> CPFactors:
@@ -192,7 +207,8 @@ def _check_block(block: LortaBlock) -> None:
         if slot.layer >= f.C_l.shape[0] or slot.matrix >= f.C_m.shape[0]:
             raise ValueError(f"{slot.module} is layer {slot.layer}, matrix {slot.matrix}, outside the tensor")
         rows, _ = block.shape(slot)
-        if slot.start is not None and slot.stop is not None and slot.stop - slot.start != rows:
+        found = slot.rows(rows)
+        if found is not None and len(found) != rows:
             raise ValueError(f"{slot.module} has rows {slot.start} to {slot.stop}, but its slice of the tensor has {rows} rows")
 
 
@@ -218,8 +234,9 @@ def _module_part(module: str, pairs: list[tuple[LortaBlock, Slot]], keys: tuple[
     pairs = sorted(pairs, key=lambda pair: pair[1].start or 0)
     first, slot = pairs[0]
     shape = first.shape(slot)
+    filled = [part.rows(block.shape(part)[0]) for block, part in pairs]
     if len(pairs) > 1:
-        shape = (pairs[-1][1].stop or 0, shape[1])
+        shape = (max(int(rows.max()) + 1 if rows is not None else 0 for rows in filled), shape[1])
 
     def load() -> LowRankDelta:
         deltas = [block.delta(slot) for block, slot in pairs]
@@ -227,8 +244,8 @@ def _module_part(module: str, pairs: list[tuple[LortaBlock, Slot]], keys: tuple[
             return deltas[0]
         # Parts of a fused matrix read the same residual, so they share A and are stacked in B.
         stacked = torch.zeros(shape[0], deltas[0].rank)
-        for delta, (_, part) in zip(deltas, pairs, strict=True):
-            stacked[part.start : part.stop] = delta.B
+        for delta, rows in zip(deltas, filled, strict=True):
+            stacked[rows] = delta.B
         return LowRankDelta(stacked, deltas[0].A)
 
     return Part(f"{module}.weight", keys, shape, "F32", "low_rank", load, first.factors.A.shape[1])

@@ -7,6 +7,7 @@ Layout as of PEFT 0.21: `adapter_config.json` and `adapter_model.safetensors`, k
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.convert.experts import stack_pattern
+from adapt_convert.convert.families import Experts
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
+from adapt_convert.formats.peft_experts import Stack, Targets, complete, expert_targets, stack_of, stack_parts, stacks
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 from adapt_convert.formats.source import Part, Source, whole_part
 
@@ -35,8 +39,10 @@ _SUFFIXES = re.compile(
 _FOREIGN = re.compile(r"(^|\.)(lora_[^.]*|token_adapter|trainable_tokens[^.]*)(\.|$)")
 
 
-def read_lora(location: Location) -> Source:
+def read_lora(location: Location, experts: Experts | None = None) -> Source:
     """Open a PEFT LoRA directory; alpha, rsLoRA and both patterns are folded into `B`. Reads headers only.
+
+    `experts` are those of the base, whose stacks an adapter may name; each becomes one part for each expert.
 
     Raises `AdaptError` for another PEFT method, DoRA, a missing half of a factor pair or contradicting shapes.
     """
@@ -60,7 +66,10 @@ def read_lora(location: Location) -> Source:
         else:
             parts[name] = whole_part(store, name, key)
     for module, slot in slots.items():
-        for part in _module_parts(location, store, config, module, slot):
+        read = _module_parts
+        if experts and (stack := stack_of(module, config.get("target_parameters") or [], experts)):
+            read = functools.partial(_stack_parts, stack, experts)
+        for part in read(location, store, config, module, slot):
             parts[part.name] = part
     return Source("lora", location, config, store, parts, ignored)
 
@@ -72,8 +81,9 @@ def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
         raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter; LORA and LORTA are supported")
     if config.get("use_dora"):
         raise AdaptError(f"{location.origin}: is a DoRA adapter, which is no sum of base and delta; merge it with PEFT first")
-    if config.get("target_parameters"):
-        raise AdaptError(f"{location.origin}: adapts bare parameters (target_parameters), which is not supported")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise AdaptError(f"{location.origin}: {CONFIG} has target_parameters = {parameters!r}, expected a list of names")
     if config.get("layer_replication"):
         raise AdaptError(f"{location.origin}: replicates layers, so its deltas belong to no base tensor")
     for key in ("r", "lora_alpha"):
@@ -110,6 +120,25 @@ def _module_parts(
         yield _added_bias(store, config, module, slot["lora_B.bias"], _rank(store, slot, names[0]))
     if "base_layer.bias" in slot:
         yield whole_part(store, f"{module}.bias", slot["base_layer.bias"])
+
+
+def _stack_parts(
+    stack: str,
+    experts: Experts,
+    location: Location,
+    store: TensorStore,
+    config: Mapping[str, Any],
+    module: str,
+    slot: Mapping[str, str],
+) -> Iterable[Part]:
+    """The parts of a stack of experts, one for each matrix, from its common factors."""
+    whole = _low_rank(location, store, config, module, slot, ("lora_A.weight", "lora_B.weight"))
+    rank = _pattern_value(config.get("rank_pattern"), [stack], config.get("r", 8))
+    if not isinstance(rank, int) or whole.rank is None or whole.rank % rank:
+        raise AdaptError(f"{location.origin}: {module} has {whole.rank} rows, no multiple of the rank {rank!r} that {CONFIG} gives {stack}")
+    alpha = float(_pattern_value(config.get("alpha_pattern"), [stack], config.get("lora_alpha", 8)))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return stack_parts(store, slot["lora_A.weight"], slot["lora_B.weight"], stack, rank, scale, experts)
 
 
 def _rank(store: TensorStore, slot: Mapping[str, str], name: str) -> int:
@@ -165,13 +194,18 @@ def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key:
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA. Patterns are regular expressions anchored at a dot; the first wins."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
+    names = [module, f"{module}.weight"] if config.get("target_parameters") else [module]
+    alpha = _pattern_value(config.get("alpha_pattern"), names, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern_value(patterns: Mapping[str, Any] | None, names: list[str], default: Any) -> Any:
+    """What the patterns give a module or parameter: regular expressions anchored at a dot, of which the first that fits wins."""
+    for pattern, value in (patterns or {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            return value
+    return default
 
 
 @dataclass
@@ -179,15 +213,18 @@ class LoraAdapter:
     """A LoRA to be written: `factors` by module in the output dtype, and what is stored exactly.
 
     `embeddings` are factors of `(vocabulary, hidden)` deltas; `biases` are differences added to the module's bias, float32;
-    `exact` holds every parameter of every module in `modules_to_save`, by parameter name.
+    `exact` holds every parameter of every module in `modules_to_save`, by parameter name. A mixture of `experts` has whole `bias_values`
+    in place of `biases`, as PEFT refuses `lora_bias` beside parameters.
     """
 
     factors: dict[str, LowRankDelta] = field(default_factory=dict)
     embeddings: dict[str, LowRankDelta] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    bias_values: dict[str, LazyTensor] = field(default_factory=dict)
     exact: dict[str, Tensor | LazyTensor] = field(default_factory=dict)
     exact_modules: list[str] = field(default_factory=list)
     conv1d: bool = False
+    experts: Experts | None = None
     all_modules: list[str] = field(default_factory=list)
     base_model: str = ""
     base_revision: str | None = None
@@ -195,11 +232,16 @@ class LoraAdapter:
 
     def tensors(self) -> dict[str, Tensor | LazyTensor]:
         tensors: dict[str, Tensor | LazyTensor] = {}
-        for module, delta in self.factors.items():
+        factors, stacked = self._placed()
+        for module, delta in factors.items():
             tensors[f"{PREFIX}{module}.lora_A.weight"] = delta.A
             tensors[f"{PREFIX}{module}.lora_B.weight"] = delta.B
             if self.biases:  # `lora_bias` is one switch for all modules: those without a changed bias get zeros
                 tensors[f"{PREFIX}{module}.lora_B.bias"] = self.biases.get(module, torch.zeros(delta.shape[0]))
+        for stack in stacked.values():
+            tensors[f"{PREFIX}{stack.prefix}.lora_A.weight"] = stack.A
+            tensors[f"{PREFIX}{stack.prefix}.lora_B.weight"] = stack.B
+        tensors |= {f"{PREFIX}{module}.base_layer.bias": value for module, value in self.bias_values.items()}
         for module, delta in self.embeddings.items():
             tensors[f"{PREFIX}{module}.lora_embedding_A"] = delta.B.T
             tensors[f"{PREFIX}{module}.lora_embedding_B"] = delta.A.T
@@ -207,11 +249,28 @@ class LoraAdapter:
             tensors[PREFIX + name] = value
         return tensors
 
+    def _placed(self) -> tuple[dict[str, LowRankDelta], dict[str, Stack]]:
+        """The factors of modules, and those of stacks by the parameter's name."""
+        if self.experts is None:
+            return self.factors, {}
+        if self.experts.modules:
+            return complete(self.factors, self.all_modules, self.experts), {}
+        pattern = stack_pattern(self.experts)
+        plain = {module: delta for module, delta in self.factors.items() if not re.fullmatch(pattern, module)}
+        return plain, stacks(self.factors, self.all_modules, self.experts)
+
     def config(self) -> dict[str, Any]:
         """The smallest config that says everything: `lora_alpha == r` everywhere, so no loader can get the scale wrong."""
-        ranks = {module: delta.rank for module, delta in {**self.factors, **self.embeddings}.items()}
-        common = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
-        pattern = {f"^{re.escape(module)}": rank for module, rank in sorted(ranks.items()) if rank != common}
+        factors, stacked = self._placed()
+        ranks = {module: delta.rank for module, delta in {**factors, **self.embeddings}.items()}
+        targets = Targets(ranks, {}, None)
+        if self.experts:
+            targets = expert_targets(ranks, {name: stack.rank for name, stack in stacked.items()}, self.experts)
+        named = {**targets.modules, **targets.parameters}
+        listed = list(named.values())
+        common = targets.rank or max(listed, key=lambda rank: (listed.count(rank), rank))
+        pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(named.items()) if rank != common}
+        plain = [name for name in self.all_modules if f"{name}.weight" not in targets.parameters]
         return {
             "peft_type": "LORA",
             "task_type": self.task_type,
@@ -226,10 +285,11 @@ class LoraAdapter:
             "use_rslora": False,
             "use_dora": False,
             "init_lora_weights": True,
-            "bias": "none",
+            "bias": "lora_only" if self.bias_values else "none",
             "lora_bias": bool(self.biases),
             "fan_in_fan_out": self.conv1d,
-            "target_modules": shortest_targets(ranks, self.all_modules),
+            "target_modules": shortest_targets(targets.modules, plain) + list(targets.names),
+            **({"target_parameters": sorted(targets.parameters)} if targets.parameters else {}),
             "modules_to_save": sorted(self.exact_modules) or None,
         }
 

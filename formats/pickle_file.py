@@ -72,3 +72,10 @@ class PickleFile:
     def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
         """A tensor's elements in order, 1-D, at most `elements` at a time."""
         yield from torch.split(self._tensors[name].detach().reshape(-1), elements)
+
+    def split(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        """Let a tensor appear as `parts`, consecutive pieces of it of one `shape`."""
+        pieces = self._tensors.pop(name).reshape(len(parts), *shape)
+        del self.infos[name]
+        for part, piece in zip(parts, pieces, strict=True):
+            self._tensors[part], self.infos[part] = piece, self._info(part, piece)

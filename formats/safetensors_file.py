@@ -135,6 +135,14 @@ class SafetensorsFile:
                 self._fill(file, block, name)
                 yield block.view(dtype)
 
+    def split(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        """Let a tensor appear as `parts`, consecutive pieces of it of one `shape`; nothing is read."""
+        info, start = self.infos.pop(name), self._starts.pop(name)
+        size = info.nbytes // len(parts)
+        for number, part in enumerate(parts):
+            self.infos[part] = TensorInfo(part, shape, info.dtype, size)
+            self._starts[part] = start + number * size
+
     def _readable(self, name: str) -> TensorInfo:
         info = self.infos[name]
         if info.dtype not in TORCH_NAMES:

@@ -39,6 +39,10 @@ class LortaSlice(nn.Module):
         if start is None:
             return lorta_add(y, x, self.A, self.B, self.heads, reads)
         added = lorta_apply(x, self.A, self.B, self.heads, reads)
+        if self.slot.stride is not None:
+            rows = self.slot.rows(added.shape[-1])
+            assert rows is not None
+            return y.index_add(-1, rows.to(y.device), added)
         return torch.cat([y[..., :start], y[..., start:stop] + added, y[..., stop:]], dim=-1)
 
 
@@ -94,5 +98,6 @@ def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: Replaced) 
 
 def _check_fits(block: LortaBlock, slot: Slot, shape: tuple[int, int]) -> None:
     (rows, columns), found = shape, block.shape(slot)
-    if found[1] != columns or (found[0] != rows if slot.stop is None else slot.stop > rows):
+    filled = slot.rows(found[0])
+    if found[1] != columns or (found[0] != rows if filled is None else int(filled.max()) >= rows):
         raise AdaptError(f"the adapter's delta of {slot.module} is {list(found)}, the model's weight {[rows, columns]}")

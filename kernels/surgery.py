@@ -81,7 +81,9 @@ class Replaced:
         """Overwrite a value in place, so that tied parameters follow; a parameter that is only tied to another is untied."""
         old = _tensor(model, name)
         if old.shape != value.shape:
-            raise AdaptError(f"the adapter holds {name} {list(value.shape)}, the model has {list(old.shape)}")
+            larger = value.shape[1:] == old.shape[1:] and len(value) > len(old)
+            hint = f"; if the fine-tune added tokens, model.resize_token_embeddings({len(value)}) first" if larger else ""
+            raise AdaptError(f"the adapter holds {name} {list(value.shape)}, the model has {list(old.shape)}{hint}")
         value = value.to(old.device, old.dtype)
         is_owner = any(own == name for own, _ in (*model.named_parameters(), *model.named_buffers()))
         if is_owner:

@@ -96,8 +96,8 @@ def save_pair(directory: Path, model_class: Any, config: Any, change: Callable[[
 def _inputs(config: Any) -> dict[str, torch.Tensor]:
     if config.model_type == "vit":
         return {"pixel_values": torch.randn(2, 3, config.image_size, config.image_size)}
-    ids = torch.randint(3, config.vocab_size, (2, 9))
-    return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if config.model_type == "t5" else {})
+    ids = torch.randint(3, config.get_text_config().vocab_size, (2, 9))
+    return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if config.model_type in ("t5", "mt5") else {})
 
 
 @pytest.fixture(scope="session")

@@ -125,24 +125,6 @@ def test_a_budget_is_spent_where_it_captures_most(pairs: Any, tmp_path: Path) ->
     assert sorted(kept)[1] >= sorted(left)[-1] or budget - sum(sizes) < 4 * cheapest
 
 
-def test_added_vocabulary_is_reported_and_still_loads(pairs: Any, tmp_path: Path) -> None:
-    pair = pairs("llama")
-    ft = load_file(pair.ft / "model.safetensors")
-    for key in ("model.embed_tokens.weight", "lm_head.weight"):
-        ft[key] = torch.cat([ft[key], torch.ones(8, ft[key].shape[1])])
-    (tmp_path / "ft").mkdir()
-    save_file(ft, tmp_path / "ft" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "ft" / "config.json").write_text((pair.ft / "config.json").read_text().replace("96", "104"))
-    out = adapt_convert.convert(pair.base, tmp_path / "ft", rank=4).save(tmp_path / "out")
-    row = report_of(out)["tensors"]["model.embed_tokens.weight"]
-    assert row["status"] == "dropped"
-    assert "8 rows" in row["reason"]
-    embedding = pair.load_peft(out).get_input_embeddings().weight
-    torch.testing.assert_close(embedding, ft["model.embed_tokens.weight"][:96])
-    with pytest.raises(AdaptError, match=r"--strict: .*8 rows"):
-        adapt_convert.convert(pair.base, tmp_path / "ft", rank=4, strict=True)
-
-
 def test_strict_refuses_what_the_target_leaves_out(pairs: Any) -> None:
     pair = pairs("llama")
     with pytest.raises(AdaptError, match=r"--strict: model\.layers\.0\.mlp"):

@@ -26,6 +26,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -57,6 +59,7 @@ CASES: dict[str, tuple[type, Any]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_GQA, head_dim=8)),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**_GQA, no_rope_layers=[1, 1, 0])),
     "gemma": (GemmaForCausalLM, GemmaConfig(**_GQA, head_dim=8)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**_GQA)),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**_TEXT, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
     "opt": (OPTForCausalLM, OPTConfig(**_OPT)),
 }

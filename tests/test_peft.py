@@ -205,7 +205,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] =
     "DoRA magnitude": ({}, with_tensor(f"{L0}.lora_magnitude_vector", 32), "DoRA magnitude"),
     "DoRA magnitude, newer name": ({}, with_tensor(f"{L0}.lora_magnitude_vector.weight", 32), "DoRA magnitude"),
     "replicated layers": ({"layer_replication": [[0, 2], [0, 2]]}, dict, "replicates layers"),
-    "bare parameters": ({"target_parameters": ["mlp.experts"]}, dict, "target_parameters"),
+    "bare parameters": ({"target_parameters": "mlp.experts"}, dict, "target_parameters = 'mlp.experts', expected a list of names"),
     "only A": ({}, without(f"{L0}.lora_B.weight"), "only one half of its factor pair; lora_B.weight is missing"),
     "only B": ({}, without(f"{L0}.lora_A.weight"), "only one half of its factor pair; lora_A.weight is missing"),
     "ranks differ": ({}, with_tensor(f"{L0}.lora_A.weight", 3, 32), "do not multiply"),

@@ -20,7 +20,7 @@ from torch.nn import functional
 from adapt_convert.convert.calibration.activations import captured_inputs
 from adapt_convert.convert.calibration.cache import cache_path
 from adapt_convert.convert.calibration.texts import CalibrationText
-from adapt_convert.convert.latte.layout import NormKind
+from adapt_convert.convert.families import NormKind
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.candidates import Stage

@@ -75,7 +75,7 @@ class _Slices:
             name = moments.name(slot.module)
             if name not in self.C:
                 self.C[name] = moments.of(slot.module).to(pairs.device)
-            X = slab_of(pairs.delta(entries[slot.module]), slot).dense()
+            X = slab_of(pairs.delta(entries[slot.module]), slot, block.shape(slot)[0]).dense()
             P = self.C[name] @ X if slot.transposed else X @ self.C[name]
             self.slices.append(_Slice(slot.layer, slot.matrix, P, name, slot.transposed))
 

@@ -84,7 +84,7 @@ def _open(base: str | Path, source: str | Path, options: Options, progress: Prog
     require_factors(plan, opened_base, options)
     pairs = Pairs(opened_base, opened_source, options.torch_device())
     effective = Effective(pairs, plan)
-    stored, _, records = survey(pairs, plan, options, progress)
+    stored, records = survey(pairs, plan, options, progress)
     _refuse_unshared(stored, effective)
     return _Task(plan, effective, stored, records, LatteTask(opened_source.location.name))
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from adapt_convert.convert.families import BY_MODEL_TYPE, WRITERS, Family, NormKind
 from adapt_convert.formats.errors import AdaptError
-
-NormKind = Literal["rms", "gemma", "layer"]
 
 
 @dataclass(frozen=True)
@@ -40,78 +39,24 @@ class Layout:
         return self.block.removesuffix(".{}")
 
 
-_ATTENTION = tuple(f"self_attn.{role}_proj" for role in "qkv")
-_BERT_SELF = "attention.self"
-_BERT_INPUTS = tuple(f"{_BERT_SELF}.{name}" for name in ("query", "key", "value"))
-_VIT_INPUTS = tuple(f"attention.{role}_proj" for role in "qkv")
-_LLAMA_READERS = {"input_layernorm": _ATTENTION, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
-_LLAMA_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-_LLAMA = Layout("model.layers.{}", _LLAMA_READERS, _LLAMA_WRITERS, "model.norm", "rms")
-_GEMMA = Layout("model.layers.{}", _LLAMA_READERS, _LLAMA_WRITERS, "model.norm", "gemma")
-_GPT2 = Layout(
-    "transformer.h.{}",
-    {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
-    ("attn.c_proj", "mlp.c_proj"),
-    "transformer.ln_f",
-    "layer",
-    conv1d=True,
-)
-_OPT = Layout(
-    "model.decoder.layers.{}",
-    {"self_attn_layer_norm": _ATTENTION, "final_layer_norm": ("fc1",)},
-    ("self_attn.out_proj", "fc2"),
-    "model.decoder.final_layer_norm",
-    "layer",
-)
-
-_VIT = Layout(
-    "vit.layers.{}",
-    {"layernorm_before": _VIT_INPUTS, "layernorm_after": ("mlp.fc1",)},
-    ("attention.o_proj", "mlp.fc2"),
-    "vit.layernorm",
-    "layer",
-)
+def _layout(family: Family) -> Layout:
+    """What the architecture table says, as this file's readers want it: roles become module names."""
+    block, stream = family.blocks[0], family.stream
+    assert stream is not None
+    readers = {norm: tuple(block.roles[role] for role in roles) for norm, roles in stream.norms.items()}
+    writers = tuple(block.roles[role] for role in WRITERS)
+    return Layout(block.path, readers, writers, stream.final, stream.kind, family.conv1d, stream.post_norms)
 
 
-def _bert(encoder: str) -> Layout:
-    readers = (*_BERT_INPUTS, "intermediate.dense")
-    writers = ("attention.output.dense", "output.dense")
-    norms = ("attention.output.LayerNorm", "output.LayerNorm")
-    return Layout(f"{encoder}.encoder.layer.{{}}", {"": readers}, writers, "", "layer", post_norms=norms)
-
-
-_DISTILBERT = Layout(
-    "distilbert.transformer.layer.{}",
-    {"": (*(f"attention.{role}_lin" for role in "qkv"), "ffn.lin1")},
-    ("attention.out_lin", "ffn.lin2"),
-    "",
-    "layer",
-    post_norms=("sa_layer_norm", "output_layer_norm"),
-)
-
-LAYOUTS: dict[str, Layout] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
-    "gemma": _GEMMA,
-    "gpt2": _GPT2,
-    "opt": _OPT,
-    "vit": _VIT,
-    "bert": _bert("bert"),
-    **dict.fromkeys(("roberta", "xlm-roberta"), _bert("roberta")),
-    "distilbert": _DISTILBERT,
-}
-_ROTARY = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
-_WHY_NOT = {
-    "gemma2": "it normalises what its writers add, and that norm depends on more than the carried dims",
-    "gemma3_text": "it normalises what its writers add, and that norm depends on more than the carried dims",
-    "olmo2": "it normalises what its writers add, and that norm depends on more than the carried dims",
-}
+LAYOUTS: dict[str, Layout] = {name: _layout(family) for name, family in BY_MODEL_TYPE.items() if family.stream}
 
 
 def layout_of(config: Mapping[str, Any], origin: str) -> Layout:
     """The layout of a `config.json`. Raises `AdaptError` that names what is supported, for any other architecture."""
     model_type = str(config.get("model_type"))
     layout = LAYOUTS.get(model_type)
-    reason = _WHY_NOT.get(model_type, "") or _variant_reason(model_type, config)
+    family = BY_MODEL_TYPE.get(model_type)
+    reason = (family.why_no_latte if family else "") or _variant_reason(model_type, config)
     if layout is None or reason:
         why = f" ({reason})" if reason else ""
         raise AdaptError(f"{origin}: LatTE does not support {model_type}{why}; supported: {', '.join(LAYOUTS)}; use --to lora")
@@ -149,16 +94,14 @@ class ScoreLayout:
         return self.block.removesuffix(".{}")
 
 
-SCORE_LAYOUTS: dict[str, ScoreLayout] = {
-    "gpt2": ScoreLayout("transformer.h.{}", ("attn.c_attn",), "attn.c_proj", "attn", conv1d=True),
-    "opt": ScoreLayout("model.decoder.layers.{}", _ATTENTION, "self_attn.out_proj", "self_attn"),
-    "bert": ScoreLayout("bert.encoder.layer.{}", _BERT_INPUTS, "attention.output.dense", _BERT_SELF, "attention_head_size"),
-    **dict.fromkeys(
-        ("roberta", "xlm-roberta"),
-        ScoreLayout("roberta.encoder.layer.{}", _BERT_INPUTS, "attention.output.dense", _BERT_SELF, "attention_head_size"),
-    ),
-    "vit": ScoreLayout("vit.layers.{}", _VIT_INPUTS, "attention.o_proj", "attention"),
-}
+def _score_layout(family: Family) -> ScoreLayout:
+    block, score = family.blocks[0], family.score
+    assert score is not None
+    inputs = tuple(block.roles[role] for role in (("qkv",) if "qkv" in block.roles else ("q", "k", "v")))
+    return ScoreLayout(block.path, inputs, block.roles["o"], score.owner, score.size, family.conv1d)
+
+
+SCORE_LAYOUTS: dict[str, ScoreLayout] = {name: _score_layout(family) for name, family in BY_MODEL_TYPE.items() if family.score}
 
 
 def score_layout_of(config: Mapping[str, Any], origin: str) -> ScoreLayout:
@@ -166,7 +109,8 @@ def score_layout_of(config: Mapping[str, Any], origin: str) -> ScoreLayout:
     model_type = str(config.get("model_type"))
     if model_type in SCORE_LAYOUTS:
         return SCORE_LAYOUTS[model_type]
-    if model_type in _ROTARY:
+    family = BY_MODEL_TYPE.get(model_type)
+    if family is not None and family.rotary:
         raise AdaptError(
             f"--construction score: {model_type} rotates queries and keys after their product with the weights, so the low-rank part "
             "of a score is no product of expanded heads; use --construction residual, which is exact with rotary embeddings"

@@ -8,16 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from adapt_convert.convert.architectures import (
-    ATTENTION_ROLES,
-    MLP_ROLES,
-    WRITERS,
-    Heads,
-    family_of,
-    heads_of,
-    place_of,
-)
+from adapt_convert.convert.architectures import Heads, family_of, heads_of, place_of
 from adapt_convert.convert.delta import Delta, residual_energy
+from adapt_convert.convert.families import ATTENTION_ROLES, FUSED, MLP_ROLES, WRITERS
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.lorta.cp import fit_cp
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
@@ -78,13 +71,15 @@ def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orien
     for entry in entries:
         assert entry.place is not None
         layer = blocks.index((entry.place.block, entry.place.layer))
-        row = 0
-        for part in _parts(entry.place.role):
+        parts = _parts(entry.place.role)
+        by_head = entry.place.role == "qkv_heads"  # q, k and v of one head after the other, so each starts within the first head's
+        row, stride = 0, len(parts) * geometry.size if by_head else None
+        for part in parts:
             heads = geometry.key_value if part in ("k", "v") else geometry.query
-            fused = entry.place.role == "qkv"
-            stop = row + heads * geometry.size
+            fused = len(parts) > 1
+            stop = row + (1 if by_head else heads) * geometry.size
             writes = part in WRITERS or orientation == "reference"
-            slot = Slot(entry.module, layer, present.index(part), not writes, *((row, stop) if fused else (None, None)))
+            slot = Slot(entry.module, layer, present.index(part), not writes, *((row, stop, stride) if fused else (None, None)))
             slices.append(_Slice(entry, slot, heads))
             _check_slice(entry, slot, heads * geometry.size, fused, orientation, pairs.base)
             row = stop
@@ -92,7 +87,7 @@ def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orien
 
 
 def _parts(role: str) -> tuple[str, ...]:
-    return ("q", "k", "v") if role == "qkv" else (role,)
+    return FUSED.get(role, (role,))
 
 
 def _geometry(base: Checkpoint, entries: list[Entry], roles: tuple[str, ...]) -> Heads:
@@ -100,7 +95,9 @@ def _geometry(base: Checkpoint, entries: list[Entry], roles: tuple[str, ...]) ->
     if roles == MLP_ROLES:
         first = entries[0]
         assert first.place is not None
-        return Heads(1, 1, first.matrix_shape[1 if first.place.role in WRITERS else 0])
+        if first.place.role in WRITERS:
+            return Heads(1, 1, first.matrix_shape[1])
+        return Heads(1, 1, first.matrix_shape[0] // len(_parts(first.place.role)))
     heads = heads_of(base.config)
     if heads is None:
         raise AdaptError(f"{base.origin}: config.json does not say how many attention heads there are; LoRTA needs them")
@@ -114,7 +111,7 @@ def _check_slice(entry: Entry, slot: Slot, width: int, fused: bool, orientation:
             f"{entry.name} is {[rows, columns]}: the reference orientation holds separate square q, k, v and o only; "
             "use --orientation paper"
         )
-    found = (slot.stop or rows) if slot.transposed else columns
+    found = rows if slot.transposed else columns
     if found != width and not fused:
         raise AdaptError(f"{entry.name} has {found} channels, but the heads in {base.origin}'s config.json make {width}")
 
@@ -136,7 +133,7 @@ def _fit(
         heads=tuple(counts),
         group=tuple(group[m] for m in sorted(group)),
     )
-    slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s)) for s in slices]
+    slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s, d_h)) for s in slices]
     assert options.rank is not None
     fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device, progress=progress)
     block_name: Literal["attention", "mlp"] = "attention" if name == "attention" else "mlp"
@@ -150,13 +147,26 @@ def _residual_width(slices: list[_Slice]) -> int:
     return widths.pop()
 
 
-def _loader(pairs: Pairs, part: _Slice) -> Callable[[], Delta]:
-    return lambda: slab_of(pairs.passing_delta(part.entry), part.slot)
+def _loader(pairs: Pairs, part: _Slice, d_h: int) -> Callable[[], Delta]:
+    count = part.heads * d_h
+    return lambda: slab_of(pairs.passing_delta(part.entry), part.slot, count)
 
 
-def slab_of(delta: Delta, slot: Slot) -> Delta:
-    rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
+def slab_of(delta: Delta, slot: Slot, count: int) -> Delta:
+    """A slot's part of a module's change as the tensor has it, `(d, heads * d_h)`; `count` is `heads * d_h`."""
+    rows = _part_of(delta, slot, count)
     return rows.T if slot.transposed else rows
+
+
+def _part_of(delta: Delta, slot: Slot, count: int) -> Delta:
+    """The `count` rows of a module's change that a slot speaks of."""
+    if slot.start is None or slot.stop is None:
+        return delta
+    if slot.stride is None:
+        return delta.rows(slot.start, slot.stop)
+    rows = slot.rows(count)
+    assert rows is not None
+    return delta.pick(rows)
 
 
 def _rounding(block: LortaBlock, dtype: torch.dtype) -> float:
@@ -192,7 +202,7 @@ def measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress)
     def missed(entry: Entry, delta: Delta) -> tuple[float, float]:
         residual = 0.0
         for block, slot in slots[entry.module]:
-            rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
+            rows = _part_of(delta, slot, block.shape(slot)[0])
             residual += residual_energy(rows, block.delta(slot).to(pairs.device))
         return delta.energy(), residual
 

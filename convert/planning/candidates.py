@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from adapt_convert.convert.conversion import with_lost_rows
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.report import Record, captured_energy
 from adapt_convert.formats.latte import LatteAdapter
@@ -37,23 +36,14 @@ class Candidate:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Surveyed:
-    """What is known of the tensors that a target does not factor: the records decided, and rows that are lost by tensor."""
-
-    records: Sequence[Record]
-    lost: dict[str, float]
-
-
 def candidate(
-    size: str, options: Options, adapter: LoraAdapter | LortaAdapter | LatteAdapter, solved: list[Record], rest: Surveyed
+    size: str, options: Options, adapter: LoraAdapter | LortaAdapter | LatteAdapter, solved: list[Record], rest: Sequence[Record]
 ) -> Candidate:
     """The candidate of an adapter, whose factors may be empty (on the `meta` device) as only their shapes are looked at.
 
-    `size` are the options that say how large it is, as typed; `options` has the others.
+    `size` are the options that say how large it is, as typed; `options` has the others, and `rest` are the records of what is not factored.
     """
-    solved = [with_lost_rows(record, rest.lost) for record in solved]
-    everything = [*rest.records, *solved]
+    everything = [*rest, *solved]
     return Candidate(
         options.to,
         " ".join([f"--to {options.to}", size, *_typed(options)]),

@@ -11,7 +11,7 @@ from adapt_convert.convert.conversion import survey
 from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.planning.candidates import Candidate, Surveyed
+from adapt_convert.convert.planning.candidates import Candidate
 from adapt_convert.convert.planning.change import MatrixChange, measure_changes
 from adapt_convert.convert.planning.describe import describe_changes, full_bytes
 from adapt_convert.convert.planning.latte_frontier import latte_frontier
@@ -21,6 +21,7 @@ from adapt_convert.convert.planning.lorta_frontier import lorta_frontier
 from adapt_convert.convert.planning.recommendation import recommend
 from adapt_convert.convert.preflight import Entry, Plan, make_plan, require_factors
 from adapt_convert.convert.progress import Progress, silent
+from adapt_convert.convert.report import Record
 from adapt_convert.formats.atomic import write_text
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
@@ -50,7 +51,7 @@ class _Target:
     options: Options
     plan: Plan
     stored: dict[Entry, float]
-    rest: Surveyed
+    rest: Sequence[Record]
 
 
 def plan(
@@ -90,7 +91,7 @@ def plan(
         {
             "base": opened_base.origin,
             "source": opened_source.origin,
-            **describe_changes(lora.plan, changes, lora.stored, lora.rest.records),
+            **describe_changes(lora.plan, changes, lora.stored, lora.rest),
             "full_bytes": whole,
             "capture": capture,
             "candidates": [one.to_json() for one in found],
@@ -104,8 +105,8 @@ def plan(
 def _target(base: Checkpoint, source: Source, pairs: Pairs, options: Options, progress: Progress) -> _Target:
     made = make_plan(base, source, options)
     require_factors(made, base, options)
-    stored, lost, records = survey(pairs, made, options, progress)
-    return _Target(options, made, stored, Surveyed(records, lost))
+    stored, records = survey(pairs, made, options, progress)
+    return _Target(options, made, stored, records)
 
 
 def _frontiers(

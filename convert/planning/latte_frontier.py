@@ -7,7 +7,7 @@ The columns of a basis are orthonormal and come in the order of what they captur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from adapt_convert.convert.latte.segments import find_segments
 from adapt_convert.convert.latte.solver import store_exact
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.planning.candidates import Candidate, Surveyed, candidate
+from adapt_convert.convert.planning.candidates import Candidate, candidate
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, unchanged
@@ -39,7 +39,7 @@ class _Kept:
 
 
 def latte_frontier(
-    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], rest: Surveyed, progress: Progress
+    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], rest: Sequence[Record], progress: Progress
 ) -> Iterator[Candidate]:
     """Widths of `RANKS` for one segment, about the square root of the layers, and one for each layer.
 

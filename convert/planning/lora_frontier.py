@@ -10,10 +10,11 @@ from adapt_convert.convert.lora import assemble
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Piece
-from adapt_convert.convert.planning.candidates import Candidate, Surveyed, candidate
+from adapt_convert.convert.planning.candidates import Candidate, candidate
 from adapt_convert.convert.planning.change import MatrixChange
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.ranks import spend_budget
+from adapt_convert.convert.report import Record
 from adapt_convert.formats.dtypes import torch_dtype
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -21,7 +22,7 @@ ENERGIES = (0.5, 0.75, 0.9, 0.99)
 
 
 def lora_frontier(
-    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], rest: Surveyed, changes: Sequence[MatrixChange]
+    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], rest: Sequence[Record], changes: Sequence[MatrixChange]
 ) -> Iterator[Candidate]:
     """One rank for all matrices, the same bytes spent by `--budget`, and `--energy`: as far as the spectra are known."""
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))

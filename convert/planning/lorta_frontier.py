@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from adapt_convert.convert.lorta.solver import solve_lorta
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.planning.candidates import Candidate, Surveyed, candidate
+from adapt_convert.convert.planning.candidates import Candidate, candidate
 from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.progress import Progress
+from adapt_convert.convert.report import Record
 
 RANKS = (4, 16, 64)
 
@@ -21,7 +22,7 @@ def lorta_frontier(
     plan: Plan,
     options: Options,
     stored: dict[Entry, float],
-    rest: Surveyed,
+    rest: Sequence[Record],
     seconds: float,
     progress: Progress,
 ) -> Iterator[Candidate]:

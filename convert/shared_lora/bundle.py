@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.bundle_report import Bundled, bundle_report, names_apart
-from adapt_convert.convert.conversion import Conversion, survey, task_type, with_lost_rows
+from adapt_convert.convert.conversion import Conversion, survey, task_type
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.opening import open_base, open_source
 from adapt_convert.convert.options import Options
@@ -38,13 +38,12 @@ _SKETCH = 2  # a dense change enters the search for subspaces by its best approx
 
 @dataclass(frozen=True)
 class _Task:
-    """One adapter: its matrices by module, and the records and lost rows of everything else."""
+    """One adapter: its matrices by module, and the records of everything else."""
 
     pairs: Pairs
     plan: Plan
     entries: dict[str, Entry]
     records: list[Record]
-    lost: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _open(base: Checkpoint, origin: str | Path, options: Options, progress: Prog
     plan = make_plan(base, source, options)
     require_factors(plan, base, options)
     pairs = Pairs(base, source, options.torch_device())
-    stored, lost, records = survey(pairs, plan, options, progress)
+    stored, records = survey(pairs, plan, options, progress)
     entries = {entry.module: entry for entry in plan.having("factor")}
     others = [entry for entry in (*stored, *entries.values()) if entry in stored or entry.kind != "matrix"]
     if others:
@@ -96,7 +95,7 @@ def _open(base: Checkpoint, origin: str | Path, options: Options, progress: Prog
             f"{source.origin}: changes {others[0].name}, which all rows of a batch share; leave it out with "
             f"--exclude {others[0].module.rpartition('.')[2]}, or convert this one on its own"
         )
-    return _Task(pairs, plan, entries, records, lost)
+    return _Task(pairs, plan, entries, records)
 
 
 def _solve(tasks: Sequence[_Task], adapter: SharedLoraAdapter, options: Options, dtype: torch.dtype, progress: Progress) -> None:
@@ -121,7 +120,7 @@ def _solve(tasks: Sequence[_Task], adapter: SharedLoraAdapter, options: Options,
             if number in solved.cores:
                 adapter.tasks[number].cores[module] = solved.cores[number]
             record = Record(entry, "factored", energy, residual, rank=options.rank) if energy > 0 else unchanged(entry)
-            task.records.append(with_lost_rows(record, task.lost))
+            task.records.append(record)
 
 
 def _solve_module(held: dict[int, tuple[Pairs, Entry]], options: Options, dtype: torch.dtype) -> _Solved:

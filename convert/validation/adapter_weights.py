@@ -153,7 +153,7 @@ def measure_weights(
             held.note, held.recorded = str(error), _recorded(candidate)
     spectra: dict[str, list[float]] = {}
     wanted = _spectrum_entries(plan)
-    for entry in progress([e for e in plan.entries if e.base_key and not e.tied_to and not e.rows_lost], "weights"):
+    for entry in progress([e for e in plan.entries if e.base_key and not e.tied_to and not e.rows_added], "weights"):
         change = _change(pairs, entry)
         if change is None or not (energy := change.energy()):
             continue
@@ -184,7 +184,7 @@ def changes_of(base: Contender, fine_tune: Contender, candidate: Contender, root
     pairs, plan = _open(base, candidate)
     found = []
     for entry in plan.entries:
-        change = _change(pairs, entry) if entry.base_key and not entry.rows_lost else None
+        change = _change(pairs, entry) if entry.base_key and not entry.rows_added else None
         if change is not None and change.energy():
             found.append(Change(entry.name, functools.partial(_change_again, pairs, entry), shared=plan.follows_ties))
         elif change is None and entry.part.kind == "replace" and entry.part.dtype.startswith(("F", "BF")):
