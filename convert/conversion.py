@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.architectures import family_of, module_names
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
@@ -29,7 +29,8 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
-from adapt_convert.formats.peft import LoraAdapter, read_lora
+from adapt_convert.formats.peft import LoraAdapter, is_plain_lora, read_lora
+from adapt_convert.formats.peft_methods import read_method
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
 
 Adapter = LoraAdapter | LortaAdapter | LatteAdapter
@@ -146,7 +147,11 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
     if read_json(config_path).get("peft_type") == "LORTA":
         return read_lorta(location, reference_slots(_modules(base), base.config))
-    return read_lora(location)
+    if is_plain_lora(read_json(config_path)):
+        return read_lora(location)
+    parameters = {name: key for key, name in module_names(base.infos, base.config).items()}
+    family = family_of(base.config)
+    return read_method(location, base, parameters, bool(family and family.conv1d))
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

@@ -138,7 +138,7 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
     as_read = LowRankDelta(written.B.float(), written.A.float())
     if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
-    figures = {"energy": factorisation.energy, "residual": residual_energy(delta, as_read)}
+    figures = {"energy": factorisation.energy, "residual": residual_energy(delta, as_read), **pairs.source.figures.get(entry.name, {})}
     return Piece({"B": written.B.cpu(), "A": written.A.cpu()}, figures)
 
 
@@ -149,7 +149,8 @@ def _place(entry: Entry, piece: Piece, adapter: LoraAdapter) -> Record:
         return dropped(entry, energy, "the budget captures more elsewhere") if energy else unchanged(entry)
     held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
     held[entry.module] = LowRankDelta(piece.tensors["B"], piece.tensors["A"])
-    return Record(entry, "factored", piece.figures["energy"], piece.figures["residual"], rank=held[entry.module].rank)
+    more = {name: value for name, value in piece.figures.items() if name not in ("energy", "residual")}
+    return Record(entry, "factored", piece.figures["energy"], piece.figures["residual"], rank=held[entry.module].rank, figures=more)
 
 
 def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[str], adapter: LoraAdapter) -> list[Record]:

@@ -33,12 +33,26 @@ _SUFFIXES = re.compile(
     r"|base_layer\.weight|base_layer\.bias|lora_magnitude_vector(\.weight)?)$"
 )
 _FOREIGN = re.compile(r"(^|\.)(lora_[^.]*|token_adapter|trainable_tokens[^.]*)(\.|$)")
+# A LoRA that starts so is trained against another base.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens")
+
+
+def is_plain_lora(config: Mapping[str, Any]) -> bool:
+    """Whether `B A` and its scale say all: LoRA, no variant such as DoRA, and no start that changes the base."""
+    return config.get("peft_type") == "LORA" and not changes_base(config) and not any(config.get(name) for name in _VARIANTS)
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter starts from a part of the base's weight that PEFT takes out of the base when it loads the adapter."""
+    start = config.get("init_lora_weights")
+    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
 
 
 def read_lora(location: Location) -> Source:
     """Open a PEFT LoRA directory; alpha, rsLoRA and both patterns are folded into `B`. Reads headers only.
 
-    Raises `AdaptError` for another PEFT method, DoRA, a missing half of a factor pair or contradicting shapes.
+    Raises `AdaptError` for another PEFT method, a variant such as DoRA, a missing half of a factor pair or contradicting shapes.
     """
     config = read_json(location.directory / CONFIG)
     _check_supported(location, config)
@@ -67,11 +81,13 @@ def read_lora(location: Location) -> Source:
 
 def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
     if not isinstance(config.get("peft_type"), str):
-        raise AdaptError(f"{location.origin}: {CONFIG} has peft_type = {config.get('peft_type')!r}; LORA and LORTA are supported")
+        raise AdaptError(f"{location.origin}: {CONFIG} has peft_type = {config.get('peft_type')!r}, not LORA")
     if config["peft_type"] != "LORA":
-        raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter; LORA and LORTA are supported")
-    if config.get("use_dora"):
-        raise AdaptError(f"{location.origin}: is a DoRA adapter, which is no sum of base and delta; merge it with PEFT first")
+        raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter, not a LoRA")
+    if not is_plain_lora(config):
+        raise AdaptError(
+            f"{location.origin}: is a LoRA with more to it than two factors (DoRA, PiSSA ...); `adapt-convert delta` makes a plain one"
+        )
     if config.get("target_parameters"):
         raise AdaptError(f"{location.origin}: adapts bare parameters (target_parameters), which is not supported")
     if config.get("layer_replication"):
