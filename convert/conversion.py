@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import family_of, module_names
+from adapt_convert.convert.image_loras import in_form
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
@@ -26,14 +27,17 @@ from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.image_lora import ImageLora
 from adapt_convert.formats.latte import LatteAdapter, latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.lora_file import read_lora_file
+from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, is_plain_lora, read_lora
 from adapt_convert.formats.peft_methods import read_method
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
 
-Adapter = LoraAdapter | LortaAdapter | LatteAdapter
+Adapter = LoraAdapter | ImageLora | LortaAdapter | LatteAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
@@ -112,7 +116,8 @@ def convert(
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
-    return Conversion(adapter, opened_base, plan, records, report, started)
+    written = in_form(adapter, opened_base, chosen.profile) if isinstance(adapter, LoraAdapter) else adapter
+    return Conversion(written, opened_base, plan, records, report, started)
 
 
 def open_pair(
@@ -142,6 +147,10 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
     location = locate(source, revision)
     config_path = adapter_config_path(location)
     refuse_latte(location)
+    parameters = {name: key for key, name in module_names(base.infos, base.config).items()}
+    path = lora_file(location) if config_path is None else None
+    if path:
+        return read_lora_file(location, path, base, parameters)
     if config_path is None:
         checkpoint = Checkpoint(location)
         return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
@@ -149,7 +158,6 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         return read_lorta(location, reference_slots(_modules(base), base.config))
     if is_plain_lora(read_json(config_path)):
         return read_lora(location)
-    parameters = {name: key for key, name in module_names(base.infos, base.config).items()}
     family = family_of(base.config)
     return read_method(location, base, parameters, bool(family and family.conv1d))
 

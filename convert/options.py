@@ -15,6 +15,7 @@ from adapt_convert.formats.lorta import Orientation
 TARGETS = ("lora", "lorta", "latte")
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
+FORMS = ("peft", "diffusers", "kohya")
 DEFAULT_RANK = 16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -25,8 +26,9 @@ class Options:
     """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
-    without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
-    `construction` and `heads` are LatTE's. Raises `AdaptError` on anything out of range.
+    without any the rank is 16, or that of a source in factors. `dtype` None keeps the source's own.
+    `segments` (a number, `auto`, or None for what suits the model), `construction` and `heads` are LatTE's; `profile` is what a LoRA
+    is written for (`--for`). Raises `AdaptError` on anything out of range.
     """
 
     to: str = "lora"
@@ -43,6 +45,7 @@ class Options:
     segments: int | str | None = None
     construction: str = "residual"
     heads: str = "wider"
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         for name, parse in _PARSERS.items():
@@ -52,6 +55,7 @@ class Options:
         if self.to not in TARGETS:
             raise AdaptError(f"--to {self.to}: unknown target; choose one of {', '.join(TARGETS)}")
         given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
+        object.__setattr__(self, "_sized", bool(given))
         if len(given) > 1:
             raise AdaptError(f"--{given[0]} and --{given[1]} contradict each other; give one")
         if not given:
@@ -67,6 +71,8 @@ class Options:
         self._check_latte()
         if self.to == "lorta" and self.rank is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
+        if self.profile is not None and (self.profile not in FORMS or self.to != "lora"):
+            raise AdaptError(f"--for {self.profile}: of --to lora there is {', '.join(FORMS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise AdaptError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if self.orientation not in ("paper", "reference"):
@@ -91,6 +97,11 @@ class Options:
             raise AdaptError("--segments auto looks for the cheapest segments of a given captured energy: give --energy")
         if self.to == "latte" and self.budget is not None:
             raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
+
+    def keeps(self, rank: int) -> bool:
+        """Whether a matrix that comes in factors of this rank stays as it is: where no size or a larger rank was asked for."""
+        asked_for_size: bool = self._sized  # type: ignore[attr-defined]
+        return not asked_for_size or (self.rank is not None and rank <= self.rank)
 
     @property
     def size_name(self) -> str:

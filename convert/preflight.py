@@ -26,6 +26,7 @@ from adapt_convert.convert.architectures import (
     place_of,
     without_prefix,
 )
+from adapt_convert.convert.image_loras import form_of, restrict
 from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -132,7 +133,8 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     # In PEFT an adapter of a tied embedding leaves the head alone unless it names the head too, or asks for tying.
     follows_ties = source.kind not in ("lora", "method") or bool(source.config.get("ensure_weight_tying"))
     plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
-    return replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+    plan = replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+    return restrict(plan, base, form_of(base, options.profile)) if options.to == "lora" else plan
 
 
 def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:
@@ -197,7 +199,7 @@ class _Planner:
         module, family = part.name.rpartition(".")[0], self.family
         key, tied_to = self._counterpart(part)
         transposed = bool(family and family.conv1d and key and place_of(module, family) and part.name.endswith(".weight"))
-        kind = _kind(part, module, transposed)
+        kind = _kind(part, module, transposed, self.base.is_diffusion)
         rows = part.shape[:1]
         if key is not None:
             shape = self.base.infos[key].shape
@@ -279,9 +281,11 @@ class _Planner:
         )
 
 
-def _kind(part: Part, module: str, transposed: bool) -> Literal["matrix", "embedding", "other"]:
+def _kind(part: Part, module: str, transposed: bool, convolutions: bool) -> Literal["matrix", "embedding", "other"]:
+    """Convolutions count as matrices in diffusion models, and where an adapter has factors of one."""
     floating = part.dtype in FLOATS
-    if len(part.shape) != 2 or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
+    is_matrix = len(part.shape) == 2 or (len(part.shape) in (3, 4, 5) and (convolutions or part.kind != "replace"))
+    if not is_matrix or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
         return "other"
     return "embedding" if is_embedding(module) and not transposed else "matrix"
 

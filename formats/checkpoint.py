@@ -17,34 +17,41 @@ from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.pickle_file import PickleFile
 from adapt_convert.formats.safetensors_file import SafetensorsFile, TensorInfo, byte_view
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors.index.json")
 _HASHED = 2**19  # elements at a time
-_SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+_SINGLE = (
+    *("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin"),
+    *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"),
+    "diffusion_pytorch_model.bin",
+)
+PIPELINE = "model_index.json"
 
 
 class TensorStore:
     """The tensors of one or more files: `infos` by name from the headers, `read` for one at a time.
 
     Every tensor that is read is hashed on the way, so that `content_hash` names the weights and not the files they lie in:
-    the same model in other shards has the same hash.
+    the same model in other shards has the same hash. `prefixes` go before the names of the tensors of some files.
     """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], prefixes: Mapping[Path, str] | None = None) -> None:
         self.files = files
-        self._owner: dict[str, SafetensorsFile | PickleFile] = {}
+        self._owner: dict[str, tuple[SafetensorsFile | PickleFile, str]] = {}
         self.infos: dict[str, TensorInfo] = {}
         self._digests: dict[str, str] = {}
         self._read: list[str] = []  # a list, as several threads read
         for path in files:
             opened = SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
-            for name, info in opened.infos.items():
+            for stored, info in opened.infos.items():
+                name = (prefixes or {}).get(path, "") + stored
                 if name in self._owner:
-                    raise AdaptError(f"{path}: {name!r} is also in {self._owner[name].path.name}; one of the two is stale")
-                self._owner[name], self.infos[name] = opened, info
+                    raise AdaptError(f"{path}: {name!r} is also in {self._owner[name][0].path.name}; one of the two is stale")
+                self._owner[name], self.infos[name] = (opened, stored), info
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype."""
-        tensor = self._owner[name].read(name)
+        owner, stored = self._owner[name]
+        tensor = owner.read(stored)
         self._read.append(name)
         if name not in self._digests:
             self._digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
@@ -57,7 +64,8 @@ class TensorStore:
         """
         self._read.append(name)
         digest = None if name in self._digests else hashlib.sha256()
-        for block in self._owner[name].blocks(name, elements):
+        owner, stored = self._owner[name]
+        for block in owner.blocks(stored, elements):
             if digest:
                 digest.update(byte_view(block))
             yield block
@@ -97,7 +105,10 @@ class TensorStore:
 
 
 class Checkpoint:
-    """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only."""
+    """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only.
+
+    Of a diffusers pipeline it holds all components, as `unet.<parameter>`, `text_encoder.<parameter>` and so on.
+    """
 
     kind = "checkpoint"
 
@@ -108,11 +119,19 @@ class Checkpoint:
         config = location.directory / "config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         _check_config(config, self.config)
-        self.store = TensorStore(weight_files(location))
-        _check_index(location, self.store)
+        self.is_pipeline = location.file is None and (location.directory / PIPELINE).is_file()
+        prefixes = _component_files(location) if self.is_pipeline else dict.fromkeys(weight_files(location), "")
+        self.store = TensorStore(list(prefixes), prefixes)
+        if not self.is_pipeline:
+            _check_index(location, self.store)
         if not self.store.infos:
             raise AdaptError(f"{self.origin}: holds no tensors")
         refuse_quantised(self.origin, self.config, self.store.infos)
+
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether this is a diffusers pipeline, a component of one, or an original single file."""
+        return self.is_pipeline or "_class_name" in self.config or any(key.startswith("model.diffusion_model.") for key in self.infos)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -151,6 +170,18 @@ def weight_files(location: Location) -> list[Path]:
             return [location.directory / name]
     found = ", ".join(sorted(p.name for p in location.directory.iterdir())[:6]) or "nothing"
     raise AdaptError(f"{location.origin}: no model.safetensors, pytorch_model.bin or index of shards in it (found: {found})")
+
+
+def _component_files(location: Location) -> dict[Path, str]:
+    """The weight files of every component of a diffusers pipeline -> what goes before the names of their tensors."""
+    files: dict[Path, str] = {}
+    for component, kind in sorted(read_json(location.directory / PIPELINE).items()):
+        directory = location.directory / component
+        if component.startswith((".", "_")) or Path(component).name != component or not isinstance(kind, list) or not directory.is_dir():
+            continue
+        if any(path.suffix in (".safetensors", ".bin") for path in directory.iterdir()):
+            files |= dict.fromkeys(weight_files(Location(str(directory), directory)), f"{component}.")
+    return files
 
 
 def _indexed(index: Path) -> list[Path]:

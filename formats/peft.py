@@ -145,8 +145,12 @@ def _low_rank(
             raise AdaptError(f"{location.origin}: {module} has only one half of its factor pair; {name} is missing")
     key_a, key_b = slot[names[0]], slot[names[1]]
     info_a, info_b = store.infos[key_a], store.infos[key_b]
-    if len(info_a.shape) != 2 or len(info_b.shape) != 2:
-        raise AdaptError(f"{location.origin}: {module} has factors of shape {list(info_a.shape)}; only matrices are supported")
+    kernel = info_a.shape[2:]
+    if len(info_a.shape) < 2 or info_b.shape[2:] != (1,) * len(kernel) or len(info_b.shape) < 2:
+        raise AdaptError(
+            f"{location.origin}: {module} has factors of shape {list(info_a.shape)} and {list(info_b.shape)}, "
+            "which are neither matrices nor those of a convolution"
+        )
     for key in (key_a, key_b):
         if not store.infos[key].is_float:
             raise AdaptError(f"{location.origin}: {key} is stored as {store.infos[key].dtype}, expected floating-point numbers")
@@ -155,19 +159,19 @@ def _low_rank(
         raise AdaptError(
             f"{location.origin}: {module} has factors A {list(info_a.shape)} and B {list(info_b.shape)}, which do not multiply"
         )
-    scale = _scaling(config, module, rank)
+    scale = scaling(config, module, rank)
     embedding = names[0] == "lora_embedding_A"
     base_layer = slot.get("base_layer.weight")
 
     def load() -> LowRankDelta:
-        a, b = store.read(key_a).float(), store.read(key_b).float() * scale
+        a, b = store.read(key_a).float().flatten(1), store.read(key_b).float().flatten(1) * scale
         return LowRankDelta(a.T, b.T) if embedding else LowRankDelta(b, a)
 
     def load_with_base() -> Tensor:
         assert base_layer is not None
         return store.read(base_layer).float() + load().dense()
 
-    shape: tuple[int, ...] = (info_a.shape[1], info_b.shape[0]) if embedding else (info_b.shape[0], info_a.shape[1])
+    shape: tuple[int, ...] = (info_a.shape[1], info_b.shape[0]) if embedding else (info_b.shape[0], *info_a.shape[1:])
     if base_layer:  # PEFT saves the whole table beside its LoRA when the vocabulary may have changed
         shape = store.infos[base_layer].shape
         return Part(f"{module}.weight", (key_a, key_b, base_layer), shape, "F32", "replace", load_with_base, rank)
@@ -175,12 +179,12 @@ def _low_rank(
 
 
 def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key: str, rank: int) -> Part:
-    scale = _scaling(config, module, rank)
+    scale = scaling(config, module, rank)
     info = store.infos[key]
     return Part(f"{module}.bias", (key,), info.shape, info.dtype, "add", lambda: store.read(key).float() * scale)
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA. Patterns are regular expressions anchored at a dot; the first wins."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
@@ -195,7 +199,8 @@ class LoraAdapter:
     """A LoRA to be written: `factors` by module in the output dtype, and what is stored exactly.
 
     `embeddings` are factors of `(vocabulary, hidden)` deltas; `biases` are differences added to the module's bias, float32;
-    `exact` holds every parameter of every module in `modules_to_save`, by parameter name.
+    `exact` holds every parameter of every module in `modules_to_save`, by parameter name; `kernels` the `(in, kh, kw)` of modules
+    that are convolutions, whose factors are matrices here all the same.
     """
 
     factors: dict[str, LowRankDelta] = field(default_factory=dict)
@@ -203,6 +208,7 @@ class LoraAdapter:
     biases: dict[str, Tensor] = field(default_factory=dict)
     exact: dict[str, Tensor | LazyTensor] = field(default_factory=dict)
     exact_modules: list[str] = field(default_factory=list)
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     conv1d: bool = False
     all_modules: list[str] = field(default_factory=list)
     base_model: str = ""
@@ -212,8 +218,9 @@ class LoraAdapter:
     def tensors(self) -> dict[str, Tensor | LazyTensor]:
         tensors: dict[str, Tensor | LazyTensor] = {}
         for module, delta in self.factors.items():
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = delta.A
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = delta.B
+            first, second = self.shaped(module)
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = first
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = second
             if self.biases:  # `lora_bias` is one switch for all modules: those without a changed bias get zeros
                 tensors[f"{PREFIX}{module}.lora_B.bias"] = self.biases.get(module, torch.zeros(delta.shape[0]))
         for module, delta in self.embeddings.items():
@@ -222,6 +229,13 @@ class LoraAdapter:
         for name, value in self.exact.items():
             tensors[PREFIX + name] = value
         return tensors
+
+    def shaped(self, module: str) -> tuple[Tensor, Tensor]:
+        """A module's factors as they are stored: `(r, in)` and `(out, r)`, of a convolution `(r, in, kh, kw)` and `(out, r, 1, 1)`."""
+        delta, kernel = self.factors[module], self.kernels.get(module)
+        if kernel is None:
+            return delta.A, delta.B
+        return delta.A.reshape(-1, *kernel), delta.B.reshape(*delta.B.shape, *[1] * (len(kernel) - 1))
 
     def config(self) -> dict[str, Any]:
         """The smallest config that says everything: `lora_alpha == r` everywhere, so no loader can get the scale wrong."""
