@@ -18,7 +18,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
-from adapt_convert.formats.checkpoint_writer import copy_small_files, write_checkpoint
+from adapt_convert.formats.checkpoint_writer import DIFFUSERS_STEM, copy_small_files, write_checkpoint, write_pipeline
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import locate
@@ -67,8 +67,12 @@ def merge(
     left = _heads_left_behind(plan, source)
     tensors |= {alias: _merged(pairs, None, key, target, rounding) for alias, key in left.items()}
     with atomic_directory(Path(output), overwrite) as staging:
-        size, shards = write_checkpoint(staging, _watched(tensors, progress))
-        copy_small_files(opened_base.location.directory, staging, untie=bool(left) or any(e.tied_to for e in added), dtype=dtype)
+        watched, directory = _watched(tensors, progress), opened_base.location.directory
+        if opened_base.is_pipeline:
+            size, shards = write_pipeline(directory, staging, watched)
+        else:
+            size, shards = write_checkpoint(staging, watched, DIFFUSERS_STEM if "_class_name" in opened_base.config else "model")
+            copy_small_files(directory, staging, untie=bool(left) or any(e.tied_to for e in added), dtype=dtype)
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
         summary |= {"rounding_loss": rounding.loss} | ({"rounded_to": rounding.worst} if rounding.worst else {})
         (staging / "conversion.json").write_text(

@@ -20,7 +20,8 @@ class ImageLora:
     """A LoRA whose factors go into one file; `names` lead from its modules to what they are called there.
 
     diffusers: `{component}.{module}.lora_A.weight (r, in)`, `lora_B.weight (out, r)`, no alpha, so the scale is 1.
-    kohya: `lora_unet_{module}.lora_down.weight`, `lora_up.weight` and a scalar `alpha` equal to the rank, so the scale is 1.
+    kohya: `lora_unet_{module}.lora_down.weight`, `lora_up.weight` and a scalar `alpha` equal to the rank, so the scale is 1. Where ranks
+    differ there is none, which means the same to all readers: diffusers gives some modules the alpha of others.
     Of a convolution the first is `(r, in, kh, kw)`, the second `(out, r, 1, 1)`.
     """
 
@@ -35,12 +36,13 @@ class ImageLora:
     def tensors(self) -> dict[str, Tensor]:
         """The content of the file."""
         halves = ("lora_A", "lora_B") if self.style == "diffusers" else ("lora_down", "lora_up")
+        with_alpha = self.style == "kohya" and len({delta.rank for delta in self.lora.factors.values()}) == 1
         tensors: dict[str, Tensor] = {}
         for module in self.lora.factors:
             name, (first, second) = self.names[module], self.lora.shaped(module)
             tensors[f"{name}.{halves[0]}.weight"] = first
             tensors[f"{name}.{halves[1]}.weight"] = second
-            if self.style == "kohya":
+            if with_alpha:
                 tensors[f"{name}.alpha"] = torch.tensor(float(len(first)), dtype=first.dtype)
         return tensors
 

@@ -54,7 +54,7 @@ def pipeline_base(directory: Path) -> Path:
         text_encoder=CLIPTextModel(clip),
         vae=AutoencoderKL(**VAE),
         tokenizer=CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
