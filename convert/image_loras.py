@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Form = Literal["peft", "diffusers", "kohya"]
 _USUAL: dict[str, Form] = {"pipeline": "diffusers", "component": "diffusers", "single file": "kohya", "other": "peft"}
+_TABLES = ("token_embedding", "position_embedding")  # CLIP's
 
 
 def form_of(base: Checkpoint, profile: str | None) -> Form:
@@ -54,7 +55,7 @@ def restrict(plan: Plan, base: Checkpoint, form: Form) -> Plan:
 def _restricted(entry: Entry, base: Checkpoint, form: Form) -> Entry:
     if entry.action == "drop":
         return entry
-    if entry.action == "store" or entry.kind == "embedding":
+    if entry.action == "store" or entry.kind == "embedding" or entry.module.endswith(_TABLES):
         return replace(entry, action="drop", reason=f"a LoRA file of {form} holds factors of matrices and convolutions alone")
     if name_of(entry.module, base, form) is None:
         return replace(entry, action="drop", reason=f"a LoRA file of {form} has no names for this part of the model")

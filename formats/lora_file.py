@@ -73,7 +73,9 @@ def _by_module(location: Location, store: TensorStore) -> dict[str, dict[str, st
         slot = slot_of(key)
         if slot is None:
             method = OTHER_METHODS.search(key)
-            raise AdaptError(f"{location.origin}: holds {key}, which is {'of a method' if method else 'no tensor'} that is not supported")
+            raise AdaptError(
+                f"{location.origin}: holds {key}, which is {'of a method that is not supported' if method else 'no tensor of a LoRA'}"
+            )
         if slot[1] in modules.setdefault(slot[0], {}):
             raise AdaptError(f"{location.origin}: holds {modules[slot[0]][slot[1]]} and {key}, which are the same tensor")
         modules[slot[0]][slot[1]] = key

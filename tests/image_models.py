@@ -43,7 +43,9 @@ VAE = {
 def pipeline_base(directory: Path) -> Path:
     """A Stable Diffusion pipeline with random weights, in `directory`."""
     torch.manual_seed(0)
-    vocabulary = {token: number for number, token in enumerate(["a", "b", "c", "a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"])}
+    vocabulary = {
+        token: number for number, token in enumerate(["a", "b", "c", "a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"])
+    }
     files = directory.parent / "tokenizer-files"
     files.mkdir()
     (files / "vocab.json").write_text(json.dumps(vocabulary))

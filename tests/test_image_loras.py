@@ -160,7 +160,9 @@ def test_lycoris(unet, tmp_path: Path, name: str) -> None:
         torch.manual_seed(0)
         expected = output_of(layer, None)
         torch.manual_seed(0)
-        torch.testing.assert_close(output_of(layer, merged[key]), expected, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            output_of(layer, merged[key]), expected, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
     conversion = adapt_convert.convert(base, tmp_path / "lycoris.safetensors", rank=FULL)
     assert conversion.report["captured_energy_of_all_changes"] > 1 - 1e-6
