@@ -117,7 +117,18 @@ def convert(
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
     written = in_form(adapter, opened_base, chosen.profile) if isinstance(adapter, LoraAdapter) else adapter
+    if isinstance(written, ImageLora):
+        report["layout"] = written.style
     return Conversion(written, opened_base, plan, records, report, started)
+
+
+def default_name(source: Location, options: Options) -> str:
+    """What to call the output: `ft-lora-r16`, or `style-lora-kohya` for an adapter whose ranks stay what they are."""
+    config = adapter_config_path(source)
+    is_lora = is_plain_lora(read_json(config)) if config else lora_file(source) is not None
+    if options.to == "lora" and options.keeps(2**31) and is_lora:
+        return f"{source.name}-lora" + (f"-{options.profile}" if options.profile else "")
+    return f"{source.name}-{options.to}-{options.size_name}"
 
 
 def open_pair(

@@ -16,6 +16,7 @@ from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_fil
 from adapt_convert.formats.latte import WEIGHTS as LATTE_WEIGHTS
 from adapt_convert.formats.latte import latte_config_path
 from adapt_convert.formats.location import locate, read_json
+from adapt_convert.formats.lora_names import lora_file, slot_of
 from adapt_convert.formats.source import Source, adapter_config_path
 
 
@@ -54,9 +55,12 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
         config, store = read_json(config_path), TensorStore(weight_files(location))
         kind = str(config.get("peft_type", "unknown adapter"))
         extra = {"rank": config.get("r"), "base_model": config.get("base_model_name_or_path")}
+    elif file := lora_file(location):
+        config, store, kind = {}, TensorStore([file]), "LoRA file"
+        extra = {"modules": len({slot[0] for slot in map(slot_of, store.infos) if slot})}
     else:
         checkpoint = Checkpoint(location)
-        config, store, kind = checkpoint.config, checkpoint.store, "checkpoint"
+        config, store, kind = checkpoint.config, checkpoint.store, "pipeline" if checkpoint.is_pipeline else "checkpoint"
         extra = {"model_type": config.get("model_type"), "layers": _layers(store, config)}
     dtypes = Counter[str]()
     for info in store.infos.values():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -97,6 +98,10 @@ class Options:
             raise AdaptError("--segments auto looks for the cheapest segments of a given captured energy: give --energy")
         if self.to == "latte" and self.budget is not None:
             raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
+
+    def as_given(self) -> dict[str, Any]:
+        """The options that make the same once more: all fields, but without a rank where none was asked for."""
+        return asdict(self) | ({} if self._sized else {"rank": None})  # type: ignore[attr-defined]
 
     def keeps(self, rank: int) -> bool:
         """Whether a matrix that comes in factors of this rank stays as it is: where no size or a larger rank was asked for."""

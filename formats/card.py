@@ -18,6 +18,16 @@ from transformers import {auto}
 
 model = PeftModel.from_pretrained({auto}.from_pretrained({base}), {here})
 """,
+    "diffusers": """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base})
+pipe.load_lora_weights({here})
+""",
+    "kohya": """from diffusers import DiffusionPipeline  # or ComfyUI, kohya's scripts ...
+
+pipe = DiffusionPipeline.from_pretrained({base})
+pipe.load_lora_weights({here}, weight_name="lora.safetensors")
+""",
     "latte": """import adapt_convert
 from transformers import {auto}
 
@@ -39,6 +49,7 @@ _AUTO = {
 }
 
 
+_LIBRARY = {"lora": "peft", "diffusers": "diffusers", "kohya": "diffusers"}
 _HERE = json.dumps("path/of/this/directory")
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -65,13 +76,14 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
     auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), "AutoModel")
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
-    code = _LOAD[report["target"]].format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
+    layout = report.get("layout", report["target"])
+    code = _LOAD[layout].format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
     lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}
     metadata = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (lineage | base_licence(base.directory)).items())
     commit = f" (commit {base.revision})" if base.is_hub else ""
     return f"""---
-{metadata}library_name: {"peft" if report["target"] == "lora" else "adapt-convert"}
+{metadata}library_name: {_LIBRARY.get(layout, "adapt-convert")}
 tags:
 - {report["target"]}
 - adapt-convert

@@ -15,6 +15,7 @@ from adapt_convert.formats.location import is_hub_id, read_json
 # Weights and config that belong together.
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 LATTE = ("latte.safetensors", "latte_config.json")
+IMAGE = ("pytorch_lora_weights.safetensors", "lora.safetensors")  # each alone
 _OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE}
 
 
@@ -48,13 +49,15 @@ def check_adapter(directory: Path, report: Report | None) -> None:
     """Refuse a directory whose adapter is not whole: weights, the config that goes with them, and the size in the report."""
     from adapt_convert.formats.safetensors_file import SafetensorsFile  # imports torch
 
-    kinds = [_OF_TARGET[report.target]] if report else [PEFT, LATTE]
+    kinds: list[tuple[str, ...]] = [_OF_TARGET[report.target]] if report else [PEFT, LATTE]
+    kinds += [(name,) for name in IMAGE] if report is None or report.target == "lora" else []
     names = next((names for names in kinds if (directory / names[0]).is_file()), None)
     if names is None:
         expected = " or ".join(names[0] for names in kinds)
         raise AdaptError(f"{directory}: holds no adapter ({expected}); there is nothing to push")
-    weights, config = (directory / name for name in names)
-    read_json(config)
+    weights, *configs = (directory / name for name in names)
+    for config in configs:
+        read_json(config)
     SafetensorsFile(weights)
     size = weights.stat().st_size
     if report and size != report.bytes:

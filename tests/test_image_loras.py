@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from image_models import UNET, UNet2DConditionModel, image, load_pipeline, pipeline_base
 from lycoris import LycorisNetwork, create_lycoris
 from lycoris.logging import logger as lycoris_logger
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import adapt_convert
 from adapt_convert.formats.errors import AdaptError

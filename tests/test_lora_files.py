@@ -194,7 +194,7 @@ def test_spellings(base, tmp_path: Path, name: str) -> None:
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "a_b", "to_q", "0", "1"]), min_size=1, max_size=4), min_size=1, max_size=12))
 def test_a_spelling_never_names_another_module(paths: list[list[str]]) -> None:
     class Base:
-        is_pipeline, config, infos = False, {"_class_name": "UNet2DConditionModel"}, {}  # noqa: RUF012
+        is_pipeline, config, infos = False, {"_class_name": "UNet2DConditionModel"}, {}
 
     names = {".".join(path) for path in paths}
     found = spellings(Base(), names)  # type: ignore[arg-type]
@@ -265,8 +265,18 @@ def changed(**changes: Any) -> Any:
     return change
 
 
+def only_loha(a: tuple[int, int], b: tuple[int, int]) -> Any:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state.clear()
+        for number in (1, 2):
+            state[f"{Q}.hada_w{number}_a"], state[f"{Q}.hada_w{number}_b"] = torch.ones(a), torch.ones(b)
+
+    return change
+
+
+ABS = (("A", "down"), ("B", "up"))
 REFUSED: dict[str, tuple[Any, str]] = {
-    "another base": (lambda s: s.update({"lora_unet_nowhere.lora_down.weight": torch.ones(2, 8)}), "lora_unet_nowhere, which .* does not have"),
+    "another base": (lambda s: s.update({"lora_unet_x.lora_down.weight": torch.ones(2, 8)}), "lora_unet_x, which .* does not have"),
     "only one half": (lambda s: s.pop(f"{Q}.lora_up.weight"), "no complete set of one method"),
     "two methods": (changed(hada_w1_a=torch.ones(6, 2)), "no complete set of one method"),
     "half of a LoKr": (lambda s: (s.clear(), s.update({f"{Q}.lokr_w1": torch.ones(2, 2)})), "no complete set of one method"),
@@ -277,19 +287,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "two alphas": (changed(alpha=torch.ones(2)), "alpha is nan, expected one positive number"),
     "integers": (changed(lora_down__weight=torch.ones(2, 8, dtype=torch.int32)), "stored as I32"),
     "not finite": (changed(lora_down__weight=torch.full((2, 8), math.inf)), "not finite"),
-    "twice": (lambda s: s.update({f"unet.{LINEAR}.lora_A.weight": torch.ones(2, 8), f"unet.{LINEAR}.lora_B.weight": torch.ones(6, 2)}), "already"),
+    "twice": (lambda s: s.update({f"unet.{LINEAR}.lora_{x}.weight": s[f"{Q}.lora_{y}.weight"].clone() for x, y in ABS}), "already"),
     "the same tensor twice": (changed(lora_A__weight=torch.ones(2, 8)), "which are the same tensor"),
     "OFT": (changed(oft_blocks=torch.ones(2, 4, 4)), "of a method that is not supported"),
     "a stranger": (changed(something=torch.ones(2)), "which is no tensor"),
     "a bias of nothing": (changed(diff_b=torch.ones(6)), "has no bias in"),
-    "a LoHa of another shape": (
-        lambda s: (s.clear(), s.update({f"{Q}.hada_{n}": torch.ones(6, 2) if n[-1] == "a" else torch.ones(2, 9) for n in ("w1_a", "w1_b", "w2_a", "w2_b")})),
-        r"a change of \[6, 9\]",
-    ),
-    "a LoHa that does not multiply": (
-        lambda s: (s.clear(), s.update({f"{Q}.hada_{n}": torch.ones(6, 2) if n[-1] == "a" else torch.ones(3, 8) for n in ("w1_a", "w1_b", "w2_a", "w2_b")})),
-        r"w1_a \[6, 2\], w1_b \[3, 8\]",
-    ),
+    "a LoHa of another shape": (only_loha((6, 2), (2, 9)), r"a change of \[6, 9\]"),
+    "a LoHa that does not multiply": (only_loha((6, 2), (3, 8)), r"w1_a \[6, 2\], w1_b \[3, 8\]"),
     "a magnitude of another shape": (changed(dora_scale=torch.ones(3, 1)), "a magnitude of"),
     "all zero": (lambda s: [tensor.zero_() for tensor in s.values()], "no tensor changed|nothing to convert"),
 }  # fmt: skip
@@ -354,3 +358,25 @@ def test_a_pipeline_index_that_leads_elsewhere_is_not_followed(base, tmp_path: P
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps({"..": ["diffusers", "X"], "../base": ["diffusers", "X"], "_x": 1}))
     with pytest.raises(AdaptError, match="no tensors"):
         Checkpoint(locate(tmp_path / "pipe"))
+
+
+def test_from_the_command_line(base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose ranks stay what they are is named so; the card loads it; inspect and push know the file."""
+    from click.testing import CliRunner
+
+    from adapt_convert.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "style.safetensors", kohya(5, 5.0))
+
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "written to style-lora-peft" in run("delta", str(base), "style.safetensors", "--for", "peft")
+    assert "written to style-lora-r3" in run("delta", str(base), "style.safetensors", "--rank", "3")
+    assert 'load_lora_weights("path/of/this/directory")' in (tmp_path / "style-lora-r3" / "README.md").read_text()
+    assert json.loads((tmp_path / "style-lora-r3" / "conversion.json").read_text())["layout"] == "diffusers"
+    assert "LoRA file" in run("inspect", "style.safetensors")
+    assert "pytorch_lora_weights.safetensors" in run("push", "style-lora-r3", "org/style", "--dry-run")
