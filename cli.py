@@ -69,14 +69,15 @@ def delta(
 ) -> None:
     """Convert SOURCE, a fine-tune of BASE, into an adapter.
 
-    BASE is a checkpoint; SOURCE a checkpoint or a LoRA or LoRTA directory: which one is detected. Either is a directory, a
-    file or a Hub id (org/name). Without -o the adapter goes to ./NAME-TARGET-rN and the command says so.
+    BASE is a checkpoint or a diffusers pipeline; SOURCE the same, or an adapter of any kind (PEFT, LoRTA, kohya, LyCORIS): which
+    one is detected. Either is a directory, a file or a Hub id (org/name). Without -o the adapter goes to ./NAME-TARGET-rN and the
+    command says so.
 
     \b
     Example:
       adapt-convert delta ./base ./ft --to lorta --rank 16
     """
-    from adapt_convert.convert.conversion import convert
+    from adapt_convert.convert.conversion import convert, default_name
     from adapt_convert.convert.inspection import describe_plan
     from adapt_convert.convert.inspection import inspect as inspect_paths
     from adapt_convert.convert.options import Options
@@ -84,7 +85,8 @@ def delta(
     from adapt_convert.formats.location import locate
 
     parsed = Options(**options)
-    directory = output or Path(f"{locate(source, revision).name}{f'-{task}' if task else ''}-{parsed.to}-{parsed.size_name}")
+    located = locate(source, revision)
+    directory = output or Path(default_name(located, parsed, task))
     where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
     if dry_run:
         planned = inspect_paths(base, source, **where, **options)
@@ -159,7 +161,7 @@ def merge(
     base_revision: str | None,
     as_json: bool,
 ) -> None:
-    """Fold ADAPTER (LoRA or LoRTA) into BASE and write a checkpoint that runs without adapter code.
+    """Fold ADAPTER (of PEFT, LoRTA or a LoRA file) into BASE and write a checkpoint that runs without adapter code.
 
     Half precision rounds a small change away in part; how much was lost is said, and --dtype float32 keeps it.
 

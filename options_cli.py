@@ -76,7 +76,13 @@ def conversion_options(
     """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target of `targets`."""
     options = [
         click.option("--to", metavar="TARGET", default=to, show_default=True, help=targets),
-        click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
+        click.option(
+            "--for",
+            "profile",
+            metavar="CONSUMER",
+            help="LoRA only: peft, diffusers or kohya (also ComfyUI): whose names to write; what suits the base by default.",
+        ),
+        click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said; a LoRA keeps its own)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option(
             "--budget", metavar="SIZE", help="One budget for all factors, like 20MB or 0.1% of the base, spent where it captures most."

@@ -74,6 +74,8 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
     table = Table(show_header=False)
     table.add_row("captured energy", f"{report['captured_energy']:.4%} of the factored matrices")
     table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
+    if "captured_energy_without_magnitude" in report:
+        table.add_row("", f"{report['captured_energy_without_magnitude']:.4%} in the DoRA's factors without its magnitudes")
     ratio = report["inputs"]["source"]["bytes"] / report["bytes"]
     table.add_row("size", f"{size_text(report['bytes'])}, of which stored exactly {size_text(report['bytes_exact'])}")
     table.add_row("ratio", f"{ratio:.1f} (source / adapter)")

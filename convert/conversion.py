@@ -13,6 +13,7 @@ from typing import Any
 
 from adapt_convert.convert.calibration.calibrated import calibrated
 from adapt_convert.convert.calibration.work import Work
+from adapt_convert.convert.image_loras import in_form
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora
 from adapt_convert.convert.lorta.solver import solve_lorta
@@ -28,14 +29,17 @@ from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.image_lora import ImageLora
 from adapt_convert.formats.latte import LatteAdapter
+from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.loda import LodaAdapter
+from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.lorta import LortaAdapter
-from adapt_convert.formats.peft import LoraAdapter
+from adapt_convert.formats.peft import LoraAdapter, is_plain_lora
 from adapt_convert.formats.shared_lora import SharedLoraAdapter
-from adapt_convert.formats.source import Source
+from adapt_convert.formats.source import Source, adapter_config_path
 
-Adapter = LoraAdapter | LortaAdapter | LatteAdapter | LodaAdapter | SharedLoraAdapter
+Adapter = LoraAdapter | ImageLora | LortaAdapter | LatteAdapter | LodaAdapter | SharedLoraAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
@@ -125,7 +129,20 @@ def convert(
         report["loda"] = adapter.details
     if calibration:
         report["calibration"] = calibration
-    return Conversion(adapter, opened_base, plan, records, report, started)
+    written = in_form(adapter, opened_base, chosen.profile) if isinstance(adapter, LoraAdapter) else adapter
+    if isinstance(written, ImageLora):
+        report["layout"] = written.style
+    return Conversion(written, opened_base, plan, records, report, started)
+
+
+def default_name(source: Location, options: Options, task: str | None = None) -> str:
+    """What to call the output: `ft-lora-r16`, or `style-lora-kohya` for an adapter whose ranks stay what they are."""
+    name = f"{source.name}-{task}" if task else source.name
+    config = adapter_config_path(source)
+    is_lora = is_plain_lora(read_json(config)) if config else lora_file(source) is not None
+    if options.to == "lora" and options.keeps(2**31) and is_lora:
+        return f"{name}-lora" + (f"-{options.profile}" if options.profile else "")
+    return f"{name}-{options.to}-{options.size_name}"
 
 
 def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], list[Record]]:

@@ -16,6 +16,7 @@ from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
+from adapt_convert.formats.lora_names import lora_file, slot_of
 from adapt_convert.formats.source import LATTE_WEIGHTS, Source, adapter_config_path, latte_config_path, shared_lora_config_path
 
 
@@ -64,9 +65,12 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
         extra = {"rank": config.get("r"), "base_model": config.get("base_model_name_or_path")}
         if kind == LODA:
             extra |= {name: config.get(name) for name in ("variant", "base_rank", "keep")}
+    elif file := lora_file(location):
+        config, store, kind = {}, TensorStore([file]), "LoRA file"
+        extra = {"modules": len({slot[0] for slot in map(slot_of, store.infos) if slot})}
     else:
         checkpoint = Checkpoint(location)
-        config, store, kind = checkpoint.config, checkpoint.store, "checkpoint"
+        config, store, kind = checkpoint.config, checkpoint.store, "pipeline" if checkpoint.is_pipeline else "checkpoint"
         extra = {"model_type": config.get("model_type"), "layers": _layers(store, config)}
     dtypes = Counter[str]()
     for info in store.infos.values():

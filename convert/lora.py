@@ -124,18 +124,24 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
     generator = torch.Generator().manual_seed(options.seed)
     if delta.energy() == 0 or budgeted == 0:
         return Piece({}, {"energy": delta.energy()})
+    if isinstance(delta, LowRankDelta) and options.keeps(delta.rank) and delta.rank <= min(delta.shape):
+        return _written(pairs, entry, delta, delta, options)  # as it is: no SVD could do better, and this one is exact
     if options.energy is not None:
         factorisation, rank = factorise_for_energy(delta, options.energy, generator)
     else:
         rank = budgeted or options.rank or 1
         factorisation = factorise(delta, rank, generator)
+    return _written(pairs, entry, delta, factorisation.truncate(min(rank, len(factorisation.values))), options)
+
+
+def _written(pairs: Pairs, entry: Entry, delta: Delta, factors: LowRankDelta, options: Options) -> Piece:
+    """The factors in the output dtype, and what they then miss of the change."""
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
-    factors = factorisation.truncate(min(rank, len(factorisation.values)))
     written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
     as_read = LowRankDelta(written.B.float(), written.A.float())
     if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
-    figures = {"energy": factorisation.energy, "residual": residual_energy(delta, as_read)}
+    figures = {"energy": delta.energy(), "residual": residual_energy(delta, as_read), **pairs.source.figures.get(entry.name, {})}
     return Piece({"B": written.B.cpu(), "A": written.A.cpu()}, figures)
 
 
@@ -146,7 +152,10 @@ def _place(entry: Entry, piece: Piece, adapter: LoraAdapter) -> Record:
         return dropped(entry, energy, "the budget captures more elsewhere") if energy else unchanged(entry)
     held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
     held[entry.module] = LowRankDelta(piece.tensors["B"], piece.tensors["A"])
-    return Record(entry, "factored", piece.figures["energy"], piece.figures["residual"], rank=held[entry.module].rank)
+    if len(entry.part.shape) > 2:
+        adapter.kernels[entry.module] = entry.part.shape[1:]
+    more = {name: value for name, value in piece.figures.items() if name not in ("energy", "residual")}
+    return Record(entry, "factored", piece.figures["energy"], piece.figures["residual"], rank=held[entry.module].rank, figures=more)
 
 
 def _store(pairs: Pairs, plan: Plan, stored: dict[Entry, float], left_out: set[str], adapter: LoraAdapter) -> list[Record]:

@@ -17,7 +17,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, make_plan
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.formats.atomic import atomic_directory
-from adapt_convert.formats.checkpoint_writer import copy_small_files, write_checkpoint
+from adapt_convert.formats.checkpoint_writer import DIFFUSERS_STEM, copy_small_files, write_checkpoint, write_pipeline
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import locate
@@ -68,11 +68,15 @@ def merge(
     for name, split in opened_base.store.splits.items():
         tensors[name] = _whole([tensors.pop(part) for part in split.parts], split.shape)
     with atomic_directory(Path(output), overwrite) as staging:
-        size, shards = write_checkpoint(staging, _watched(tensors, progress))
-        untie = bool(left) or any(e.tied_to for e in added)
-        dequantised = opened_base.config if opened_base.quantisation else None
-        rows = [e.part.shape[0] for e in plan.entries if e.rows_added and is_embedding(e.module)]
-        copy_small_files(opened_base.location.directory, staging, untie, dtype, dequantised, max(rows, default=None))
+        watched, directory = _watched(tensors, progress), opened_base.location.directory
+        if opened_base.is_pipeline:
+            size, shards = write_pipeline(directory, staging, watched)
+        else:
+            size, shards = write_checkpoint(staging, watched, DIFFUSERS_STEM if "_class_name" in opened_base.config else "model")
+            untie = bool(left) or any(e.tied_to for e in added)
+            dequantised = opened_base.config if opened_base.quantisation else None
+            rows = [e.part.shape[0] for e in plan.entries if e.rows_added and is_embedding(e.module)]
+            copy_small_files(directory, staging, untie, dtype, dequantised, max(rows, default=None))
         summary = {"output": str(output), "bytes": size, "shards": shards, "changed": len(by_key) + len(added)}
         summary |= {"rounding_loss": rounding.loss} | ({"rounded_to": rounding.worst} if rounding.worst else {})
         (staging / "conversion.json").write_text(

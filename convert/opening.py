@@ -10,6 +10,7 @@ from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
+from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source, latte_config_path, shared_lora_config_path
 
 
@@ -48,6 +49,11 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         return open_shared_lora(location).source(task)
     if task is not None:
         raise AdaptError(f"--task {task}: {source} is no shared LoRA, it holds one adapter alone")
+    path = lora_file(location) if config_path is None else None
+    if path:
+        from adapt_convert.formats.lora_file import read_lora_file
+
+        return read_lora_file(location, path, base, _parameters(base))
     if config_path is None:
         checkpoint = Checkpoint(location)
         split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))
@@ -60,10 +66,18 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         from adapt_convert.formats.lorta import read_lorta
 
         return read_lorta(location, reference_slots(_modules(base), base.config))
-    from adapt_convert.formats.peft import read_lora
+    from adapt_convert.formats.peft import is_plain_lora, read_lora
+    from adapt_convert.formats.peft_methods import read_method
 
     family = family_of(base.config)
-    return read_lora(location, family.experts if family else None)
+    if is_plain_lora(read_json(config_path)):
+        return read_lora(location, family.experts if family else None)
+    return read_method(location, base, _parameters(base), bool(family and family.conv1d))
+
+
+def _parameters(base: Checkpoint) -> dict[str, str]:
+    """The base's tensors by the names of the parameters in memory."""
+    return {name: key for key, name in module_names(base.infos, base.config).items()}
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

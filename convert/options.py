@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.loda_config import VARIANTS as LODA_VARIANTS
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TARGETS = ("lora", "lorta", "latte", *LODA_VARIANTS)
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
+FORMS = ("peft", "diffusers", "kohya")
 DEFAULT_RANK = 16
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_CALIB_TOKENS = 32768
@@ -32,10 +33,11 @@ class Options:
     """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]), `budget` (for all factors together: bytes, or a float below 1 as
-    a share of the base's bytes, "0.1%" as text) and `target_kl` (nats per token) is given; without any the rank is 16.
-    `calib` (a file, or `self` for text that the fine-tune writes) gives `calib_tokens` tokens to fit to; `refine` counts steps of
-    distillation. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
-    `construction` and `heads` are LatTE's, `base_rank` and `keep` those of R- and S-LoDA. Raises `AdaptError` on anything out of range.
+    a share of the base's bytes, "0.1%" as text) and `target_kl` (nats per token) is given; without any the rank is 16, or that of a source
+    in factors. `calib` (a file, or `self` for text that the fine-tune writes) gives `calib_tokens` tokens to fit to; `refine` counts steps
+    of distillation. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model), `construction`
+    and `heads` are LatTE's, `base_rank` and `keep` those of R- and S-LoDA; `profile` is what a LoRA is written for (`--for`). Raises
+    `AdaptError` on anything out of range.
     """
 
     to: str = "lora"
@@ -58,6 +60,7 @@ class Options:
     target_kl: float | None = None
     base_rank: int | None = None
     keep: float | None = None
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         for name, parse in _PARSERS.items():
@@ -67,6 +70,7 @@ class Options:
         if self.to not in TARGETS:
             raise AdaptError(f"--to {self.to}: unknown target; choose one of {', '.join(TARGETS)}")
         given = [name for name in ("rank", "energy", "budget", "target_kl") if getattr(self, name) is not None]
+        object.__setattr__(self, "_sized", bool(given))
         if len(given) > 1:
             first, second = (name.replace("_", "-") for name in given[:2])
             raise AdaptError(f"--{first} and --{second} contradict each other; give one")
@@ -85,6 +89,8 @@ class Options:
         self._check_loda()
         if self.to == "lorta" and self.rank is None and self.target_kl is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
+        if self.profile is not None and (self.profile not in FORMS or self.to != "lora"):
+            raise AdaptError(f"--for {self.profile}: of --to lora there is {', '.join(FORMS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise AdaptError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if self.orientation not in ("paper", "reference"):
@@ -148,6 +154,15 @@ class Options:
     def takes_any_matrix(self) -> bool:
         """Whether the target adapts every two-dimensional weight on its own, and not only those of a known place in a known family."""
         return self.to == "lora" or self.to in LODA_VARIANTS
+
+    def as_given(self) -> dict[str, Any]:
+        """The options that make the same once more: all fields, but without a rank where none was asked for."""
+        return asdict(self) | ({} if self._sized else {"rank": None})  # type: ignore[attr-defined]
+
+    def keeps(self, rank: int) -> bool:
+        """Whether a matrix that comes in factors of this rank stays as it is: where no size or a larger rank was asked for."""
+        asked_for_size: bool = self._sized  # type: ignore[attr-defined]
+        return not asked_for_size or (self.rank is not None and rank <= self.rank)
 
     @property
     def size_name(self) -> str:

@@ -92,10 +92,10 @@ class Pairs:
             delta: Delta = self._low_rank(entry).to(self.device)
         else:
             assert entry.base_key
-            rows, columns = self.base.infos[entry.base_key].shape
-            difference = allocate(rows * columns)
+            shape = self.base.infos[entry.base_key].shape
+            difference = allocate(math.prod(shape))
             self._subtract(entry, difference)
-            stored = difference.view(rows, columns).to(self.device)
+            stored = difference.view(shape[0], -1).to(self.device)  # of a convolution: (out, in * kh * kw)
             delta = DenseDelta(stored.T.contiguous() if entry.transposed else stored)
         self._check_finite(entry, delta.energy())
         return delta
@@ -107,6 +107,11 @@ class Pairs:
 
     def _subtract(self, entry: Entry, difference: Tensor) -> None:
         """Fill `difference`, 1-D float32 of the base's size: float32 first, as bfloat16 would round away most of a light fine-tune."""
+        if entry.part.kind == "add":
+            value = entry.part.load()
+            assert isinstance(value, Tensor)
+            difference.copy_(value.reshape(-1))
+            return
         position = 0
         for new, old in zip_longest(self._new_blocks(entry), self._old_blocks(entry)):
             if new is not None and old is not None:
@@ -172,7 +177,7 @@ class Pairs:
         if isinstance(new, LowRankDelta):
             assert entry.base_key is not None
             base = self.base.read(entry.base_key).float()
-            return base + (new.dense().T if entry.transposed else new.dense())
+            return base + (new.dense().T if entry.transposed else new.dense().view(base.shape))
         assert old is not None
         if entry.part.kind == "add":
             return old.float() + new

@@ -6,6 +6,7 @@ A plan says what would happen to a tensor *if it changed*; whether it did is kno
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from adapt_convert.convert.architectures import (
 )
 from adapt_convert.convert.experts import is_expert, is_router
 from adapt_convert.convert.families import ATTENTION_ROLES, FUSED, Family
+from adapt_convert.convert.image_loras import form_of, restrict
 from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -66,8 +68,8 @@ class Entry:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """`(out, in)` of a matrix or embedding."""
-        rows, columns = self.part.shape
+        """`(out, in)` of a matrix or embedding, `(out, in * kh * kw)` of a convolution."""
+        rows, columns = self.part.shape[0], math.prod(self.part.shape[1:])
         return (columns, rows) if self.transposed and self.part.kind != "low_rank" else (rows, columns)
 
 
@@ -123,14 +125,16 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     by_short = {without_prefix(name, family): key for key, name in base_names.items()}
     planner = _Planner(base, source, options, family, config, by_short)
     entries = tuple(planner.entry(part) for part in sorted(source.parts.values(), key=lambda part: _natural(part.name)))
-    if not any(entry.kind in ("matrix", "embedding") and entry.base_key for entry in entries):
+    of_base = source.kind == "method"  # whose every part was looked up in the base
+    if not of_base and not any(entry.kind in ("matrix", "embedding") and entry.base_key for entry in entries):
         raise AdaptError(f"{source.origin} and {base.origin} have no weight matrix in common; is this the right base?")
     base_keys = _loaded_names(base_names, source, family)
     missing = tuple(sorted(set(base_keys) - set(source.parts))) if source.kind == "checkpoint" else ()
     # In PEFT an adapter of a tied embedding leaves the head alone unless it names the head too, or asks for tying.
-    follows_ties = source.kind != "lora" or bool(source.config.get("ensure_weight_tying"))
+    follows_ties = source.kind not in ("lora", "method") or bool(source.config.get("ensure_weight_tying"))
     plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
-    return replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+    plan = replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+    return restrict(plan, base, form_of(base, options.profile)) if options.to == "lora" else plan
 
 
 def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:
@@ -195,7 +199,7 @@ class _Planner:
         module, family = part.name.rpartition(".")[0], self.family
         key, tied_to = self._counterpart(part)
         transposed = self._is_transposed(module) and key is not None and part.name.endswith(".weight")
-        kind = _kind(part, module, transposed)
+        kind = _kind(part, module, transposed, self.base.is_diffusion)
         rows = part.shape[:1]
         if key is not None:
             shape = self.base.infos[key].shape
@@ -267,7 +271,7 @@ class _Planner:
                 return "drop", "not one of the attention or MLP matrices that a LoRTA or LatTE holds", True
             if kind == "matrix" or self.options.to == "lora":
                 return "factor", "", True
-        if kind == "embedding" and part.kind == "low_rank" and self.options.to == "lora":
+        if kind == "embedding" and part.kind != "replace" and self.options.to == "lora":
             return "factor", "", True
         if kind == "matrix" and (place is not None or self.options.takes_any_matrix):
             return "drop", _untargeted_reason(self.options), True
@@ -293,9 +297,11 @@ class _Planner:
         )
 
 
-def _kind(part: Part, module: str, transposed: bool) -> Literal["matrix", "embedding", "other"]:
+def _kind(part: Part, module: str, transposed: bool, convolutions: bool) -> Literal["matrix", "embedding", "other"]:
+    """Convolutions count as matrices in diffusion models, and where an adapter has factors of one."""
     floating = part.dtype in FLOATS
-    if len(part.shape) != 2 or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
+    is_matrix = len(part.shape) == 2 or (len(part.shape) in (3, 4, 5) and (convolutions or part.kind != "replace"))
+    if not is_matrix or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
         return "other"
     return "embedding" if is_embedding(module) and not transposed else "matrix"
 

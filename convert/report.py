@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from adapt_convert.convert.architectures import is_embedding, is_head
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.formats.checkpoint import Checkpoint
-from adapt_convert.formats.source import Source
+from adapt_convert.formats.source import WITHOUT_MAGNITUDE, Source
 
 Status = Literal["factored", "exact", "unchanged", "dropped"]
 
@@ -27,6 +27,7 @@ class Record:
     residual: float
     reason: str = ""
     rank: int | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)  # what else was measured of it
 
     @property
     def captured(self) -> float | None:
@@ -43,6 +44,7 @@ class Record:
         if self.status == "factored":
             row |= {"rank": self.rank, "captured_energy": self.captured}
         row |= {"base_noise": noise} if noise is not None else {}
+        row |= self.figures
         row |= {"reason": self.reason} if self.reason else {}
         return row | {"source_tensors": source.store.stored_names(self.entry.part.keys)}
 
@@ -52,6 +54,13 @@ def captured_energy(records: Iterable[Record]) -> float | None:
     records = list(records)
     total = sum(record.energy for record in records)
     return 1.0 - sum(record.residual for record in records) / total if total > 0 else None
+
+
+def _without_magnitude(factored: Iterable[Record]) -> dict[str, float]:
+    """Of a DoRA: the share of the change that its own factors hold, had one left the magnitudes away."""
+    shares = [(record.energy, record.figures[WITHOUT_MAGNITUDE]) for record in factored if WITHOUT_MAGNITUDE in record.figures]
+    total = sum(energy for energy, _ in shares)
+    return {WITHOUT_MAGNITUDE: sum(energy * share for energy, share in shares) / total} if total else {}
 
 
 def unchanged(entry: Entry) -> Record:
@@ -73,6 +82,7 @@ def build_report(base: Checkpoint, source: Source, options: Options, records: It
     return {
         "target": options.to,
         "captured_energy": captured_energy(factored),
+        **_without_magnitude(factored),
         "captured_energy_of_all_changes": captured_energy(records),
         "options": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(options).items()},
         "seed": options.seed,

@@ -14,6 +14,8 @@ from adapt_convert.formats.location import Location
 
 _LOAD = {
     "lora": "PeftModel.from_pretrained({model}, {here})",
+    "diffusers": "{model}\nmodel.load_lora_weights({here})",
+    "kohya": '{model}\nmodel.load_lora_weights({here}, weight_name="lora.safetensors")',
     "latte": "adapt_convert.load({model}, {here})",
     "shared-lora": (
         "adapt_convert.load({model}, {here})\n"
@@ -31,6 +33,7 @@ _AUTO = {
 
 
 _TITLE = {"shared-lora": "Shared LoRA"}
+_LIBRARY = {"lora": "peft", "diffusers": "diffusers", "kohya": "diffusers"}
 _HERE = json.dumps("path/of/this/directory")
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -62,13 +65,14 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
         auto = "AutoModelForImageTextToText"
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
-    code = _loading(report, auto, base)
+    layout = report.get("layout", report["target"])
+    code = _loading(report, layout, auto, base)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
     lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}
     metadata = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (lineage | base_licence(base.directory)).items())
     commit = f" (commit {base.revision})" if base.is_hub else ""
     return f"""---
-{metadata}library_name: {"peft" if report["target"] == "lora" else "adapt-convert"}
+{metadata}library_name: {_LIBRARY.get(layout, "adapt-convert")}
 tags:
 - {report["target"]}
 - adapt-convert
@@ -95,11 +99,13 @@ def _data(report: Mapping[str, Any]) -> str:
     return f"and fitted to {calibration['tokens']} tokens of text" if calibration else "without training data"
 
 
-def _loading(report: Mapping[str, Any], auto: str, base: Location) -> str:
+def _loading(report: Mapping[str, Any], layout: str, auto: str, base: Location) -> str:
     """Python that loads the adapter; tokens or classes that the fine-tune added need a larger base first."""
-    imported = "from peft import PeftModel" if report["target"] == "lora" else "import adapt_convert"
-    path = Path(base.origin)
-    where = json.dumps(base.loadable)
+    path, where = Path(base.origin), json.dumps(base.loadable)
+    if layout in ("diffusers", "kohya"):
+        load = _LOAD[layout].format(model=f"DiffusionPipeline.from_pretrained({where})", here=_HERE)
+        return f"from diffusers import DiffusionPipeline\n\nmodel = {load}\n"
+    imported = "from peft import PeftModel" if layout == "lora" else "import adapt_convert"
     if path.suffix == ".gguf":
         where = f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
     if "classes" in report:
@@ -108,7 +114,7 @@ def _loading(report: Mapping[str, Any], auto: str, base: Location) -> str:
     if "vocabulary" in report:
         resize = f"base = {model}\nbase.resize_token_embeddings({report['vocabulary']})  # the fine-tune added tokens\n"
         model = "base"
-    load = _LOAD.get(report["target"], _LOAD["latte"]).format(model=model, here=_HERE)
+    load = _LOAD.get(layout, _LOAD["latte"]).format(model=model, here=_HERE)
     return f"{imported}\nfrom transformers import {auto}\n\n{resize}model = {load}\n"
 
 

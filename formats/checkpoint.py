@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
     from adapt_convert.formats.pickle_file import PickleFile
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors.index.json")
 _HASHED = 2**19  # elements at a time
-_SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+_SINGLE = (
+    *("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin"),
+    *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"),
+    "diffusion_pytorch_model.bin",
+)
+PIPELINE = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,12 @@ class TensorStore:
     """The tensors of one or more files: `infos` by name from the headers, `read` for one at a time.
 
     Every tensor that is read is hashed on the way, so that `content_hash` names the weights and not the files they lie in:
-    the same model in other shards has the same hash.
+    the same model in other shards has the same hash. `prefixes` go before the names of the tensors of some files.
     """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], prefixes: Mapping[Path, str] | None = None) -> None:
         self.files = files
-        self._owner: dict[str, SafetensorsFile | PickleFile | DequantisedFile] = {}
+        self._owner: dict[str, tuple[SafetensorsFile | PickleFile | DequantisedFile, str]] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.splits: dict[str, Split] = {}
         self.noise: Mapping[str, float] = {}  # of the tensors that were dequantised: the expected energy of what that added
@@ -52,14 +57,16 @@ class TensorStore:
         self._read: list[str] = []  # a list, as several threads read
         for path in files:
             opened = _open(path)
-            for name, info in opened.infos.items():
+            for stored, info in opened.infos.items():
+                name = (prefixes or {}).get(path, "") + stored
                 if name in self._owner:
-                    raise AdaptError(f"{path}: {name!r} is also in {self._owner[name].path.name}; one of the two is stale")
-                self._owner[name], self.infos[name] = opened, info
+                    raise AdaptError(f"{path}: {name!r} is also in {self._owner[name][0].path.name}; one of the two is stale")
+                self._owner[name], self.infos[name] = (opened, stored), info
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype."""
-        tensor = self._owner[name].read(name)
+        owner, stored = self._owner[name]
+        tensor = owner.read(stored)
         self._read.append(name)
         if name not in self._digests:
             self._digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
@@ -72,7 +79,8 @@ class TensorStore:
         """
         self._read.append(name)
         digest = None if name in self._digests else hashlib.sha256()
-        for block in self._owner[name].blocks(name, elements):
+        owner, stored = self._owner[name]
+        for block in owner.blocks(stored, elements):
             if digest:
                 digest.update(byte_view(block))
             yield block
@@ -86,24 +94,25 @@ class TensorStore:
         """
         twice = next((part for part in parts if part in self.infos), None)
         if twice:
-            raise AdaptError(f"{self._owner[name].path}: holds {twice!r} in {name!r} and once more on its own; one of the two is stale")
-        owner = self._owner.pop(name)
+            raise AdaptError(f"{self._owner[name][0].path}: holds {twice!r} in {name!r} and once more on its own; one of the two is stale")
+        owner, stored = self._owner.pop(name)
         self.splits[name] = Split(tuple(parts), self.infos.pop(name).shape)
-        owner.split(name, parts, shape)
+        owner.split(stored, parts, shape)
         for part in parts:
-            self._owner[part], self.infos[part] = owner, owner.infos[part]
+            self._owner[part], self.infos[part] = (owner, part), owner.infos[part]
 
     def replace(self, names: Iterable[str], owner: DequantisedFile) -> None:
         """Let tensors appear as the ones that `owner` makes of them."""
         for name in names:
             del self._owner[name], self.infos[name]
         for name, info in owner.infos.items():
-            self._owner[name], self.infos[name] = owner, info
+            self._owner[name], self.infos[name] = (owner, name), info
         self.noise = owner.noise
 
     def taker(self, name: str) -> Callable[[], Tensor]:
         """A function that reads a tensor as it is stored, whatever appears in its place later."""
-        return functools.partial(self._owner[name].read, name)
+        owner, stored = self._owner[name]
+        return functools.partial(owner.read, stored)
 
     def stored_names(self, names: Iterable[str]) -> list[str]:
         """The tensors of the files that hold the named ones."""
@@ -155,6 +164,7 @@ def _open(path: Path) -> SafetensorsFile | PickleFile:
 class Checkpoint:
     """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only.
 
+    Of a diffusers pipeline it holds all components, as `unet.<parameter>`, `text_encoder.<parameter>` and so on.
     With `dequantised` its quantised weights appear in float32, where that is possible, and `quantisation` names their format.
     """
 
@@ -171,8 +181,11 @@ class Checkpoint:
         config = location.directory / "config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         _check_config(config, self.config)
-        self.store = TensorStore(weight_files(location))
-        _check_index(location, self.store)
+        self.is_pipeline = location.file is None and (location.directory / PIPELINE).is_file()
+        prefixes = _component_files(location) if self.is_pipeline else dict.fromkeys(weight_files(location), "")
+        self.store = TensorStore(list(prefixes), prefixes)
+        if not self.is_pipeline:
+            _check_index(location, self.store)
         if not self.store.infos:
             raise AdaptError(f"{self.origin}: holds no tensors")
         if dequantised:
@@ -188,6 +201,11 @@ class Checkpoint:
         self.store = TensorStore([])
         self.store.files = [path]
         self.store.replace([], model.weights)
+
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether this is a diffusers pipeline, a component of one, or an original single file."""
+        return self.is_pipeline or "_class_name" in self.config or any(key.startswith("model.diffusion_model.") for key in self.infos)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -236,6 +254,18 @@ def weight_files(location: Location) -> list[Path]:
             return [location.directory / name]
     found = ", ".join(sorted(p.name for p in location.directory.iterdir())[:6]) or "nothing"
     raise AdaptError(f"{location.origin}: no model.safetensors, pytorch_model.bin or index of shards in it (found: {found})")
+
+
+def _component_files(location: Location) -> dict[Path, str]:
+    """The weight files of every component of a diffusers pipeline -> what goes before the names of their tensors."""
+    files: dict[Path, str] = {}
+    for component, kind in sorted(read_json(location.directory / PIPELINE).items()):
+        directory = location.directory / component
+        if component.startswith((".", "_")) or Path(component).name != component or not isinstance(kind, list) or not directory.is_dir():
+            continue
+        if any(path.suffix in (".safetensors", ".bin") for path in directory.iterdir()):
+            files |= dict.fromkeys(weight_files(Location(str(directory), directory)), f"{component}.")
+    return files
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapt_convert.formats.checkpoint import PIPELINE
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 _SHARD = 5 * 10**9  # bytes, as transformers shards
 _COPIED = re.compile(
@@ -18,10 +21,10 @@ _COPIED = re.compile(
 )
 
 
-def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor]) -> tuple[int, int]:
+def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor], stem: str = "model") -> tuple[int, int]:
     """Write the weights as transformers does, in one file or in shards with an index, one tensor in memory at a time.
 
-    Returns the bytes and the number of files.
+    `stem` begins the names of files: `model`, or diffusers' `diffusion_pytorch_model`. Returns the bytes and the number of files.
     """
     shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
@@ -32,16 +35,35 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor]) -> tupl
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        return write_safetensors(directory / "model.safetensors", shards[0], {"format": "pt"}), 1
+        return write_safetensors(directory / f"{stem}.safetensors", shards[0], {"format": "pt"}), 1
     size = 0
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         size += write_safetensors(directory / file, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     return size, len(shards)
+
+
+def write_pipeline(base: Path, directory: Path, tensors: Mapping[str, LazyTensor]) -> tuple[int, int]:
+    """Write a diffusers pipeline: every component of `base` in a directory of its own, the weights from `tensors`, whose names begin with
+    the component's. Returns the bytes and the number of files of weights."""
+    index = json.loads((base / PIPELINE).read_text(encoding="utf-8"))
+    shutil.copyfile(base / PIPELINE, directory / PIPELINE)
+    size = files = 0
+    for component in sorted(name for name in index if not name.startswith(("_", ".")) and (base / name).is_dir()):
+        (directory / component).mkdir()
+        for path in (base / component).iterdir():
+            if path.suffix in (".json", ".txt", ".model") and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, directory / component / path.name)
+        held = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items() if name.startswith(f"{component}.")}
+        if held:
+            stem = "model" if index[component][0] == "transformers" else DIFFUSERS_STEM
+            written = write_checkpoint(directory / component, held, stem)
+            size, files = size + written[0], files + written[1]
+    return size, files
 
 
 def copy_small_files(

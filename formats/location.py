@@ -14,7 +14,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _WITH_REVISION = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?", re.ASCII)
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 _WEIGHTS = (
-    ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "latte.safetensors", "shared_lora.safetensors"],
+    [
+        *("model.safetensors", "model-*.safetensors", "adapter_model.safetensors", "latte.safetensors", "shared_lora.safetensors"),
+        "pytorch_lora_weights.safetensors",
+    ],
     ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"],
 )
 MAX_JSON = 256 * 2**20  # bytes; tokenizers reach tens of megabytes

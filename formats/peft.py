@@ -37,6 +37,20 @@ _SUFFIXES = re.compile(
     r"|base_layer\.weight|base_layer\.bias|lora_magnitude_vector(\.weight)?)$"
 )
 _FOREIGN = re.compile(r"(^|\.)(lora_[^.]*|token_adapter|trainable_tokens[^.]*)(\.|$)")
+# A LoRA that starts so is trained against another base.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens")
+
+
+def is_plain_lora(config: Mapping[str, Any]) -> bool:
+    """Whether `B A` and its scale say all: LoRA, no variant such as DoRA, and no start that changes the base."""
+    return config.get("peft_type") == "LORA" and not changes_base(config) and not any(config.get(name) for name in _VARIANTS)
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter starts from a part of the base's weight that PEFT takes out of the base when it loads the adapter."""
+    start = config.get("init_lora_weights")
+    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
 
 
 def read_lora(location: Location, experts: Experts | None = None) -> Source:
@@ -44,7 +58,7 @@ def read_lora(location: Location, experts: Experts | None = None) -> Source:
 
     `experts` are those of the base, whose stacks an adapter may name; each becomes one part for each expert.
 
-    Raises `AdaptError` for another PEFT method, DoRA, a missing half of a factor pair or contradicting shapes.
+    Raises `AdaptError` for another PEFT method, a variant such as DoRA, a missing half of a factor pair or contradicting shapes.
     """
     config = read_json(location.directory / CONFIG)
     _check_supported(location, config)
@@ -76,11 +90,13 @@ def read_lora(location: Location, experts: Experts | None = None) -> Source:
 
 def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
     if not isinstance(config.get("peft_type"), str):
-        raise AdaptError(f"{location.origin}: {CONFIG} has peft_type = {config.get('peft_type')!r}; LORA and LORTA are supported")
+        raise AdaptError(f"{location.origin}: {CONFIG} has peft_type = {config.get('peft_type')!r}, not LORA")
     if config["peft_type"] != "LORA":
-        raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter; LORA and LORTA are supported")
-    if config.get("use_dora"):
-        raise AdaptError(f"{location.origin}: is a DoRA adapter, which is no sum of base and delta; merge it with PEFT first")
+        raise AdaptError(f"{location.origin}: is a PEFT {config.get('peft_type')} adapter, not a LoRA")
+    if not is_plain_lora(config):
+        raise AdaptError(
+            f"{location.origin}: is a LoRA with more to it than two factors (DoRA, PiSSA ...); `adapt-convert delta` makes a plain one"
+        )
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise AdaptError(f"{location.origin}: {CONFIG} has target_parameters = {parameters!r}, expected a list of names")
@@ -158,8 +174,12 @@ def _low_rank(
             raise AdaptError(f"{location.origin}: {module} has only one half of its factor pair; {name} is missing")
     key_a, key_b = slot[names[0]], slot[names[1]]
     info_a, info_b = store.infos[key_a], store.infos[key_b]
-    if len(info_a.shape) != 2 or len(info_b.shape) != 2:
-        raise AdaptError(f"{location.origin}: {module} has factors of shape {list(info_a.shape)}; only matrices are supported")
+    kernel = info_a.shape[2:]
+    if len(info_a.shape) < 2 or info_b.shape[2:] != (1,) * len(kernel) or len(info_b.shape) < 2:
+        raise AdaptError(
+            f"{location.origin}: {module} has factors of shape {list(info_a.shape)} and {list(info_b.shape)}, "
+            "which are neither matrices nor those of a convolution"
+        )
     for key in (key_a, key_b):
         if not store.infos[key].is_float:
             raise AdaptError(f"{location.origin}: {key} is stored as {store.infos[key].dtype}, expected floating-point numbers")
@@ -168,19 +188,19 @@ def _low_rank(
         raise AdaptError(
             f"{location.origin}: {module} has factors A {list(info_a.shape)} and B {list(info_b.shape)}, which do not multiply"
         )
-    scale = _scaling(config, module, rank)
+    scale = scaling(config, module, rank)
     embedding = names[0] == "lora_embedding_A"
     base_layer = slot.get("base_layer.weight")
 
     def load() -> LowRankDelta:
-        a, b = store.read(key_a).float(), store.read(key_b).float() * scale
+        a, b = store.read(key_a).float().flatten(1), store.read(key_b).float().flatten(1) * scale
         return LowRankDelta(a.T, b.T) if embedding else LowRankDelta(b, a)
 
     def load_with_base() -> Tensor:
         assert base_layer is not None
         return store.read(base_layer).float() + load().dense()
 
-    shape: tuple[int, ...] = (info_a.shape[1], info_b.shape[0]) if embedding else (info_b.shape[0], info_a.shape[1])
+    shape: tuple[int, ...] = (info_a.shape[1], info_b.shape[0]) if embedding else (info_b.shape[0], *info_a.shape[1:])
     if base_layer:  # PEFT saves the whole table beside its LoRA when the vocabulary may have changed
         shape = store.infos[base_layer].shape
         return Part(f"{module}.weight", (key_a, key_b, base_layer), shape, "F32", "replace", load_with_base, rank)
@@ -188,12 +208,12 @@ def _low_rank(
 
 
 def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key: str, rank: int) -> Part:
-    scale = _scaling(config, module, rank)
+    scale = scaling(config, module, rank)
     info = store.infos[key]
     return Part(f"{module}.bias", (key,), info.shape, info.dtype, "add", lambda: store.read(key).float() * scale)
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
     names = [module, f"{module}.weight"] if config.get("target_parameters") else [module]
     alpha = _pattern_value(config.get("alpha_pattern"), names, config.get("lora_alpha", 8))
@@ -213,8 +233,9 @@ class LoraAdapter:
     """A LoRA to be written: `factors` by module in the output dtype, and what is stored exactly.
 
     `embeddings` are factors of `(vocabulary, hidden)` deltas; `biases` are differences added to the module's bias, float32;
-    `exact` holds every parameter of every module in `modules_to_save`, by parameter name. A mixture of `experts` has whole `bias_values`
-    in place of `biases`, as PEFT refuses `lora_bias` beside parameters.
+    `exact` holds every parameter of every module in `modules_to_save`, by parameter name; `kernels` the `(in, kh, kw)` of modules
+    that are convolutions, whose factors are matrices here all the same. A mixture of `experts` has whole `bias_values` in place of
+    `biases`, as PEFT refuses `lora_bias` beside parameters.
     """
 
     factors: dict[str, LowRankDelta] = field(default_factory=dict)
@@ -223,6 +244,7 @@ class LoraAdapter:
     bias_values: dict[str, LazyTensor] = field(default_factory=dict)
     exact: dict[str, Tensor | LazyTensor] = field(default_factory=dict)
     exact_modules: list[str] = field(default_factory=list)
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     conv1d: bool = False
     experts: Experts | None = None
     all_modules: list[str] = field(default_factory=list)
@@ -234,8 +256,9 @@ class LoraAdapter:
         tensors: dict[str, Tensor | LazyTensor] = {}
         factors, stacked = self._placed()
         for module, delta in factors.items():
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = delta.A
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = delta.B
+            first, second = self._shaped(delta, self.kernels.get(module))
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = first
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = second
             if self.biases:  # `lora_bias` is one switch for all modules: those without a changed bias get zeros
                 tensors[f"{PREFIX}{module}.lora_B.bias"] = self.biases.get(module, torch.zeros(delta.shape[0]))
         for stack in stacked.values():
@@ -258,6 +281,16 @@ class LoraAdapter:
         pattern = stack_pattern(self.experts)
         plain = {module: delta for module, delta in self.factors.items() if not re.fullmatch(pattern, module)}
         return plain, stacks(self.factors, self.all_modules, self.experts)
+
+    def shaped(self, module: str) -> tuple[Tensor, Tensor]:
+        """A module's factors as they are stored: `(r, in)` and `(out, r)`, of a convolution `(r, in, kh, kw)` and `(out, r, 1, 1)`."""
+        return self._shaped(self.factors[module], self.kernels.get(module))
+
+    @staticmethod
+    def _shaped(delta: LowRankDelta, kernel: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+        if kernel is None:
+            return delta.A, delta.B
+        return delta.A.reshape(-1, *kernel), delta.B.reshape(*delta.B.shape, *[1] * (len(kernel) - 1))
 
     def config(self) -> dict[str, Any]:
         """The smallest config that says everything: `lora_alpha == r` everywhere, so no loader can get the scale wrong."""

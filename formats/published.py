@@ -17,6 +17,7 @@ from adapt_convert.formats.loda_config import VARIANTS
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 LATTE = ("latte.safetensors", "latte_config.json")
 SHARED_LORA = ("shared_lora.safetensors", "shared_lora_config.json")
+IMAGE = ("pytorch_lora_weights.safetensors", "lora.safetensors")  # each alone
 _OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE, "shared-lora": SHARED_LORA, **dict.fromkeys(VARIANTS, PEFT)}
 
 
@@ -52,13 +53,15 @@ def check_adapter(directory: Path, report: Report | None) -> None:
     """Refuse a directory whose adapter is not whole: weights, the config that goes with them, and the size in the report."""
     from adapt_convert.formats.safetensors_file import SafetensorsFile  # imports torch
 
-    kinds = [_OF_TARGET[report.target]] if report else [PEFT, LATTE, SHARED_LORA]
+    kinds: list[tuple[str, ...]] = [_OF_TARGET[report.target]] if report else [PEFT, LATTE, SHARED_LORA]
+    kinds += [(name,) for name in IMAGE] if report is None or report.target == "lora" else []
     names = next((names for names in kinds if (directory / names[0]).is_file()), None)
     if names is None:
         expected = " or ".join(names[0] for names in kinds)
         raise AdaptError(f"{directory}: holds no adapter ({expected}); there is nothing to push")
-    weights, config = (directory / name for name in names)
-    read_json(config)
+    weights, *configs = (directory / name for name in names)
+    for config in configs:
+        read_json(config)
     SafetensorsFile(weights)
     size = weights.stat().st_size
     if report and size != report.bytes:

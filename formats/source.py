@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LATTE_CONFIG = "latte_config.json"
 LATTE_WEIGHTS = "latte.safetensors"
 SHARED_LORA_CONFIG = "shared_lora_config.json"
+WITHOUT_MAGNITUDE = "captured_energy_without_magnitude"  # of a DoRA's change: what its factors alone hold
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened fine-tune. `ignored` names the tensors of an adapter that change nothing, with the reason."""
+    """An opened fine-tune. `ignored` names the tensors of an adapter that change nothing, with the reason.
 
-    kind: Literal["checkpoint", "lora", "lorta"]
+    `figures` are measured as parts are loaded, by parameter, and go into its row of the report.
+    """
+
+    kind: Literal["checkpoint", "lora", "lorta", "method"]
     location: Location
     config: Mapping[str, Any]
     store: TensorStore
     parts: Mapping[str, Part]
     ignored: Mapping[str, str]
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def origin(self) -> str:

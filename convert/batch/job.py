@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from adapt_convert.convert.options import Options
@@ -32,5 +32,5 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What is asked for, but for the inputs; plain data."""
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.options).items()}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options.as_given().items()}
         return {"options": options, "validate": self.validate, "push": self.push}

@@ -114,7 +114,7 @@ def finish(job: Job, root: Path, base_digests: dict[str, str]) -> dict[str, Any]
 def _finish(job: Job, state: JobState, base_digests: dict[str, str]) -> dict[str, Any]:
     _sweep(state.directory)
     pieces = Pieces(state.directory / PIECES, base_digests) if job.options.to == "lora" else None
-    options = {name: value for name, value in vars(job.options).items() if value is not None}
+    options = {name: value for name, value in job.options.as_given().items() if value is not None}
     conversion = convert(job.base, job.source, revision=job.revision, base_revision=job.base_revision, pieces=pieces, **options)
     conversion.save(state.directory / _MADE, measured=False)
     _publish(state)

@@ -1,0 +1,73 @@
+"""LoRAs of diffusion models: in which form they are written, and what that form has no place for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.diffusion import diffusers_name, kohya_name, layout_of, located
+from adapt_convert.formats.errors import AdaptError
+
+if TYPE_CHECKING:
+    from adapt_convert.convert.preflight import Entry, Plan
+    from adapt_convert.formats.image_lora import ImageLora
+    from adapt_convert.formats.peft import LoraAdapter
+
+Form = Literal["peft", "diffusers", "kohya"]
+_USUAL: dict[str, Form] = {"pipeline": "diffusers", "component": "diffusers", "single file": "kohya", "other": "peft"}
+_TABLES = ("token_embedding", "position_embedding")  # CLIP's
+
+
+def form_of(base: Checkpoint, profile: str | None) -> Form:
+    """The form asked for by name, or what suits the base. Raises `AdaptError` for one that cannot hold an adapter of it."""
+    layout = layout_of(base)
+    form: Form = profile if profile in ("peft", "diffusers", "kohya") else _USUAL[layout]  # type: ignore[assignment]
+    if layout == "other" and form != "peft":
+        raise AdaptError(f"--for {form}: {base.origin} is no diffusion model; its adapters are PEFT's")
+    if layout == "pipeline" and form == "peft":
+        raise AdaptError(
+            f"--for peft: an adapter of PEFT is of one model, and {base.origin} is a pipeline of several; name one, as in BASE/unet"
+        )
+    if layout == "single file" and form != "kohya":
+        raise AdaptError(
+            f"--for {form}: {base.origin} has the original's module names; --for kohya keeps them, and diffusers loads that too"
+        )
+    return form
+
+
+def name_of(path: str, base: Checkpoint, form: Form) -> str | None:
+    """What a module of the base is called in a file of that form, None where it has no place."""
+    layout = layout_of(base)
+    module = located(path, base, layout)
+    if form == "diffusers":
+        return diffusers_name(module)
+    return kohya_name(module, any(key.startswith(("text_encoder_2.", "conditioner.embedders.1.")) for key in base.infos))
+
+
+def restrict(plan: Plan, base: Checkpoint, form: Form) -> Plan:
+    """The plan without what a LoRA file cannot hold, each with the reason."""
+    if form == "peft":
+        return plan
+    return replace(plan, entries=tuple(_restricted(entry, base, form) for entry in plan.entries))
+
+
+def _restricted(entry: Entry, base: Checkpoint, form: Form) -> Entry:
+    if entry.action == "drop":
+        return entry
+    if entry.action == "store" or entry.kind == "embedding" or entry.module.endswith(_TABLES):
+        return replace(entry, action="drop", reason=f"a LoRA file of {form} holds factors of matrices and convolutions alone")
+    if name_of(entry.module, base, form) is None:
+        return replace(entry, action="drop", reason=f"a LoRA file of {form} has no names for this part of the model")
+    return entry
+
+
+def in_form(adapter: LoraAdapter, base: Checkpoint, profile: str | None) -> LoraAdapter | ImageLora:
+    """The adapter as it is to be written; factors stay what they are, to the bit."""
+    from adapt_convert.formats.image_lora import ImageLora
+
+    form = form_of(base, profile)
+    if form == "peft":
+        return adapter
+    names = {module: name_of(module, base, form) for module in adapter.factors}
+    return ImageLora(adapter, {module: name for module, name in names.items() if name}, form)
