@@ -23,6 +23,7 @@ from adapt_convert.terminal import (
     print_summary,
     progress,
     report_batch,
+    report_lint,
     report_validation,
 )
 
@@ -78,7 +79,9 @@ def delta(
     from adapt_convert.formats.location import locate
 
     parsed = Options(**options)
-    directory = output or Path(f"{locate(source, revision).name}-{parsed.to}-{parsed.size_name}")
+    directory = output or Path(parsed.output_name(locate(source, revision).name))
+    if rerun:
+        parsed.refuse_rerun()
     if dry_run:
         plan = inspect_paths(base, source, revision=revision, base_revision=base_revision, **options)
         emit(plan, True) if as_json else print_plan(plan, console())
@@ -131,6 +134,31 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
         print_plan(result, console())
     else:
         emit(result, as_json)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option(
+    "--for",
+    "profile",
+    metavar="CONSUMER",
+    required=True,
+    help="peft, vllm, sglang, llama.cpp, tensorrt-llm, diffusers or kohya.",
+)
+@REVISION
+@JSON
+def lint(adapter: str, profile: str, revision: str | None, as_json: bool) -> None:
+    """Say whether CONSUMER would load ADAPTER, and run it as PEFT does; reads headers only.
+
+    What it would refuse, run at another scale or leave out is listed line by line, and the exit code is 1.
+
+    \b
+    Example:
+      adapt-convert lint ./ft-lora-r16 --for vllm
+    """
+    from adapt_convert.formats.lint import lint as lint_adapter
+
+    report_lint(lint_adapter(adapter, profile, revision), adapter, profile, as_json)
 
 
 @main.command()

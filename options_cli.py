@@ -69,6 +69,12 @@ def conversion_options(command: Callable[..., Any], to: str = "lora") -> Callabl
     """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target."""
     options = [
         click.option("--to", metavar="TARGET", default=to, show_default=True, help="lora, lorta or latte."),
+        click.option(
+            "--for",
+            "profile",
+            metavar="CONSUMER",
+            help="LoRA only: write what peft, vllm, sglang, llama.cpp or tensorrt-llm accepts, and say what that leaves out.",
+        ),
         click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option("--budget", metavar="SIZE", help="One budget for all factors, like 20MB, spent where it captures most."),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.consumers import fit, share_left_out
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
@@ -26,13 +27,14 @@ from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_adapter import GgufAdapter
 from adapt_convert.formats.latte import LatteAdapter, latte_config_path
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.lorta import LortaAdapter, read_lorta
 from adapt_convert.formats.peft import LoraAdapter, read_lora
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source
 
-Adapter = LoraAdapter | LortaAdapter | LatteAdapter
+Adapter = LoraAdapter | GgufAdapter | LortaAdapter | LatteAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
@@ -111,6 +113,10 @@ def convert(
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
+    if chosen.consumer and isinstance(adapter, LoraAdapter):
+        fitted = fit(adapter, plan, opened_base, chosen.consumer)
+        report["profile"] = fitted.to_json(share_left_out(records, chosen.consumer))
+        return Conversion(fitted.adapter, opened_base, plan, records, report, started)
     return Conversion(adapter, opened_base, plan, records, report, started)
 
 

@@ -133,7 +133,7 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
         rank = budgeted or options.rank or 1
         factorisation = factorise(delta, rank, generator)
     dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
-    factors = factorisation.truncate(min(rank, len(factorisation.values)))
+    factors = factorisation.truncate(min(rank, len(factorisation.values), options.max_rank))
     written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
     as_read = LowRankDelta(written.B.float(), written.A.float())
     if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):

@@ -11,11 +11,13 @@ import torch
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import Orientation
+from adapt_convert.formats.profiles import PROFILES, Profile, profile_named
 
 TARGETS = ("lora", "lorta", "latte")
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
 DEFAULT_RANK = 16
+WRITTEN = tuple(name for name, profile in PROFILES.items() if profile.layout in ("peft", "gguf"))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -25,7 +27,7 @@ class Options:
     """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
-    without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
+    without any the rank is 16. `profile` names the consumer that a LoRA is for (`--for`). `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
     `construction` and `heads` are LatTE's. Raises `AdaptError` on anything out of range.
     """
 
@@ -43,6 +45,7 @@ class Options:
     segments: int | str | None = None
     construction: str = "residual"
     heads: str = "wider"
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         for name, parse in _PARSERS.items():
@@ -65,6 +68,7 @@ class Options:
         if not 0 <= self.seed < 2**63:
             raise AdaptError(f"--seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
         self._check_latte()
+        self._check_profile()
         if self.to == "lorta" and self.rank is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -92,6 +96,34 @@ class Options:
         if self.to == "latte" and self.budget is not None:
             raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
 
+    def _check_profile(self) -> None:
+        consumer = self.consumer
+        if consumer is None:
+            return
+        if self.to != "lora":
+            raise AdaptError(f"--for {self.profile}: {consumer.title} takes a LoRA; use --to lora")
+        if consumer.name not in WRITTEN:
+            raise AdaptError(f"--for {self.profile}: this layout is checked by `lint` and not written; choose one of {', '.join(WRITTEN)}")
+        if self.rank is not None and consumer.max_rank is not None and self.rank > consumer.max_rank:
+            raise AdaptError(f"--rank {self.rank}: {consumer.title} takes at most {consumer.max_rank}")
+        if self.budget is not None and consumer.uniform:
+            raise AdaptError(f"--budget gives every matrix a rank of its own, and {consumer.title} wants one for all: give --rank")
+
+    def refuse_rerun(self) -> None:
+        """Refuse to validate what `transformers` and `peft` do not run."""
+        if self.consumer and self.consumer.layout != "peft":
+            raise AdaptError(f"--for {self.profile}: the validator runs PEFT adapters; validate one of the same options without --for")
+
+    @property
+    def consumer(self) -> Profile | None:
+        """The profile of the consumer that was named."""
+        return profile_named(self.profile) if self.profile is not None else None
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that the consumer takes."""
+        return (self.consumer and self.consumer.max_rank) or 2**31
+
     @property
     def size_name(self) -> str:
         """How large the adapter is to be, as its directory is named by default: `r16`, `e0.9` or `20MB`."""
@@ -102,6 +134,10 @@ class Options:
         assert self.budget is not None
         unit = next(unit for unit in ("gb", "mb", "kb", "b") if self.budget % _UNITS[unit] == 0)
         return f"{self.budget // _UNITS[unit]}{unit.upper()}"
+
+    def output_name(self, source: str) -> str:
+        """How the output is named by default: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`."""
+        return f"{source}-{self.to}-{self.size_name}" + (f"-{self.profile}" if self.profile else "")
 
     def torch_device(self) -> torch.device:
         """The device asked for, or CUDA if there is one, or the CPU."""

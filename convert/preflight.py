@@ -25,6 +25,7 @@ from adapt_convert.convert.architectures import (
     place_of,
     without_prefix,
 )
+from adapt_convert.convert.consumers import restrict
 from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -130,7 +131,8 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     # In PEFT an adapter of a tied embedding leaves the head alone unless it names the head too, or asks for tying.
     follows_ties = source.kind != "lora" or bool(source.config.get("ensure_weight_tying"))
     plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
-    return replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+    plan = replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+    return restrict(plan, options.consumer) if options.consumer else plan
 
 
 def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:

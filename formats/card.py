@@ -23,6 +23,13 @@ from transformers import {auto}
 
 model = adapt_convert.load({auto}.from_pretrained({base}), {here})
 """,
+    "gguf": """import xllamacpp  # or llama.cpp's own programs: --lora adapter_model.gguf
+
+params = xllamacpp.CommonParams()
+params.model.path = "the base as .gguf"
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({here} + "/adapter_model.gguf", 1.0)]
+server = xllamacpp.Server(params)
+""",
     "lorta": """import adapt_convert
 from transformers import {auto}
 
@@ -39,6 +46,7 @@ _AUTO = {
 }
 
 
+_LIBRARY = {"lora": "peft", "gguf": "gguf"}
 _HERE = json.dumps("path/of/this/directory")
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -65,13 +73,15 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
     auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), "AutoModel")
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
-    code = _LOAD[report["target"]].format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
+    profile = report.get("profile") or {}
+    layout = "gguf" if profile.get("layout") == "gguf" else report["target"]
+    code = _LOAD[layout].format(auto=auto, base=json.dumps(base.loadable), here=_HERE)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
     lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}
     metadata = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (lineage | base_licence(base.directory)).items())
     commit = f" (commit {base.revision})" if base.is_hub else ""
     return f"""---
-{metadata}library_name: {"peft" if report["target"] == "lora" else "adapt-convert"}
+{metadata}library_name: {_LIBRARY.get(layout, "adapt-convert")}
 tags:
 - {report["target"]}
 - adapt-convert
@@ -84,13 +94,21 @@ Converted from `{source}` on `{origin}`{commit} without training data.
 - captured energy of the factored matrices: {_percent(report["captured_energy"])}
 - captured energy of all changes: {_percent(report["captured_energy_of_all_changes"])}
 - weights: {report["bytes"]} bytes
-- tensors of the source: {counts}
+{_served(profile)}- tensors of the source: {counts}
 
 What became of every tensor is in `conversion.json`.
 
 ```python
 {code}```
 """
+
+
+def _served(profile: Mapping[str, Any]) -> str:
+    """One line on the consumer that an adapter was made for."""
+    if not profile:
+        return ""
+    started = f", started with `{profile['serve']}`" if profile["serve"] else ""
+    return f"- for {profile['consumer']}{started}; {profile['left_out_energy']:.4%} of the change is left out for it\n"
 
 
 def _percent(share: float | None) -> str:

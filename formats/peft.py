@@ -139,7 +139,7 @@ def _low_rank(
         raise AdaptError(
             f"{location.origin}: {module} has factors A {list(info_a.shape)} and B {list(info_b.shape)}, which do not multiply"
         )
-    scale = _scaling(config, module, rank)
+    scale = lora_scaling(config, module, rank)
     embedding = names[0] == "lora_embedding_A"
     base_layer = slot.get("base_layer.weight")
 
@@ -159,19 +159,20 @@ def _low_rank(
 
 
 def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key: str, rank: int) -> Part:
-    scale = _scaling(config, module, rank)
+    scale = lora_scaling(config, module, rank)
     info = store.infos[key]
     return Part(f"{module}.bias", (key,), info.shape, info.dtype, "add", lambda: store.read(key).float() * scale)
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA. Patterns are regular expressions anchored at a dot; the first wins."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies `B A` by: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
+    alpha = matching_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def matching_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
+    """The value for a module in `rank_pattern` or `alpha_pattern`: regular expressions anchored at a dot, of which the first wins."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
 
 
 @dataclass

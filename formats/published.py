@@ -11,18 +11,21 @@ from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, read_json
+from adapt_convert.formats.profiles import GGUF_WEIGHTS
 
 # Weights and config that belong together.
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 LATTE = ("latte.safetensors", "latte_config.json")
+GGUF = (GGUF_WEIGHTS, None)
 _OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What publishing needs of `conversion.json`; `local` are the inputs that were no Hub models."""
+    """What publishing needs of `conversion.json`; `local` are the inputs that were no Hub models; `layout` is a consumer's own."""
 
     target: str
+    layout: str | None
     bytes: int
     base_is_local: bool
     local: tuple[str, ...]
@@ -35,7 +38,8 @@ class Report:
             inputs = data["inputs"]
             base, sources = inputs["base"], inputs.get("sources", [inputs["source"]])  # a bundle has several
             local = tuple(side["origin"] for side in (base, *sources) if side["revision"] is None)
-            report = Report(data["target"], data["bytes"], base["revision"] is None, local)
+            layout = (data.get("profile") or {}).get("layout")
+            report = Report(data["target"], layout, data["bytes"], base["revision"] is None, local)
         except (KeyError, TypeError, AttributeError):
             raise AdaptError(f"{path}: is not a report that adapt-convert writes") from None
         sound = isinstance(report.bytes, int) and all(isinstance(origin, str) for origin in local)
@@ -46,16 +50,22 @@ class Report:
 
 def check_adapter(directory: Path, report: Report | None) -> None:
     """Refuse a directory whose adapter is not whole: weights, the config that goes with them, and the size in the report."""
-    from adapt_convert.formats.safetensors_file import SafetensorsFile  # imports torch
+    from adapt_convert.formats.gguf_adapter import read_gguf_header  # imports torch
+    from adapt_convert.formats.safetensors_file import SafetensorsFile
 
-    kinds = [_OF_TARGET[report.target]] if report else [PEFT, LATTE]
+    kinds: list[tuple[str, str | None]] = [PEFT, LATTE, GGUF]
+    if report:
+        kinds = [GGUF if report.layout == "gguf" else _OF_TARGET[report.target]]
     names = next((names for names in kinds if (directory / names[0]).is_file()), None)
     if names is None:
         expected = " or ".join(names[0] for names in kinds)
         raise AdaptError(f"{directory}: holds no adapter ({expected}); there is nothing to push")
-    weights, config = (directory / name for name in names)
-    read_json(config)
-    SafetensorsFile(weights)
+    weights = directory / names[0]
+    if names[1] is None:
+        read_gguf_header(weights)
+    else:
+        read_json(directory / names[1])
+        SafetensorsFile(weights)
     size = weights.stat().st_size
     if report and size != report.bytes:
         raise AdaptError(f"{weights}: has {size} bytes, and conversion.json speaks of {report.bytes}; convert it again")

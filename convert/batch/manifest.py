@@ -15,7 +15,7 @@ import yaml
 from adapt_convert.convert.batch.checks import output_problems, push_problems
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.sources import find_sources, source_name
-from adapt_convert.convert.options import CONSTRUCTIONS, DTYPES, HEADS, TARGETS, Options
+from adapt_convert.convert.options import CONSTRUCTIONS, DTYPES, HEADS, TARGETS, WRITTEN, Options
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, refuse_revision
 
@@ -38,6 +38,7 @@ OPTION_SCHEMAS: dict[str, dict[str, Any]] = {
     "segments": {"anyOf": [*_WHOLE["anyOf"], {"const": "auto"}]},
     "construction": {"enum": list(CONSTRUCTIONS)},
     "heads": {"enum": list(HEADS)},
+    "profile": {"enum": list(WRITTEN), "description": "The consumer that a LoRA is for; --for on the command line."},
 }
 _JOB_SCHEMAS: dict[str, dict[str, Any]] = {
     "base": _TEXT | {"description": "The model that the fine-tune was made from: a directory, a file or a Hub id."},
@@ -149,7 +150,7 @@ def _shape_problems(row: object, forbidden: tuple[str, ...] = ()) -> Iterator[st
             yield f"{name}: no such option here; an option is named as on the command line, with _ for -"
         elif name in _FLAGS and not isinstance(value, bool):
             yield f"{name}: {reprlib.repr(value)} is neither true nor false"
-        elif (name in _JOB_SCHEMAS or name in ("to", "device", "dtype")) and name not in _FLAGS and not (isinstance(value, str) and value):
+        elif (name in _JOB_SCHEMAS or name in ("to", "device", "dtype", "profile")) and name not in _FLAGS and not (isinstance(value, str) and value):
             yield f"{name}: {reprlib.repr(value)} is no text"
         elif value is None:
             yield f"{name}: has no value"
@@ -178,7 +179,7 @@ def _expand(defaults: Mapping[str, Any], row: Mapping[str, Any], jobs: list[Job]
     settings = {n: merged[n] for n in ("revision", "base_revision", "overwrite", "validate") if n in merged}
     for source in sources:
         name = source_name(source)
-        output = str(merged.get("output", f"{{name}}-{options.to}-{options.size_name}")).replace("{name}", name)
+        output = str(merged.get("output", options.output_name("{name}"))).replace("{name}", name)
         output = PurePosixPath(output).as_posix()  # one spelling: x/ and ./x are x
         push = merged["push"].replace("{name}", name) if "push" in merged else None
         jobs.append(Job(merged["base"], source, output, options, push=push, **settings))

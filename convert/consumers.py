@@ -1,0 +1,167 @@
+"""Fitting a LoRA to the program that will serve it: what it cannot hold is left out beforehand and said, the rest put in its form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapt_convert.convert.architectures import is_head
+from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_adapter import GgufAdapter, GgufNames
+from adapt_convert.formats.peft import LoraAdapter
+from adapt_convert.formats.profiles import Profile
+
+if TYPE_CHECKING:
+    from adapt_convert.convert.preflight import Entry, Plan
+    from adapt_convert.convert.report import Record
+
+LARGEST_LOSS = 0.5  # share of the squared change beyond which what is left is another model
+
+
+def restrict(plan: Plan, profile: Profile) -> Plan:
+    """The plan without what the consumer cannot hold, each with the reason; decided from headers alone.
+
+    Raises `AdaptError` where nothing that it could be given would be the fine-tune: added tokens, and matrices of a kind that it
+    does not adapt at all.
+    """
+    model_type = str(plan.config.get("model_type"))
+    if not profile.conv1d and any(entry.transposed for entry in plan.having("factor")):
+        raise AdaptError(f"{profile.title} has no LoRA for a {model_type}, whose matrices are stored (in, out)")
+    grown = next((entry for entry in plan.entries if entry.rows_lost and entry.action != "drop"), None)
+    if grown and not profile.exact:
+        raise AdaptError(
+            f"{profile.title} cannot add the {grown.rows_lost} rows by which {grown.name} outgrows the base, and whatever uses them "
+            f"would fail; serve the merged model, or give up the whole change of it with --exclude {grown.module.rsplit('.', 1)[-1]}"
+        )
+    names = GgufNames.of(plan.config) if profile.layout == "gguf" else None
+    entries, notes = [], dict[str, list[str]]()
+    for entry in plan.entries:
+        reason = _cannot_hold(entry, plan, profile, names)
+        if reason:
+            entry = replace(entry, action="drop", reason=f"{profile.title} {reason}")
+            notes.setdefault(entry.reason, []).append(entry.name)
+        entries.append(entry)
+    lines = (f"{reason}: {listed[0]}{f' and {len(listed) - 1} more' if listed[1:] else ''}" for reason, listed in notes.items())
+    return replace(plan, entries=tuple(entries), notes=(*plan.notes, *lines))
+
+
+def _cannot_hold(entry: Entry, plan: Plan, profile: Profile, names: GgufNames | None) -> str | None:
+    """Why the consumer cannot hold a tensor, or None when it can, or when it is left out already."""
+    if entry.action == "drop" or profile.exact:
+        return None
+    model_type = str(plan.config.get("model_type"))
+    shared = plan.aliases(entry.name)
+    adaptable = profile.adapts_embeddings(model_type) and not shared
+    if entry.action == "store":
+        if entry.name == f"{entry.module}.bias" and profile.biases and plan.is_factored(entry.module):
+            return None
+        if entry.kind == "embedding" and adaptable:
+            return f"loads no whole tensors; --target-modules all-linear,{entry.module.rsplit('.', 1)[-1]} factors it"
+        return "loads no whole tensors"
+    head = is_head(entry.name)
+    if (entry.kind == "embedding" or head) and shared:
+        return f"has no LoRA for a table that {shared[0]} shares"
+    if (entry.kind == "embedding" or head) and not profile.adapts_embeddings(model_type):
+        return f"adapts no embedding and no output head of a {model_type}"
+    if head and entry.module != "lm_head":
+        return "adapts no such head"
+    if names is not None and names.tensor(entry.module) is None:
+        return "has no tensor for it"
+    return None
+
+
+def share_left_out(records: Iterable[Record], profile: Profile) -> float:
+    """The share of the squared change that is left out because of the consumer. Raises `AdaptError` when that is most of it.
+
+    What the user has excluded does not count: that is no loss of the consumer's.
+    """
+    meant = [record for record in records if record.status != "dropped" or record.entry.lossy]
+    lost = [record for record in meant if record.status == "dropped" and record.reason.startswith(f"{profile.title} ")]
+    total = sum(record.energy for record in meant)
+    share = sum(record.energy for record in lost) / total if total else 0.0
+    if share > LARGEST_LOSS:
+        largest = max(lost, key=lambda record: record.energy)
+        raise AdaptError(
+            f"{share:.0%} of the change would be left out, and what is left is not the fine-tune: {largest.reason} ({largest.entry.name}); "
+            "serve the merged model, or say with --exclude what may be lost"
+        )
+    return share
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A LoRA in a consumer's form: of one `rank` where it wants one (None else), `padded` and `filled` the matrices that got
+    zeros to reach it, or in which nothing had changed."""
+
+    adapter: LoraAdapter | GgufAdapter
+    profile: Profile
+    rank: int
+    padded: list[str] = field(default_factory=list)
+    filled: list[str] = field(default_factory=list)
+
+    def to_json(self, left_out: float) -> dict[str, Any]:
+        """Its part of `conversion.json`."""
+        return {
+            "name": self.profile.name,
+            "consumer": f"{self.profile.title} {self.profile.version}",
+            "layout": self.profile.layout,
+            "rank": self.rank,
+            "padded": len(self.padded),
+            "filled_with_zeros": len(self.filled),
+            "left_out_energy": left_out,
+            "serve": self.profile.how_to_serve(self.rank),
+        }
+
+
+def fit(adapter: LoraAdapter, plan: Plan, base: Checkpoint, profile: Profile) -> Fitted:
+    """The adapter in the consumer's form; `B A` of every matrix stays what it was, to the bit.
+
+    One rank for all, by rows and columns of zeros; zeros for the matrices that have to come with others; the file's layout.
+    """
+    factors, embeddings = dict(adapter.factors), dict(adapter.embeddings)
+    rank = max(delta.rank for delta in (*factors.values(), *embeddings.values()))
+    padded: list[str] = []
+    filled: list[str] = []
+    if profile.uniform:
+        for held in (factors, embeddings):
+            padded += [module for module, delta in held.items() if delta.rank < rank]
+            held.update({module: _padded(delta, rank) for module, delta in held.items()})
+    for module in _absent(factors, plan, profile):
+        rows, columns = base.infos[plan.base_keys[f"{module}.weight"]].shape
+        dtype = next(iter(factors.values())).A.dtype
+        factors[module] = LowRankDelta(torch.zeros(rows, rank, dtype=dtype), torch.zeros(rank, columns, dtype=dtype))
+        filled.append(module)
+    fitted = replace(adapter, factors=factors, embeddings=embeddings)
+    written = GgufAdapter(fitted, plan.config) if profile.layout == "gguf" else fitted
+    return Fitted(written, profile, rank, padded, filled)
+
+
+def _padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
+    missing = rank - delta.rank
+    columns = torch.zeros(delta.B.shape[0], missing, dtype=delta.B.dtype)
+    rows = torch.zeros(missing, delta.A.shape[1], dtype=delta.A.dtype)
+    return LowRankDelta(torch.cat([delta.B, columns], dim=1), torch.cat([delta.A, rows], dim=0))
+
+
+def _absent(factors: Iterable[str], plan: Plan, profile: Profile) -> list[str]:
+    """The modules of the base that the consumer wants adapted beside those that are."""
+    present = set(factors)
+    wanted = set(present)
+    for group in profile.companions:
+        for module in present:
+            parent, _, name = module.rpartition(".")
+            wanted |= {f"{parent}.{other}" for other in group} if name in group else set()
+    if profile.every_layer:
+        types = {_without_layer(module) for module in wanted}
+        wanted |= {name.removesuffix(".weight") for name in plan.base_keys if _without_layer(name.removesuffix(".weight")) in types}
+    return sorted(module for module in wanted - present if f"{module}.weight" in plan.base_keys)
+
+
+def _without_layer(module: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", module)

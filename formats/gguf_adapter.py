@@ -1,0 +1,155 @@
+"""LoRA adapters as llama.cpp loads them: one GGUF file, written and read by the `gguf` package (the extra of that name).
+
+Names are llama.cpp's own, `blk.N.attn_q.weight.lora_a (r, in)` and `.lora_b (out, r)`; the header has one `adapter.lora.alpha` for
+all, which llama.cpp divides by each matrix's rank. As `lora_a` of `token_embd` it takes `(vocabulary, r)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.peft import LoraAdapter
+from adapt_convert.formats.profiles import GGUF_WEIGHTS
+from adapt_convert.formats.safetensors_file import LazyTensor
+
+# `model_type` -> llama.cpp's architecture, and whether it keeps the rows of q and k in its own order: rotary pairs side by
+# side, where transformers has all first and then all second halves.
+ARCHITECTURES: dict[str, tuple[str, bool]] = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "gemma": ("gemma", False),
+    "gpt2": ("gpt2", False),
+}
+_EMBEDDING = "token_embd.weight"
+
+
+def load_gguf() -> Any:
+    """The `gguf` package. Raises `AdaptError` where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise AdaptError("GGUF files need the extra `gguf`: pip install 'adapt-convert[gguf]'") from None
+    return gguf
+
+
+@dataclass(frozen=True)
+class GgufNames:
+    """llama.cpp's names of a model's tensors, by the `gguf` package's own table."""
+
+    architecture: str
+    map: Any
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> GgufNames:
+        """Raises `AdaptError` for a model type that is not listed here, or without a number of layers."""
+        gguf = load_gguf()
+        model_type = str(config.get("model_type"))
+        layers = config.get("num_hidden_layers", config.get("n_layer"))
+        if model_type not in ARCHITECTURES or type(layers) is not int or not 0 < layers < 10_000:
+            raise AdaptError(
+                f"--for llama.cpp: a {model_type} is not among {', '.join(ARCHITECTURES)}; write a PEFT LoRA and give it to llama.cpp's "
+                "convert_lora_to_gguf.py"
+            )
+        architecture = ARCHITECTURES[model_type][0]
+        key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        return GgufNames(architecture, gguf.get_tensor_name_map(key, layers))
+
+    def tensor(self, module: str) -> str | None:
+        """The tensor of a module's weight, or None where llama.cpp has none."""
+        name = self.map.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        return name if isinstance(name, str) else None
+
+
+@dataclass(frozen=True)
+class GgufAdapter:
+    """A LoRA of uniform rank to be written for llama.cpp; `config` is that of the model it is for."""
+
+    lora: LoraAdapter
+    config: Mapping[str, Any]
+    exact: Mapping[str, Tensor | LazyTensor] = field(default_factory=dict)  # there is no place for whole tensors
+
+    def __post_init__(self) -> None:
+        ranks = {delta.rank for delta in (*self.lora.factors.values(), *self.lora.embeddings.values())}
+        if len(ranks) != 1 or self.lora.exact or self.lora.biases:
+            raise ValueError(f"a GGUF adapter has one rank, no biases and no whole tensors; got ranks {sorted(ranks)}")
+
+    @property
+    def rank(self) -> int:
+        return next(delta.rank for delta in (*self.lora.factors.values(), *self.lora.embeddings.values()))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its name in the file, `lora_a` before `lora_b`."""
+        names = GgufNames.of(self.config)
+        for module, delta in self.lora.factors.items():
+            name = names.tensor(module)
+            yield f"{name}.lora_a", delta.A
+            yield f"{name}.lora_b", self._reordered(str(name), delta.B)
+        for module, delta in self.lora.embeddings.items():
+            name = names.tensor(module)
+            yield f"{name}.lora_a", delta.B  # (vocabulary, r): llama.cpp looks rows up in it
+            yield f"{name}.lora_b", delta.A.T
+
+    def _reordered(self, name: str, b: Tensor) -> Tensor:
+        """`B (out, r)` with its rows as llama.cpp keeps those of q and k: `(head, half, pair)` becomes `(head, pair, half)`."""
+        role = name.split(".")[-2]
+        if not ARCHITECTURES[str(self.config["model_type"])][1] or role not in ("attn_q", "attn_k"):
+            return b
+        heads = int(self.config["num_attention_heads"])
+        if role == "attn_k":
+            heads = int(self.config.get("num_key_value_heads") or heads)
+        return b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+
+    def write(self, directory: Path) -> int:
+        """Write the file; returns its size in bytes."""
+        gguf = load_gguf()
+        path = directory / GGUF_WEIGHTS
+        writer = gguf.GGUFWriter(None, GgufNames.of(self.config).architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(self.rank))
+        for name, tensor in self.tensors():
+            tensor = tensor.detach().cpu().contiguous()
+            if tensor.dtype == torch.bfloat16:  # numpy has no such type: the bytes, and what they are
+                writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+            else:
+                writer.add_tensor(name, tensor.numpy())
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF adapter says of itself: `general.type`, `adapter.type`, the alpha, and the shapes of its tensors, rows first."""
+
+    kind: str
+    adapter: str
+    architecture: str
+    alpha: float
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file. Raises `AdaptError` when it is damaged or none."""
+    gguf = load_gguf()
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: entry.contents() for name, entry in reader.fields.items()}
+        shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+        texts = [str(fields.get(key, "")) for key in ("general.type", "adapter.type", "general.architecture")]
+        return GgufHeader(*texts, float(fields.get("adapter.lora.alpha", 0.0)), shapes)
+    except OSError as error:
+        raise AdaptError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception:  # the package checks little: a damaged file can raise almost anything in it
+        raise AdaptError(f"{path}: is damaged or not a GGUF file; write it again") from None
