@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adapt_convert.convert.architectures import is_head
+from adapt_convert.convert.architectures import aliases_of, is_head
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
@@ -56,11 +56,12 @@ def _cannot_hold(entry: Entry, plan: Plan, profile: Profile, names: GgufNames | 
     if entry.action == "drop" or profile.exact:
         return None
     model_type = str(plan.config.get("model_type"))
-    shared = plan.aliases(entry.name)
+    # The base as the consumer loads it decides: there a table that two modules share is one tensor, whatever the source is.
+    shared = [alias for alias in aliases_of(entry.name, plan.family, plan.config) if alias not in plan.base_keys]
     adaptable = profile.adapts_embeddings(model_type) and not shared
     if entry.action == "store":
-        if entry.name == f"{entry.module}.bias" and profile.biases and plan.is_factored(entry.module):
-            return None
+        if entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
+            return None if profile.biases else "has no LoRA of biases"
         if entry.kind == "embedding" and adaptable:
             return f"loads no whole tensors; --target-modules all-linear,{entry.module.rsplit('.', 1)[-1]} factors it"
         return "loads no whole tensors"

@@ -150,13 +150,14 @@ def _whole_tensors(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator
     saved = adapter.config.get("modules_to_save") or []
     if profile.exact:
         names = [name.removeprefix(PREFIX) for name in whole]
-        lost = [name for name in names if not any(re.search(rf"(^|\.){re.escape(str(module))}\.", name) for module in saved)]
+        lost = [name for name in names if not any(f"{module}." in f"{name}." for module in saved)]  # PEFT takes endings of paths
         if lost:
             yield Finding("lost", f"{profile.title} ignores {lost[0]}{_more(lost)}, which modules_to_save does not list", "list its module")
         if any(".lora_B.bias" in name for name in biases) and not adapter.config.get("lora_bias"):
             yield Finding("lost", f"{profile.title} ignores {biases[0]}{_more(biases)} without lora_bias", "set lora_bias to true")
         return
-    if (biases or adapter.config.get("bias", "none") != "none" or adapter.config.get("lora_bias")) and not profile.biases:
+    said = profile.reads_bias and adapter.config.get("bias", "none") != "none"
+    if (biases or said) and not profile.biases:
         what = f"{biases[0]}{_more(biases)}" if biases else "bias in the config"
         yield Finding("refused", f"{profile.title} has no LoRA of biases: {what}", remedy)
     if whole or saved:
@@ -176,7 +177,7 @@ def _sizes(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Finding
         said = adapter.rank
         if profile.scale == "modules" and isinstance(pattern, dict):
             said = matching_pattern(pattern, module, said)
-        if profile.scale != "rank" and rank != said:
+        if profile.scale != "rank" and (rank != said if profile.equal_ranks or profile.scale == "modules" else rank > said):
             yield Finding("refused", f"{module} has rank {rank} where {profile.title} expects r = {said}", remedy)
             return
 

@@ -25,7 +25,9 @@ class Profile:
     - `max_rank`: the largest rank, None without a limit; `ranks` the sizes that its buffers can be set to.
     - `scale`: what it multiplies `B A` by. `modules`: PEFT's own rule, patterns and rsLoRA included; `r`: `alpha / r` of the
       config for every matrix, so ranks have to be uniform; `rank`: `alpha` over the matrix's own rank.
-    - `rslora`, `dora`, `biases`, `conv1d`: whether it takes them; `exact`: whether it takes whole tensors (`modules_to_save`).
+    - `equal_ranks`: every matrix has to be of rank `r`; a smaller one will do otherwise.
+    - `rslora`, `dora`, `biases`, `conv1d`: whether it takes them; `reads_bias`: whether it refuses a config that speaks of biases,
+      though there are none. `exact`: whether it takes whole tensors (`modules_to_save`).
     - `embedding_types`: the `model_type`s in which it adapts input embeddings and output head, None for all.
     - `companions`: matrices that have to be adapted together in a layer, if any of them is.
     - `every_layer`: a type of matrix is adapted in every layer, or in none.
@@ -41,9 +43,11 @@ class Profile:
     max_rank: int | None = None
     ranks: tuple[int, ...] = ()
     scale: Literal["modules", "r", "rank"] = "modules"
+    equal_ranks: bool = False
     rslora: bool = False
     dora: bool = False
     biases: bool = False
+    reads_bias: bool = False
     conv1d: bool = False
     exact: bool = False
     embedding_types: tuple[str, ...] | None = None
@@ -102,6 +106,7 @@ PROFILES: dict[str, Profile] = {
             ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # MaxLoRARanks in vllm/config/lora.py
             scale="r",  # newer releases read patterns, older ones do not and say nothing
             rslora=True,
+            reads_bias=True,
             # The model classes that list `embedding_modules`; others, Qwen among them, refuse (vllm issue 32599).
             embedding_types=("llama", "mistral", "mixtral", "granite"),
             every_layer=True,
@@ -115,6 +120,7 @@ PROFILES: dict[str, Profile] = {
             PEFT_WEIGHTS,
             _PEFT_KEYS,
             scale="r",  # srt/lora/lora.py: scaling = lora_alpha / r
+            equal_ranks=True,
             companions=(_QKV, _GATE_UP),  # stacked into one matrix; a missing v_proj is a KeyError
             every_layer=True,
             serve="--enable-lora --max-lora-rank {rank}",
