@@ -27,8 +27,9 @@ class Options:
     """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
-    without any the rank is 16. `profile` names the consumer that a LoRA is for (`--for`). `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
-    `construction` and `heads` are LatTE's. Raises `AdaptError` on anything out of range.
+    without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
+    `construction` and `heads` are LatTE's; `profile` names the consumer that a LoRA is for (`--for`). Raises `AdaptError` on
+    anything out of range.
     """
 
     to: str = "lora"

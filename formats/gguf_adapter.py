@@ -135,7 +135,6 @@ class GgufHeader:
 
     kind: str
     adapter: str
-    architecture: str
     alpha: float
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -147,8 +146,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         reader = gguf.GGUFReader(path)
         fields = {name: entry.contents() for name, entry in reader.fields.items()}
         shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
-        texts = [str(fields.get(key, "")) for key in ("general.type", "adapter.type", "general.architecture")]
-        return GgufHeader(*texts, float(fields.get("adapter.lora.alpha", 0.0)), shapes)
+        kind, adapter = (str(fields.get(key, "")) for key in ("general.type", "adapter.type"))
+        return GgufHeader(kind, adapter, float(fields.get("adapter.lora.alpha", 0.0)), shapes)
     except OSError as error:
         raise AdaptError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:  # the package checks little: a damaged file can raise almost anything in it

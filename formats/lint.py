@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_adapter import read_gguf_header
 from adapt_convert.formats.location import Location, locate, read_json
-from adapt_convert.formats.peft import CONFIG, PREFIX, is_positive, lora_scaling, matching_pattern
+from adapt_convert.formats.peft import CONFIG, PREFIX, is_pattern, is_positive, lora_scaling, matching_pattern
 from adapt_convert.formats.profiles import Profile, profile_named
 from adapt_convert.formats.source import adapter_config_path
 
@@ -91,6 +92,8 @@ def lint(adapter: str | Path, consumer: str, revision: str | None = None) -> lis
             return []
         return [Finding("refused", f"{profile.title} loads LoRA alone, and this is {config.get('peft_type')}", remedy)]
     read = _read(config, store)
+    if malformed := list(_malformed(config)):
+        return malformed
     return [finding for check in _CHECKS for finding in check(read, profile, remedy)]
 
 
@@ -119,6 +122,24 @@ def _read(config: Mapping[str, Any], store: TensorStore) -> _Adapter:
     embeddings = tuple(module for module, slot in slots.items() if any(name.startswith("lora_embedding") for name in slot))
     halves = tuple(module for module, slot in slots.items() if len(slot) % 2)
     return _Adapter(config, tuple(store.infos), ranks, embeddings, halves, tuple(other))
+
+
+def _malformed(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Values of the config that no consumer can make sense of."""
+    saved, base = config.get("modules_to_save"), config.get("base_model_name_or_path")
+    sound = {
+        "r": is_positive(config.get("r", 8)),
+        "lora_alpha": is_positive(config.get("lora_alpha", 8)),
+        "rank_pattern": is_pattern(config.get("rank_pattern") or {}),
+        "alpha_pattern": is_pattern(config.get("alpha_pattern") or {}),
+        "modules_to_save": saved is None or (isinstance(saved, list) and all(isinstance(name, str) for name in saved)),
+        "base_model_name_or_path": base is None or isinstance(base, str),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            yield Finding(
+                "refused", f"{CONFIG} has {key} = {reprlib.repr(config.get(key))}, which makes no sense", "write the adapter again"
+            )
 
 
 def _more(names: list[str]) -> str:
@@ -171,11 +192,13 @@ def _sizes(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Finding
     """Ranks that are too large, or that the config does not say."""
     largest = max(adapter.ranks.values(), default=0)
     if profile.max_rank is not None and largest > profile.max_rank:
-        yield Finding("refused", f"rank {largest} is above {profile.title}'s largest, {profile.max_rank}", f"{remedy} --rank {profile.max_rank}")
+        yield Finding(
+            "refused", f"rank {largest} is above {profile.title}'s largest, {profile.max_rank}", f"{remedy} --rank {profile.max_rank}"
+        )
     pattern = adapter.config.get("rank_pattern") or {}
     for module, rank in adapter.ranks.items():
         said = adapter.rank
-        if profile.scale == "modules" and isinstance(pattern, dict):
+        if profile.scale == "modules":
             said = matching_pattern(pattern, module, said)
         if profile.scale != "rank" and (rank != said if profile.equal_ranks or profile.scale == "modules" else rank > said):
             yield Finding("refused", f"{module} has rank {rank} where {profile.title} expects r = {said}", remedy)
@@ -186,10 +209,6 @@ def _scales(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Findin
     """Matrices that the consumer multiplies by something else than PEFT does."""
     if profile.scale == "modules":
         return
-    for key in ("r", "lora_alpha"):
-        if not is_positive(adapter.config.get(key, 8)):
-            yield Finding("refused", f"{key} = {adapter.config.get(key)!r} is no positive number", "write the adapter again")
-            return
     for module, rank in adapter.ranks.items():
         meant = lora_scaling(adapter.config, module, rank)
         divisor = float(adapter.rank if profile.scale == "r" else rank)
@@ -220,8 +239,11 @@ def _modules(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Findi
 
 def _model_type(config: Mapping[str, Any]) -> str | None:
     """Of the base, where it lies on this machine."""
-    path = Path(str(config.get("base_model_name_or_path") or ".")) / "config.json"
-    named = read_json(path).get("model_type") if path.is_file() else None
+    path = Path(config.get("base_model_name_or_path") or ".") / "config.json"
+    try:
+        named = read_json(path).get("model_type") if path.is_file() else None
+    except (OSError, ValueError):  # no file can be called so
+        return None
     return named if isinstance(named, str) else None
 
 

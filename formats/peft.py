@@ -80,7 +80,7 @@ def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
         if not is_positive(config.get(key, 8)):
             raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {config.get(key)!r}, expected a positive number")
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(_is_expression(p) and is_positive(v) for p, v in patterns.items()):
+    if not is_pattern(patterns):
         raise AdaptError(f"{location.origin}: {CONFIG} has alpha_pattern = {patterns!r}, expected regular expressions and numbers")
 
 
@@ -89,12 +89,21 @@ def is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def is_pattern(value: object) -> bool:
+    """Whether a value from a JSON file is a `rank_pattern` or an `alpha_pattern`: expressions to positive numbers."""
+    return isinstance(value, dict) and all(_is_expression(pattern) and is_positive(number) for pattern, number in value.items())
+
+
 def _is_expression(pattern: str) -> bool:
+    """Whether it is a regular expression that is soon through with a name.
+
+    A repeated group, or many repetitions in a row, can be made to backtrack for years; no name of modules needs them.
+    """
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    return True
+    return not re.search(r"\)[*+{]", pattern) and all(len(re.findall(r"[*+{]", branch)) <= 4 for branch in pattern.split("|"))
 
 
 def _module_parts(

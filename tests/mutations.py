@@ -29,7 +29,9 @@ def flip(content: bytes, random: Random) -> bytes:
 def cut(content: bytes, random: Random) -> bytes:
     """Shorter, longer, empty, or with a piece missing or twice."""
     start, stop = sorted(random.randrange(len(content) + 1) for _ in range(2))
-    return random.choice((content[:start], content + content[:start], b"", content[:start] + content[stop:], content[:stop] + content[start:]))
+    return random.choice(
+        (content[:start], content + content[:start], b"", content[:start] + content[stop:], content[:stop] + content[start:])
+    )
 
 
 def json_value(content: bytes, random: Random) -> bytes:
@@ -50,6 +52,26 @@ def json_value(content: bytes, random: Random) -> bytes:
     else:
         place[key] = _value(random)
     return json.dumps(data).encode("utf-8", "surrogatepass")
+
+
+def adapter_config(content: bytes, random: Random) -> bytes:
+    """What decides an adapter's scale, or which adapter it is; among others with expressions that backtrack for years."""
+    config = json.loads(content)
+    patterns = ("q_proj", ".*q_proj", "^.*self_attn.v_proj", "(([a-z0-9._]+)+)+!", "(.*)*!", ".*.*.*.*.*.*.*.*!", "(", "a|b", "")
+    choices: tuple[tuple[str, Any], ...] = (
+        ("lora_alpha", random.choice(_NUMBERS)),
+        ("r", random.choice(_NUMBERS)),
+        ("use_rslora", random.choice((True, 1, "yes", None))),
+        ("alpha_pattern", {random.choice(patterns): random.choice((1, 8, 0.5, *_NUMBERS))}),
+        ("rank_pattern", {random.choice(patterns): random.choice((1, 8, *_NUMBERS))}),
+        ("alpha_pattern", _value(random)),
+        ("use_dora", True),
+        ("peft_type", random.choice(("VERA", "LORTA", "", None, 7))),
+        ("modules_to_save", random.choice((["norm"], "norm", [7], 7))),
+        ("base_model_name_or_path", _value(random)),
+        ("fan_in_fan_out", True),
+    )
+    return json.dumps(config | dict(random.sample(choices, random.randint(1, 3)))).encode("utf-8", "surrogatepass")
 
 
 def json_text(content: bytes, random: Random) -> bytes:
@@ -115,14 +137,27 @@ def numbers(content: bytes, random: Random) -> bytes:
     changed = bytearray(content)
     for _ in range(random.randint(1, 3)):
         position = random.randrange(8 + size, len(content) - 3) & ~3
-        changed[position : position + 4] = random.choice((b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f", b"\1\0\0\0", b"\0\0\0\x80"))
+        changed[position : position + 4] = random.choice(
+            (b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f", b"\1\0\0\0", b"\0\0\0\x80")
+        )
     return bytes(changed)
 
 
 def shard(content: bytes, random: Random) -> bytes:
     """An index that sends tensors elsewhere."""
     index = json.loads(content)
-    targets = ("../secret.safetensors", "/etc/passwd", "../../etc/passwd", "..", ".", "", "nowhere.safetensors", "config.json", "a\\b", "a/b")
+    targets = (
+        "../secret.safetensors",
+        "/etc/passwd",
+        "../../etc/passwd",
+        "..",
+        ".",
+        "",
+        "nowhere.safetensors",
+        "config.json",
+        "a\\b",
+        "a/b",
+    )
     targets += ("\0", "model-00001-of-00002.safetensors", "CON", "a" * 400, "\ud800.safetensors")
     for name in random.sample(sorted(index["weight_map"]), random.randint(1, 3)):
         index["weight_map"][name] = random.choice((*targets, _value(random)))
@@ -131,5 +166,6 @@ def shard(content: bytes, random: Random) -> bytes:
 
 SAFETENSORS: tuple[Mutation, ...] = (header, header, header, length, flip, cut, numbers)
 JSON: tuple[Mutation, ...] = (json_value, json_value, json_value, json_text, flip, cut)
+CONFIG: tuple[Mutation, ...] = (adapter_config, adapter_config, adapter_config, json_value, json_text, flip)
 INDEX: tuple[Mutation, ...] = (shard, shard, json_value, json_text, flip)
 BYTES: tuple[Mutation, ...] = (flip, cut)

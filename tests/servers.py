@@ -23,7 +23,7 @@ Deltas = dict[str, torch.Tensor]
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     """The server would not load this."""
 
 
@@ -62,7 +62,9 @@ def vllm(directory: Path, model_type: str) -> Deltas:
 
 def sglang(directory: Path, model_type: str) -> Deltas:
     config, tensors = _open(directory)
-    tensors = {name: value for name, value in tensors.items() if not name.endswith(("lm_head.base_layer.weight", "embed_tokens.base_layer.weight"))}
+    tensors = {
+        name: value for name, value in tensors.items() if not name.endswith(("lm_head.base_layer.weight", "embed_tokens.base_layer.weight"))
+    }
     if config.get("use_dora") or isinstance(config["target_modules"], str):
         raise Refused("DoRA or target_modules as an expression")
     if any("lora_" not in name for name in tensors) or any("bias" in name or "magnitude" in name for name in tensors):

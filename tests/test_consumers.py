@@ -195,7 +195,7 @@ def test_added_tokens_are_refused(pairs: Any, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((pair.ft / "config.json").read_text())
     for consumer in ("vllm", "sglang", "tensorrt-llm", "llama.cpp"):
-        with pytest.raises(AdaptError, match="cannot add the 4 rows by which lm_head.weight outgrows the base"):
+        with pytest.raises(AdaptError, match=r"cannot add the 4 rows by which lm_head\.weight outgrows the base"):
             convert(pair.base, tmp_path, profile=consumer)
         with pytest.raises(AdaptError, match="cannot add the 4 rows"):
             inspect(pair.base, tmp_path, profile=consumer)

@@ -27,8 +27,8 @@ from adapt_convert.formats.gguf_adapter import ARCHITECTURES, GgufAdapter
 from adapt_convert.formats.peft import LoraAdapter
 
 pytest.importorskip("xllamacpp")
-import llama_cpp  # noqa: E402
-from llama_cpp import PROMPT, VOCABULARY, write_model  # noqa: E402
+import llama_cpp
+from llama_cpp import PROMPT, VOCABULARY, write_model
 
 _SIZES = {
     **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -125,7 +125,9 @@ def test_a_shared_table_is_left_out_and_the_rest_runs(source: str, tmp_path: Pat
     assert (row["status"], row["reason"]) == ("dropped", "llama.cpp has no LoRA for a table that lm_head.weight shares")
     assert 0 < conversion.report["profile"]["left_out_energy"] < 0.5
     rest = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ft")
-    rest.model.embed_tokens.weight.data = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").model.embed_tokens.weight.data
+    rest.model.embed_tokens.weight.data = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base"
+    ).model.embed_tokens.weight.data
     expected = llama_cpp.run(write_model(rest, tmp_path / "rest.gguf"))
     adapted = llama_cpp.run(tmp_path / "base.gguf", tmp_path / "out" / "adapter_model.gguf")
     torch.testing.assert_close(adapted.first, expected.first, atol=2e-4, rtol=0)

@@ -49,7 +49,9 @@ def make(pair: Any, directory: Path, options: dict[str, Any]) -> Path:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(pair.load(pair.base), peft.LoraConfig(**{"r": 8, "lora_alpha": 8, "init_lora_weights": False} | options))
+        model = peft.get_peft_model(
+            pair.load(pair.base), peft.LoraConfig(**{"r": 8, "lora_alpha": 8, "init_lora_weights": False} | options)
+        )
         model.save_pretrained(directory)
     return directory
 
@@ -103,7 +105,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 EDITS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "another method": (configured(peft_type="VERA"), "vllm", "refused: vLLM loads LoRA alone, and this is VERA; convert it"),
     "rank": (configured(r=4), "peft", "refused: .*_proj has rank 8 where PEFT expects r = 4"),
-    "no alpha": (configured(lora_alpha=0), "vllm", "refused: lora_alpha = 0 is no positive number"),
+    "no alpha": (configured(lora_alpha=0), "vllm", "refused: adapter_config.json has lora_alpha = 0, which makes no sense"),
     "layers twice": (configured(layer_replication=[[0, 1]]), "sglang", "refused: SGLang does not know layer_replication"),
     "Conv1D": (configured(fan_in_fan_out=True), "vllm", "refused: vLLM has no LoRA for matrices stored"),
     "one half": (with_tensors(lambda t: t.pop(f"{Q}.lora_B.weight")), "vllm", "refused: model.layers.0.self_attn.q_proj has only one half"),

@@ -150,7 +150,11 @@ def _shape_problems(row: object, forbidden: tuple[str, ...] = ()) -> Iterator[st
             yield f"{name}: no such option here; an option is named as on the command line, with _ for -"
         elif name in _FLAGS and not isinstance(value, bool):
             yield f"{name}: {reprlib.repr(value)} is neither true nor false"
-        elif (name in _JOB_SCHEMAS or name in ("to", "device", "dtype", "profile")) and name not in _FLAGS and not (isinstance(value, str) and value):
+        elif (
+            (name in _JOB_SCHEMAS or name in ("to", "device", "dtype", "profile"))
+            and name not in _FLAGS
+            and not (isinstance(value, str) and value)
+        ):
             yield f"{name}: {reprlib.repr(value)} is no text"
         elif value is None:
             yield f"{name}: has no value"
