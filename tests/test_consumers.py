@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
-from adapt_convert import AdaptError, convert, inspect, lint
+from adapt_convert import AdaptError, batch, convert, inspect, lint
 from adapt_convert.cli import main
 from adapt_convert.convert.consumers import _padded
 from adapt_convert.convert.delta import LowRankDelta
@@ -217,3 +217,18 @@ def test_the_command_says_what_it_left_out(pairs: Any, tmp_path: Path, monkeypat
     assert f"rank 12, {report['profile']['left_out_energy']:.4%} of the change left out" in done.stdout
     assert "for vLLM 0.32, started with `--enable-lora --max-lora-rank 16`" in (tmp_path / "ft-lora-r12-vllm" / "README.md").read_text()
     assert CliRunner().invoke(main, ["lint", "ft-lora-r12-vllm", "--for", "vllm"]).exit_code == 0
+
+
+def test_a_batch_writes_for_consumers_too(pairs: Any, tmp_path: Path) -> None:
+    """And to the same bytes as a conversion by itself."""
+    pair = pairs("llama")
+    jobs = [{"source": str(pair.ft), "profile": profile, "rank": 4} for profile in ("vllm", "llama.cpp")]
+    result = batch({"defaults": {"base": str(pair.base)}, "jobs": jobs}, tmp_path / "out")
+    assert [row["output"] for row in result["jobs"]] == ["ft-lora-r4-vllm", "ft-lora-r4-llama.cpp"]
+    for profile, file in (("vllm", "adapter_model.safetensors"), ("llama.cpp", "adapter_model.gguf")):
+        alone = convert(pair.base, pair.ft, profile=profile, rank=4).save(tmp_path / profile)
+        assert (tmp_path / "out" / f"ft-lora-r4-{profile}" / file).read_bytes() == (alone / file).read_bytes()
+    again = batch({"defaults": {"base": str(pair.base)}, "jobs": jobs}, tmp_path / "out")
+    assert all(row["skipped"] for row in again["jobs"])
+    with pytest.raises(AdaptError, match="nowhere: unknown consumer"):
+        batch({"defaults": {"base": str(pair.base)}, "jobs": [{"source": str(pair.ft), "profile": "nowhere"}]}, tmp_path / "more")
