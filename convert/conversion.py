@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import module_names
-from adapt_convert.convert.consumers import fit, share_left_out
+from adapt_convert.convert.consumers import share_left_out
+from adapt_convert.convert.fitting import fit
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta

@@ -21,8 +21,8 @@ with warnings.catch_warnings():
 
 from adapt_convert import AdaptError, batch, convert, inspect, lint
 from adapt_convert.cli import main
-from adapt_convert.convert.consumers import _padded
 from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.convert.fitting import _padded
 from adapt_convert.formats.profiles import PROFILES, Profile
 
 

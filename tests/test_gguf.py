@@ -23,7 +23,8 @@ with warnings.catch_warnings():
 from adapt_convert import AdaptError, convert, lint
 from adapt_convert.cli import main
 from adapt_convert.convert.delta import LowRankDelta
-from adapt_convert.formats.gguf_adapter import ARCHITECTURES, GgufAdapter
+from adapt_convert.formats.gguf_adapter import GgufAdapter
+from adapt_convert.formats.gguf_names import ARCHITECTURES
 from adapt_convert.formats.peft import LoraAdapter
 
 pytest.importorskip("xllamacpp")

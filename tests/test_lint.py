@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
-from adapt_convert import AdaptError, lint
+from adapt_convert import AdaptError, convert, lint
 from adapt_convert.cli import main
 
 QV, ALL = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -170,3 +170,15 @@ def test_what_is_no_adapter_is_refused(pairs: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(AdaptError, match=message):
             lint(path, consumer)
+
+
+@pytest.mark.parametrize("case", ["alpha is twice the rank", "q alone", "rsLoRA", "a rank pattern", "an alpha pattern", "whole modules"])
+def test_the_remedy_works(case: str, pairs: Any, tmp_path: Path) -> None:
+    """`delta BASE ADAPTER --for SERVER`, as a finding says, makes an adapter that the server runs as PEFT ran the first one."""
+    pair = pairs("llama")
+    adapter = make(pair, tmp_path / "adapter", MADE[case])
+    expected = peft_deltas(pair, adapter)
+    for server, load in SERVERS.items():
+        convert(pair.base, adapter, profile=server).save(tmp_path / server)
+        assert lint(tmp_path / server, server) == []
+        assert_same(load(tmp_path / server, "llama"), expected)
