@@ -1,4 +1,4 @@
-"""A finished LoRA in the form that the program which will serve it takes; what it computes stays the same, to the bit."""
+"""A finished LoRA in the form that the program which will serve it takes; what it computes stays the same."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from adapt_convert.formats.profiles import Profile
 
 @dataclass(frozen=True)
 class Fitted:
-    """A LoRA in a consumer's form: of one `rank` where it wants one (None else), `padded` and `filled` the matrices that got
-    zeros to reach it, or in which nothing had changed."""
+    """A LoRA in a consumer's form. `rank` is its largest; `padded` and `filled` are the matrices that got zeros to reach it, or
+    that came along though nothing in them had changed."""
 
     adapter: LoraAdapter | GgufAdapter
     profile: Profile
@@ -43,7 +43,7 @@ class Fitted:
 
 
 def fit(adapter: LoraAdapter, plan: Plan, base: Checkpoint, profile: Profile) -> Fitted:
-    """The adapter in the consumer's form; `B A` of every matrix stays what it was, to the bit.
+    """The adapter in the consumer's form; `B A` of every matrix stays what it was.
 
     One rank for all, by rows and columns of zeros; zeros for the matrices that have to come with others; the file's layout.
     """

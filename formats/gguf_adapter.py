@@ -1,4 +1,4 @@
-"""LoRA adapters as llama.cpp loads them: one GGUF file, written and read by the `gguf` package (the extra of that name).
+"""LoRA adapters as llama.cpp loads them: one GGUF file, written by the `gguf` package (the extra of that name).
 
 Names are llama.cpp's own, `blk.N.attn_q.weight.lora_a (r, in)` and `.lora_b (out, r)`; the header has one `adapter.lora.alpha` for
 all, which llama.cpp divides by each matrix's rank. As `lora_a` of `token_embd` it takes `(vocabulary, r)`.
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_names import ARCHITECTURES, GgufNames, load_gguf
 from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.formats.profiles import GGUF_WEIGHTS
@@ -79,28 +78,3 @@ class GgufAdapter:
         writer.write_tensors_to_file()
         writer.close()
         return path.stat().st_size
-
-
-@dataclass(frozen=True)
-class GgufHeader:
-    """What a GGUF adapter says of itself: `general.type`, `adapter.type`, the alpha, and the shapes of its tensors, rows first."""
-
-    kind: str
-    adapter: str
-    alpha: float
-    shapes: Mapping[str, tuple[int, ...]]
-
-
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file. Raises `AdaptError` when it is damaged or none."""
-    gguf = load_gguf()
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: entry.contents() for name, entry in reader.fields.items()}
-        shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
-        kind, adapter = (str(fields.get(key, "")) for key in ("general.type", "adapter.type"))
-        return GgufHeader(kind, adapter, float(fields.get("adapter.lora.alpha", 0.0)), shapes)
-    except OSError as error:
-        raise AdaptError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception:  # the package checks little: a damaged file can raise almost anything in it
-        raise AdaptError(f"{path}: is damaged or not a GGUF file; write it again") from None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.gguf_adapter import read_gguf_header
+from adapt_convert.formats.gguf_header import read_gguf_header
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import CONFIG, PREFIX, is_pattern, is_positive, lora_scaling, matching_pattern
 from adapt_convert.formats.profiles import Profile, profile_named
@@ -266,6 +266,10 @@ def _gguf_findings(path: Path, profile: Profile, remedy: str) -> Iterator[Findin
     halves = [name for name in sorted(pairs) if not {f"{name}.lora_a", f"{name}.lora_b"} <= set(header.shapes)]
     if halves:
         yield Finding("refused", f"{halves[0]} has only one half of its factor pair{_more(halves)}", remedy)
-    ranks = {header.shapes[f"{name}.lora_b"][-1] for name in pairs - set(halves)}
+    flat = [name for name, shape in header.shapes.items() if re.match(profile.keys, name) and len(shape) != 2]
+    if flat:
+        yield Finding("refused", f"{flat[0]} is no matrix{_more(flat)}", remedy)
+        return
+    ranks = {header.shapes[f"{name}.lora_b"][1] for name in pairs - set(halves)}
     if header.alpha and len(ranks) > 1:
         yield Finding("wrong", f"ranks {sorted(ranks)} under one alpha {header.alpha:g} are scaled apart", remedy)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_header import read_gguf_header
 from adapt_convert.formats.location import is_hub_id, read_json
 from adapt_convert.formats.profiles import GGUF_WEIGHTS
 
@@ -50,8 +51,7 @@ class Report:
 
 def check_adapter(directory: Path, report: Report | None) -> None:
     """Refuse a directory whose adapter is not whole: weights, the config that goes with them, and the size in the report."""
-    from adapt_convert.formats.gguf_adapter import read_gguf_header  # imports torch
-    from adapt_convert.formats.safetensors_file import SafetensorsFile
+    from adapt_convert.formats.safetensors_file import SafetensorsFile  # imports torch
 
     kinds: list[tuple[str, str | None]] = [PEFT, LATTE, GGUF]
     if report:

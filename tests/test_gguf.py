@@ -8,6 +8,7 @@ import struct
 import sys
 import warnings
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf
@@ -24,12 +25,14 @@ from adapt_convert import AdaptError, convert, lint
 from adapt_convert.cli import main
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.gguf_adapter import GgufAdapter
+from adapt_convert.formats.gguf_header import read_gguf_header
 from adapt_convert.formats.gguf_names import ARCHITECTURES
 from adapt_convert.formats.peft import LoraAdapter
 
 pytest.importorskip("xllamacpp")
 import llama_cpp
 from llama_cpp import PROMPT, VOCABULARY, write_model
+from mutations import cut, flip
 
 _SIZES = {
     **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -202,6 +205,32 @@ def test_lint_reads_gguf_files(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(AdaptError, match="damaged or not a GGUF file"):
             lint(path, "llama.cpp")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    """Each is read as the `gguf` package reads it or refused; none keeps anybody busy."""
+    golden().write(tmp_path)
+    path = tmp_path / "adapter_model.gguf"
+    content, refused = path.read_bytes(), 0
+    hostile = [content[:8] + struct.pack("<QQ", 2**60, 4), content[:8] + struct.pack("<QQ", 4, 2**60) + content[24:]]
+    hostile.append(content[:24] + struct.pack("<Q1sIIQ", 1, b"x", 9, 4, 2**60))  # an array of as many numbers
+    hostile.append(content[:24] + struct.pack("<Q1sIIQ", 1, b"x", 9, 9, 2**60))
+    random = Random(0)
+    header = content[: content.index(b"output.weight.lora_b") + 52]
+    for damaged in (*hostile, *(random.choice((flip, cut))(header, random) + content[len(header) :] for _ in range(200))):
+        path.write_bytes(damaged)
+        try:
+            lint(path, "llama.cpp")
+            found = read_gguf_header(path).shapes
+        except AdaptError:
+            refused += 1
+            continue
+        try:
+            theirs = {tensor.name: tuple(int(size) for size in tensor.shape[::-1]) for tensor in gguf.GGUFReader(path).tensors}
+        except Exception:
+            continue  # a type or a place of data that it does not take: nothing that a header's reader looks at
+        assert found == theirs
+    assert 4 < refused < 204
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
