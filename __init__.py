@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapt_convert.convert.validation.validate import validate
     from adapt_convert.formats.errors import AdaptError
     from adapt_convert.formats.hub import push
+    from adapt_convert.formats.lint import lint
     from adapt_convert.kernels.attach import load, task_ids, unload
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "bundle",
     "convert",
     "inspect",
+    "lint",
     "load",
     "merge",
     "plan",
@@ -52,6 +54,7 @@ _HOMES = {
     "bundle": "adapt_convert.convert.bundle",
     "convert": "adapt_convert.convert.conversion",
     "inspect": "adapt_convert.convert.inspection",
+    "lint": "adapt_convert.formats.lint",
     "load": "adapt_convert.kernels.attach",
     "merge": "adapt_convert.convert.merge",
     "plan": "adapt_convert.convert.planning.forecast",

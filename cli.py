@@ -24,6 +24,7 @@ from adapt_convert.terminal import (
     print_summary,
     progress,
     report_batch,
+    report_lint,
     report_validation,
 )
 
@@ -88,6 +89,8 @@ def delta(
     located = locate(source, revision)
     directory = output or Path(default_name(located, parsed, task))
     where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
+    if rerun:
+        parsed.refuse_rerun()
     if dry_run:
         planned = inspect_paths(base, source, **where, **options)
         emit(planned, True) if as_json else print_plan(planned, console())
@@ -140,6 +143,31 @@ def inspect(path: str, path2: str | None, revision: str | None, as_json: bool, *
         print_plan(result, console())
     else:
         emit(result, as_json)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option(
+    "--for",
+    "profile",
+    metavar="CONSUMER",
+    required=True,
+    help="peft, vllm, sglang, llama.cpp, tensorrt-llm, diffusers or kohya.",
+)
+@REVISION
+@JSON
+def lint(adapter: str, profile: str, revision: str | None, as_json: bool) -> None:
+    """Say whether CONSUMER would load ADAPTER, and run it as PEFT does; reads headers only.
+
+    What it would refuse, run at another scale or leave out is listed line by line, and the exit code is 1.
+
+    \b
+    Example:
+      adapt-convert lint ./ft-lora-r16 --for vllm
+    """
+    from adapt_convert.formats.lint import lint as lint_adapter
+
+    report_lint(lint_adapter(adapter, profile, revision), adapter, profile, as_json)
 
 
 @main.command()

@@ -80,7 +80,8 @@ def conversion_options(
             "--for",
             "profile",
             metavar="CONSUMER",
-            help="LoRA only: peft, diffusers or kohya (also ComfyUI): whose names to write; what suits the base by default.",
+            help="LoRA only: write what peft, vllm, sglang, llama.cpp, tensorrt-llm, diffusers or kohya (also ComfyUI) accepts, "
+            "and say what that leaves out.",
         ),
         click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said; a LoRA keeps its own)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from adapt_convert.convert.conversion import Conversion
     from adapt_convert.convert.validation.result import Validation
+    from adapt_convert.formats.lint import Finding
 
 MATERIAL = 0.01  # share of an adapter's energy whose loss in a merge is worth a line
 FAILED = 3  # exit code of a candidate that is not the fine-tune
@@ -102,7 +103,24 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
         terminal.print(f"lost: {listed}: {reason}", highlight=False, markup=False, soft_wrap=True)
     if "vocabulary" in report:
         terminal.print(f"resize the base before loading: model.resize_token_embeddings({report['vocabulary']})", highlight=False)
+    if profile := report.get("profile"):
+        started = f"; start it with {profile['serve']}" if profile["serve"] else ""
+        line = f"for {profile['consumer']}: rank {profile['rank']}, {profile['left_out_energy']:.4%} of the change left out{started}"
+        terminal.print(line, highlight=False, markup=False, soft_wrap=True)
     terminal.print(f"written to {directory}", highlight=False, markup=False, soft_wrap=True)
+
+
+def report_lint(findings: list[Finding], adapter: str, profile: str, as_json: bool) -> None:
+    """Every finding on standard error, and exit code 1 if there is one."""
+    if as_json:
+        rows = [{"effect": each.effect, "what": each.what, "remedy": each.remedy} for each in findings]
+        emit({"adapter": adapter, "profile": profile, "findings": rows}, True)
+    elif not findings:
+        click.echo(f"{adapter}: nothing found against {profile}")
+    for finding in findings:
+        click.echo(f"FAIL {finding}", err=True)
+    if findings:
+        sys.exit(1)
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:

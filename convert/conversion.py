@@ -13,6 +13,8 @@ from typing import Any
 
 from adapt_convert.convert.calibration.calibrated import calibrated
 from adapt_convert.convert.calibration.work import Work
+from adapt_convert.convert.consumers import share_left_out
+from adapt_convert.convert.fitting import fit
 from adapt_convert.convert.image_loras import in_form
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora
@@ -29,6 +31,7 @@ from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_adapter import GgufAdapter
 from adapt_convert.formats.image_lora import ImageLora
 from adapt_convert.formats.latte import LatteAdapter
 from adapt_convert.formats.location import Location, read_json
@@ -39,7 +42,7 @@ from adapt_convert.formats.peft import LoraAdapter, is_plain_lora
 from adapt_convert.formats.shared_lora import SharedLoraAdapter
 from adapt_convert.formats.source import Source, adapter_config_path
 
-Adapter = LoraAdapter | ImageLora | LortaAdapter | LatteAdapter | LodaAdapter | SharedLoraAdapter
+Adapter = LoraAdapter | ImageLora | GgufAdapter | LortaAdapter | LatteAdapter | LodaAdapter | SharedLoraAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
@@ -129,20 +132,26 @@ def convert(
         report["loda"] = adapter.details
     if calibration:
         report["calibration"] = calibration
-    written = in_form(adapter, opened_base, chosen.profile) if isinstance(adapter, LoraAdapter) else adapter
-    if isinstance(written, ImageLora):
-        report["layout"] = written.style
+    written: Adapter = adapter
+    if isinstance(adapter, LoraAdapter):
+        written = in_form(adapter, opened_base, chosen.profile)
+        if isinstance(written, ImageLora):
+            report["layout"] = written.style
+        elif chosen.consumer:
+            fitted = fit(adapter, plan, opened_base, chosen.consumer)
+            report["profile"] = fitted.to_json(share_left_out(records, chosen.consumer))
+            written = fitted.adapter
     return Conversion(written, opened_base, plan, records, report, started)
 
 
 def default_name(source: Location, options: Options, task: str | None = None) -> str:
-    """What to call the output: `ft-lora-r16`, or `style-lora-kohya` for an adapter whose ranks stay what they are."""
+    """What to call the output: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`; `style-lora` for a LoRA whose ranks stay what they are."""
     name = f"{source.name}-{task}" if task else source.name
     config = adapter_config_path(source)
     is_lora = is_plain_lora(read_json(config)) if config else lora_file(source) is not None
-    if options.to == "lora" and options.keeps(2**31) and is_lora:
+    if options.to == "lora" and is_lora and not options.has_size:
         return f"{name}-lora" + (f"-{options.profile}" if options.profile else "")
-    return f"{name}-{options.to}-{options.size_name}"
+    return options.output_name(name)
 
 
 def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], list[Record]]:

@@ -22,6 +22,8 @@ _TABLES = ("token_embedding", "position_embedding")  # CLIP's
 def form_of(base: Checkpoint, profile: str | None) -> Form:
     """The form asked for by name, or what suits the base. Raises `AdaptError` for one that cannot hold an adapter of it."""
     layout = layout_of(base)
+    if profile not in (None, "peft", "diffusers", "kohya") and layout != "other":
+        raise AdaptError(f"--for {profile}: serves language models, and {base.origin} is a diffusion model; --for diffusers or kohya")
     form: Form = profile if profile in ("peft", "diffusers", "kohya") else _USUAL[layout]  # type: ignore[assignment]
     if layout == "other" and form != "peft":
         raise AdaptError(f"--for {form}: {base.origin} is no diffusion model; its adapters are PEFT's")

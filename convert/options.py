@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.loda_config import VARIANTS as LODA_VARIANTS
+from adapt_convert.formats.profiles import Profile, profile_named
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 TARGETS = ("lora", "lorta", "latte", *LODA_VARIANTS)
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
-FORMS = ("peft", "diffusers", "kohya")
 DEFAULT_RANK = 16
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_CALIB_TOKENS = 32768
@@ -87,10 +87,9 @@ class Options:
         self._check_latte()
         self._check_calibration()
         self._check_loda()
+        self._check_profile()
         if self.to == "lorta" and self.rank is None and self.target_kl is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
-        if self.profile is not None and (self.profile not in FORMS or self.to != "lora"):
-            raise AdaptError(f"--for {self.profile}: of --to lora there is {', '.join(FORMS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise AdaptError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if self.orientation not in ("paper", "reference"):
@@ -157,12 +156,42 @@ class Options:
 
     def as_given(self) -> dict[str, Any]:
         """The options that make the same once more: all fields, but without a rank where none was asked for."""
-        return asdict(self) | ({} if self._sized else {"rank": None})  # type: ignore[attr-defined]
+        return asdict(self) | ({} if self.has_size else {"rank": None})
 
     def keeps(self, rank: int) -> bool:
         """Whether a matrix that comes in factors of this rank stays as it is: where no size or a larger rank was asked for."""
-        asked_for_size: bool = self._sized  # type: ignore[attr-defined]
-        return not asked_for_size or (self.rank is not None and rank <= self.rank)
+        return rank <= self.max_rank and (not self.has_size or (self.rank is not None and rank <= self.rank))
+
+    @property
+    def has_size(self) -> bool:
+        """Whether a rank, energy, budget or KL was asked for."""
+        return bool(self._sized)  # type: ignore[attr-defined]
+
+    def _check_profile(self) -> None:
+        consumer = self.consumer
+        if consumer is None:
+            return
+        if self.to != "lora":
+            raise AdaptError(f"--for {self.profile}: {consumer.title} takes a LoRA; use --to lora")
+        if self.rank is not None and consumer.max_rank is not None and self.rank > consumer.max_rank:
+            raise AdaptError(f"--rank {self.rank}: {consumer.title} takes at most {consumer.max_rank}")
+        if self.budget is not None and consumer.uniform:
+            raise AdaptError(f"--budget gives every matrix a rank of its own, and {consumer.title} wants one for all: give --rank")
+
+    def refuse_rerun(self) -> None:
+        """Refuse to validate what `transformers` and `peft` do not run."""
+        if self.consumer and self.consumer.layout != "peft":
+            raise AdaptError(f"--for {self.profile}: the validator runs PEFT adapters; validate one of the same options without --for")
+
+    @property
+    def consumer(self) -> Profile | None:
+        """The profile of the consumer that was named."""
+        return profile_named(self.profile) if self.profile is not None else None
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that the consumer takes."""
+        return (self.consumer and self.consumer.max_rank) or 2**31
 
     @property
     def size_name(self) -> str:
@@ -178,6 +207,10 @@ class Options:
             return f"{100 * self.budget:g}pct"
         unit = next(unit for unit in ("gb", "mb", "kb", "b") if self.budget % _UNITS[unit] == 0)
         return f"{self.budget // _UNITS[unit]}{unit.upper()}"
+
+    def output_name(self, source: str) -> str:
+        """How the output is named by default: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`."""
+        return f"{source}-{self.to}-{self.size_name}" + (f"-{self.profile}" if self.profile else "")
 
     def torch_device(self) -> torch.device:
         """The device asked for, or CUDA if there is one, or the CPU."""

@@ -21,6 +21,13 @@ _LOAD = {
         "adapt_convert.load({model}, {here})\n"
         "with adapt_convert.task_ids(model, [1]):  # of each row of the batch: 0 is the base, k the k-th adapter\n    ..."
     ),
+    "gguf": """import xllamacpp  # or llama.cpp's own programs: --lora adapter_model.gguf
+
+params = xllamacpp.CommonParams()
+params.model.path = "the base as .gguf"
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({here} + "/adapter_model.gguf", 1.0)]
+server = xllamacpp.Server(params)
+""",
 }
 _AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -33,7 +40,7 @@ _AUTO = {
 
 
 _TITLE = {"shared-lora": "Shared LoRA"}
-_LIBRARY = {"lora": "peft", "diffusers": "diffusers", "kohya": "diffusers"}
+_LIBRARY = {"lora": "peft", "gguf": "gguf", "diffusers": "diffusers", "kohya": "diffusers"}
 _HERE = json.dumps("path/of/this/directory")
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -65,7 +72,8 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
         auto = "AutoModelForImageTextToText"
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
-    layout = report.get("layout", report["target"])
+    profile = report.get("profile") or {}
+    layout = "gguf" if profile.get("layout") == "gguf" else report.get("layout", report["target"])
     code = _loading(report, layout, auto, base)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
     lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}
@@ -85,7 +93,7 @@ Converted from `{source}` on `{origin}`{commit} {_data(report)}.
 - captured energy of the factored matrices: {_percent(report["captured_energy"])}
 - captured energy of all changes: {_percent(report["captured_energy_of_all_changes"])}
 - weights: {report["bytes"]} bytes
-- tensors of the source: {counts}
+{_served(profile)}- tensors of the source: {counts}
 
 What became of every tensor is in `conversion.json`.
 
@@ -102,6 +110,8 @@ def _data(report: Mapping[str, Any]) -> str:
 def _loading(report: Mapping[str, Any], layout: str, auto: str, base: Location) -> str:
     """Python that loads the adapter; tokens or classes that the fine-tune added need a larger base first."""
     path, where = Path(base.origin), json.dumps(base.loadable)
+    if layout == "gguf":
+        return _LOAD[layout].format(here=_HERE)
     if layout in ("diffusers", "kohya"):
         load = _LOAD[layout].format(model=f"DiffusionPipeline.from_pretrained({where})", here=_HERE)
         return f"from diffusers import DiffusionPipeline\n\nmodel = {load}\n"
@@ -116,6 +126,14 @@ def _loading(report: Mapping[str, Any], layout: str, auto: str, base: Location) 
         model = "base"
     load = _LOAD.get(layout, _LOAD["latte"]).format(model=model, here=_HERE)
     return f"{imported}\nfrom transformers import {auto}\n\n{resize}model = {load}\n"
+
+
+def _served(profile: Mapping[str, Any]) -> str:
+    """One line on the consumer that an adapter was made for."""
+    if not profile:
+        return ""
+    started = f", started with `{profile['serve']}`" if profile["serve"] else ""
+    return f"- for {profile['consumer']}{started}; {profile['left_out_energy']:.4%} of the change is left out for it\n"
 
 
 def _percent(share: float | None) -> str:

@@ -276,7 +276,11 @@ def _indexed(index: Path) -> list[Path]:
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise AdaptError(f"{index}: names the shard {name!r}, which is outside its own directory")
-        if not (index.parent / name).is_file():
+        try:
+            found = (index.parent / name).is_file()
+        except (OSError, ValueError):  # no file can be called so
+            found = False
+        if not found:
             raise AdaptError(f"{index}: the shard {name} is missing; fetch it again")
         files.append(index.parent / name)
     return files

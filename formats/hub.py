@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from adapt_convert.formats.card import published_card
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import HUB_ID, read_json
-from adapt_convert.formats.published import IMAGE, LATTE, PEFT, Report, check_adapter, private_paths, without_paths
+from adapt_convert.formats.profiles import GGUF_WEIGHTS
+from adapt_convert.formats.published import IMAGE, LATTE, PEFT, SHARED_LORA, Report, check_adapter, private_paths, without_paths
 from adapt_convert.formats.validation_card import failed_validation
 
 # A connection that breaks raises an error of the client's HTTP library, which differs between its releases.
@@ -23,8 +24,8 @@ FAILURES: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 _REFUSALS: tuple[type[Exception], ...] = (*FAILURES, ValueError)  # with what it finds wrong with a card
 REPORT, CARD, _VALIDATION = "conversion.json", "README.md", "validation.json"
 # What a conversion and its validation write; anything else in the directory is its owner's business.
-_WEIGHTS = (PEFT[0], LATTE[0], *IMAGE)
-_SENT = (CARD, *PEFT, *LATTE, *IMAGE, REPORT, _VALIDATION)
+_WEIGHTS = (PEFT[0], LATTE[0], SHARED_LORA[0], GGUF_WEIGHTS, *IMAGE)
+_SENT = (CARD, *PEFT, *LATTE, *SHARED_LORA, GGUF_WEIGHTS, *IMAGE, REPORT, _VALIDATION)
 _ATTEMPTS = 3
 _CONFLICTS = (409, 412)
 

@@ -34,7 +34,7 @@ from adapt_convert.formats.diffusion import from_original_names, layout_of, spel
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.lora_names import OTHER_METHODS, slot_of
-from adapt_convert.formats.peft import is_positive, scaling
+from adapt_convert.formats.peft import is_positive, lora_scaling
 from adapt_convert.formats.safetensors_file import SafetensorsFile
 from adapt_convert.formats.source import WITHOUT_MAGNITUDE, Part, Source
 
@@ -146,7 +146,7 @@ class _Scales:
             return alpha / rank
         component, _, inside = spelling.partition(".")
         config = {name.removeprefix(f"{component}."): v for name, v in self.metadata.items() if name.startswith(f"{component}.")}
-        return scaling(config, inside, rank) if is_positive(config.get("lora_alpha")) else 1.0
+        return lora_scaling(config, inside, rank) if is_positive(config.get("lora_alpha")) else 1.0
 
     def _rank(self, slots: Mapping[str, str]) -> int | None:
         """The rank that alpha is divided by: that of the second factors; a LoKr of two whole matrices has none."""

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
         if not is_positive(config.get(key, 8)):
             raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {config.get(key)!r}, expected a positive number")
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(_is_expression(p) and is_positive(v) for p, v in patterns.items()):
+    if not is_pattern(patterns):
         raise AdaptError(f"{location.origin}: {CONFIG} has alpha_pattern = {patterns!r}, expected regular expressions and numbers")
 
 
@@ -115,12 +115,21 @@ def is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def is_pattern(value: object) -> bool:
+    """Whether a value from a JSON file is a `rank_pattern` or an `alpha_pattern`: expressions to positive numbers."""
+    return isinstance(value, dict) and all(_is_expression(pattern) and is_positive(number) for pattern, number in value.items())
+
+
 def _is_expression(pattern: str) -> bool:
+    """Whether it is a regular expression that is soon through with a name.
+
+    A repeated group, or many repetitions in a row, can be made to backtrack for years; no name of modules needs them.
+    """
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    return True
+    return not re.search(r"\)[*+{]", pattern) and all(len(re.findall(r"[*+{]", branch)) <= 4 for branch in pattern.split("|"))
 
 
 def _module_parts(
@@ -149,10 +158,10 @@ def _stack_parts(
 ) -> Iterable[Part]:
     """The parts of a stack of experts, one for each matrix, from its common factors."""
     whole = _low_rank(location, store, config, module, slot, ("lora_A.weight", "lora_B.weight"))
-    rank = _pattern_value(config.get("rank_pattern"), [stack], config.get("r", 8))
+    rank = matching_pattern(config.get("rank_pattern") or {}, [stack], config.get("r", 8))
     if not isinstance(rank, int) or whole.rank is None or whole.rank % rank:
         raise AdaptError(f"{location.origin}: {module} has {whole.rank} rows, no multiple of the rank {rank!r} that {CONFIG} gives {stack}")
-    alpha = float(_pattern_value(config.get("alpha_pattern"), [stack], config.get("lora_alpha", 8)))
+    alpha = float(matching_pattern(config.get("alpha_pattern") or {}, [stack], config.get("lora_alpha", 8)))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return stack_parts(store, slot["lora_A.weight"], slot["lora_B.weight"], stack, rank, scale, experts)
 
@@ -188,7 +197,7 @@ def _low_rank(
         raise AdaptError(
             f"{location.origin}: {module} has factors A {list(info_a.shape)} and B {list(info_b.shape)}, which do not multiply"
         )
-    scale = scaling(config, module, rank)
+    scale = lora_scaling(config, module, rank)
     embedding = names[0] == "lora_embedding_A"
     base_layer = slot.get("base_layer.weight")
 
@@ -208,24 +217,24 @@ def _low_rank(
 
 
 def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key: str, rank: int) -> Part:
-    scale = scaling(config, module, rank)
+    scale = lora_scaling(config, module, rank)
     info = store.infos[key]
     return Part(f"{module}.bias", (key,), info.shape, info.dtype, "add", lambda: store.read(key).float() * scale)
 
 
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
-    names = [module, f"{module}.weight"] if config.get("target_parameters") else [module]
-    alpha = _pattern_value(config.get("alpha_pattern"), names, config.get("lora_alpha", 8))
+def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies `B A` by: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
+    names = (module, f"{module}.weight") if config.get("target_parameters") else (module,)
+    alpha = matching_pattern(config.get("alpha_pattern") or {}, names, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, names: list[str], default: Any) -> Any:
-    """What the patterns give a module or parameter: regular expressions anchored at a dot, of which the first that fits wins."""
-    for pattern, value in (patterns or {}).items():
+def matching_pattern(patterns: Mapping[str, Any], names: Sequence[str], otherwise: Any) -> Any:
+    """What `rank_pattern` or `alpha_pattern` gives a module or parameter: expressions anchored at a dot; the first that fits wins."""
+    for pattern, value in patterns.items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             return value
-    return default
+    return otherwise
 
 
 @dataclass

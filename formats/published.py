@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_header import read_gguf_header
 from adapt_convert.formats.location import is_hub_id, read_json
 from adapt_convert.formats.loda_config import VARIANTS
+from adapt_convert.formats.profiles import GGUF_WEIGHTS
 
 # Weights and config that belong together.
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 LATTE = ("latte.safetensors", "latte_config.json")
 SHARED_LORA = ("shared_lora.safetensors", "shared_lora_config.json")
+GGUF = (GGUF_WEIGHTS,)
 IMAGE = ("pytorch_lora_weights.safetensors", "lora.safetensors")  # each alone
 _OF_TARGET = {"lora": PEFT, "lorta": PEFT, "latte": LATTE, "shared-lora": SHARED_LORA, **dict.fromkeys(VARIANTS, PEFT)}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What publishing needs of `conversion.json`; `local` are the inputs that were no Hub models, text among them."""
+    """What publishing needs of `conversion.json`; `local` are the inputs that were no Hub models, text among them; `layout` is a
+    consumer's own."""
 
     target: str
+    layout: str | None
     bytes: int
     base_is_local: bool
     local: tuple[str, ...]
@@ -40,7 +45,8 @@ class Report:
             local = tuple(side["origin"] for side in (base, *sources) if side["revision"] is None)
             text = data.get("options", {}).get("calib")
             local += (text,) if text is not None else ()
-            report = Report(data["target"], data["bytes"], base["revision"] is None, local)
+            layout = (data.get("profile") or {}).get("layout")
+            report = Report(data["target"], layout, data["bytes"], base["revision"] is None, local)
         except (KeyError, TypeError, AttributeError):
             raise AdaptError(f"{path}: is not a report that adapt-convert writes") from None
         sound = isinstance(report.bytes, int) and all(isinstance(origin, str) for origin in local)
@@ -53,8 +59,10 @@ def check_adapter(directory: Path, report: Report | None) -> None:
     """Refuse a directory whose adapter is not whole: weights, the config that goes with them, and the size in the report."""
     from adapt_convert.formats.safetensors_file import SafetensorsFile  # imports torch
 
-    kinds: list[tuple[str, ...]] = [_OF_TARGET[report.target]] if report else [PEFT, LATTE, SHARED_LORA]
-    kinds += [(name,) for name in IMAGE] if report is None or report.target == "lora" else []
+    images = [(name,) for name in IMAGE]
+    kinds: list[tuple[str, ...]] = [PEFT, LATTE, SHARED_LORA, GGUF, *images]
+    if report:
+        kinds = [GGUF] if report.layout == "gguf" else [_OF_TARGET[report.target], *(images if report.target == "lora" else [])]
     names = next((names for names in kinds if (directory / names[0]).is_file()), None)
     if names is None:
         expected = " or ".join(names[0] for names in kinds)
@@ -62,7 +70,10 @@ def check_adapter(directory: Path, report: Report | None) -> None:
     weights, *configs = (directory / name for name in names)
     for config in configs:
         read_json(config)
-    SafetensorsFile(weights)
+    if names == GGUF:
+        read_gguf_header(weights)
+    else:
+        SafetensorsFile(weights)
     size = weights.stat().st_size
     if report and size != report.bytes:
         raise AdaptError(f"{weights}: has {size} bytes, and conversion.json speaks of {report.bytes}; convert it again")

@@ -52,6 +52,7 @@ def foresee(found: Found, base: Checkpoint) -> tuple[int, int]:
 def _check_validation(found: Found, base: Checkpoint) -> None:
     """Refuse, before a conversion, a validation that would have nothing to run on, or nothing to run with."""
     require_run_extra()
+    found.job.options.refuse_rerun()
     reads_text = vocabulary_of(base.config) is not None
     if reads_text and not (has_tokenizer(found.source) or has_tokenizer(found.base)):
         raise AdaptError(f"validate: {found.source.origin} and {found.base.origin} have no tokenizer; put its files into one of them")

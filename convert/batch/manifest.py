@@ -15,9 +15,10 @@ import yaml
 from adapt_convert.convert.batch.checks import output_problems, push_problems
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.sources import find_sources, source_name
-from adapt_convert.convert.options import CONSTRUCTIONS, DTYPES, FORMS, HEADS, TARGETS, Options
+from adapt_convert.convert.options import CONSTRUCTIONS, DTYPES, HEADS, TARGETS, Options
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, refuse_revision
+from adapt_convert.formats.profiles import PROFILES
 
 _SIZES = ("rank", "energy", "budget", "target_kl")
 _WHOLE = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\s*\d+\s*$"}]}
@@ -44,7 +45,7 @@ OPTION_SCHEMAS: dict[str, dict[str, Any]] = {
     "calib_tokens": _WHOLE,
     "refine": _WHOLE,
     "target_kl": {"anyOf": [{"type": "number"}, {"type": "string"}]},
-    "profile": {"enum": list(FORMS), "description": "The consumer that a LoRA is for; --for on the command line."},
+    "profile": {"enum": list(PROFILES), "description": "The consumer that a LoRA is for; --for on the command line."},
 }
 _JOB_SCHEMAS: dict[str, dict[str, Any]] = {
     "base": _TEXT | {"description": "The model that the fine-tune was made from: a directory, a file or a Hub id."},
@@ -189,7 +190,7 @@ def _expand(defaults: Mapping[str, Any], row: Mapping[str, Any], jobs: list[Job]
     settings = {n: merged[n] for n in ("revision", "base_revision", "overwrite", "validate") if n in merged}
     for source in sources:
         name = source_name(source)
-        output = str(merged.get("output", f"{{name}}-{options.to}-{options.size_name}")).replace("{name}", name)
+        output = str(merged.get("output", options.output_name("{name}"))).replace("{name}", name)
         output = PurePosixPath(output).as_posix()  # one spelling: x/ and ./x are x
         push = merged["push"].replace("{name}", name) if "push" in merged else None
         jobs.append(Job(merged["base"], source, output, options, push=push, **settings))

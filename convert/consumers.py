@@ -1,0 +1,89 @@
+"""What the program that will serve a LoRA cannot hold: left out of the plan beforehand, each tensor with the reason; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adapt_convert.convert.architectures import aliases_of, is_head
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_names import GgufNames
+from adapt_convert.formats.profiles import Profile
+
+if TYPE_CHECKING:
+    from adapt_convert.convert.preflight import Entry, Plan
+    from adapt_convert.convert.report import Record
+
+LARGEST_LOSS = 0.5  # share of the squared change beyond which what is left is another model
+
+
+def restrict(plan: Plan, profile: Profile) -> Plan:
+    """The plan without what the consumer cannot hold, each with the reason; decided from headers alone.
+
+    Raises `AdaptError` where nothing that it could be given would be the fine-tune: added tokens, and matrices of a kind that it
+    does not adapt at all.
+    """
+    model_type = str(plan.config.get("model_type"))
+    if not profile.conv1d and any(entry.transposed for entry in plan.having("factor")):
+        raise AdaptError(f"{profile.title} has no LoRA for a {model_type}, whose matrices are stored (in, out)")
+    grown = next((entry for entry in plan.entries if entry.rows_added and entry.action != "drop"), None)
+    if grown and not profile.exact:
+        raise AdaptError(
+            f"{profile.title} cannot add the {grown.rows_added} rows by which {grown.name} outgrows the base, and whatever uses them "
+            f"would fail; serve the merged model, or give up the whole change of it with --exclude {grown.module.rsplit('.', 1)[-1]}"
+        )
+    names = GgufNames.of(plan.config) if profile.layout == "gguf" else None
+    entries, notes = [], dict[str, list[str]]()
+    for entry in plan.entries:
+        reason = _cannot_hold(entry, plan, profile, names)
+        if reason:
+            entry = replace(entry, action="drop", reason=f"{profile.title} {reason}")
+            notes.setdefault(entry.reason, []).append(entry.name)
+        entries.append(entry)
+    lines = (f"{reason}: {listed[0]}{f' and {len(listed) - 1} more' if listed[1:] else ''}" for reason, listed in notes.items())
+    return replace(plan, entries=tuple(entries), notes=(*plan.notes, *lines))
+
+
+def _cannot_hold(entry: Entry, plan: Plan, profile: Profile, names: GgufNames | None) -> str | None:
+    """Why the consumer cannot hold a tensor, or None when it can, or when it is left out already."""
+    if entry.action == "drop" or profile.exact:
+        return None
+    model_type = str(plan.config.get("model_type"))
+    # The base as the consumer loads it decides: there a table that two modules share is one tensor, whatever the source is.
+    shared = [alias for alias in aliases_of(entry.name, plan.family, plan.config) if alias not in plan.base_keys]
+    adaptable = profile.adapts_embeddings(model_type) and not shared
+    if entry.action == "store":
+        if entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
+            return None if profile.biases else "has no LoRA of biases"
+        if entry.kind == "embedding" and adaptable:
+            return f"loads no whole tensors; --target-modules all-linear,{entry.module.rsplit('.', 1)[-1]} factors it"
+        return "loads no whole tensors"
+    head = is_head(entry.name)
+    if (entry.kind == "embedding" or head) and shared:
+        return f"has no LoRA for a table that {shared[0]} shares"
+    if (entry.kind == "embedding" or head) and not profile.adapts_embeddings(model_type):
+        return f"adapts no embedding and no output head of a {model_type}"
+    if head and entry.module != "lm_head":
+        return "adapts no such head"
+    if names is not None and names.tensor(entry.module) is None:
+        return "has no tensor for it"
+    return None
+
+
+def share_left_out(records: Iterable[Record], profile: Profile) -> float:
+    """The share of the squared change that is left out because of the consumer. Raises `AdaptError` when that is most of it.
+
+    What the user has excluded does not count: that is no loss of the consumer's.
+    """
+    meant = [record for record in records if record.status != "dropped" or record.entry.lossy]
+    lost = [record for record in meant if record.status == "dropped" and record.reason.startswith(f"{profile.title} ")]
+    total = sum(record.energy for record in meant)
+    share = sum(record.energy for record in lost) / total if total else 0.0
+    if share > LARGEST_LOSS:
+        largest = max(lost, key=lambda record: record.energy)
+        raise AdaptError(
+            f"{share:.0%} of the change would be left out, and what is left is not the fine-tune: {largest.reason} ({largest.entry.name}); "
+            "serve the merged model, or say with --exclude what may be lost"
+        )
+    return share
