@@ -105,6 +105,13 @@ class TensorStore:
         """A function that reads a tensor as it is stored, whatever appears in its place later."""
         return functools.partial(self._owner[name].read, name)
 
+    def rows_taker(self, name: str) -> Callable[[int], Tensor]:
+        """The same for a stack: a function that reads its matrices by their numbers, each alone."""
+        owner, shape = self._owner[name], self.infos[name].shape
+        parts = [f"{name}[{number}]" for number in range(shape[0])]
+        owner.split(name, parts, shape[1:])
+        return lambda number: owner.read(parts[number])
+
     def stored_names(self, names: Iterable[str]) -> list[str]:
         """The tensors of the files that hold the named ones."""
         wholes = {part: name for name, split in self.splits.items() for part in split.parts}
