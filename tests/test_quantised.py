@@ -133,6 +133,7 @@ def test_full_rank_leads_from_the_quantised_base_to_the_fine_tune(pair: Pair, tm
     assert len(noisy) == 7  # the head is not quantised
     assert report["quantised_base"]["noise"] == pytest.approx(sum(noisy) / sum(row["energy"] for row in rows))
     assert 0 < report["quantised_base"]["noise"] < 1
+    assert any("what its rounding took away" in note for note in adapt_convert.inspect(directory, pair.ft)["notes"])
 
 
 def test_rows_shorter_than_a_block_of_bitsandbytes(tmp_path: Path) -> None:
