@@ -177,3 +177,16 @@ def test_a_damaged_config_of_stacks(mixture: Any, tmp_path: Path, change: dict[s
         return
     with pytest.raises(AdaptError, match=message):
         adapt_convert.convert(pair.base, tmp_path, rank=2)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_validator_runs_them(mixture: Any, tmp_path: Path, name: str) -> None:
+    """What PEFT has stacked counts as loaded; what it has not, does not."""
+    pair = mixture(name)
+    out = adapt_convert.convert(pair.base, pair.ft, rank=2).save(tmp_path / "out")
+    if name == "mixtral":
+        state = load_file(out / "adapter_model.safetensors")
+        save_file(state | {"base_model.model.x.lora_A.weight": torch.zeros(1, 1)}, out / "adapter_model.safetensors")
+    result = adapt_convert.validate(pair.base, pair.ft, out, token_ids=[list(range(5, 25))], attribution=False, speed=False)
+    ignored = [f"{out}: peft ignores tensors of the adapter: base_model.model.x.lora_A.weight"]
+    assert list(result.failures) == (ignored if name == "mixtral" else [])
