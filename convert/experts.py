@@ -26,7 +26,7 @@ def split_stacks(store: TensorStore, origin: str, family: Family | None) -> None
         if parameter.endswith("_bias"):
             store.split(name, [f"{name}.weight"], shape)  # one row for each expert
             continue
-        if len(shape) != 3 or (experts.modules and parameter == "gate_up_proj" and shape[1] % 2):
+        if len(shape) != 3 or 0 in shape or (experts.modules and parameter == "gate_up_proj" and shape[1] % 2):
             raise AdaptError(f"{origin}: {name} is {list(shape)}, expected a stack of matrices, one for each expert")
         parts = parts_of_stack(name, parameter, shape[0], experts)
         rows = shape[1] // (len(parts) // shape[0])

@@ -324,6 +324,8 @@ def _pattern_notes(plan: Plan, options: Options) -> list[str]:
 
 def _notes(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
     notes, entries, missing = [], plan.entries, plan.missing
+    if base.quantisation:
+        notes.append(f"the base is quantised ({base.quantisation}): what its rounding took away is part of every change")
     for entry in entries:
         copies = len(plan.aliases(entry.name)) + 1
         if options.to == "lora" and entry.action == "store" and entry.kind == "embedding" and copies > 1:

@@ -114,6 +114,13 @@ class TensorStore:
         owner, stored = self._owner[name]
         return functools.partial(owner.read, stored)
 
+    def rows_taker(self, name: str) -> Callable[[int], Tensor]:
+        """The same for a stack: a function that reads its matrices by their numbers, each alone."""
+        (owner, stored), shape = self._owner[name], self.infos[name].shape
+        parts = [f"{stored}[{number}]" for number in range(shape[0])]
+        owner.split(stored, parts, shape[1:])
+        return lambda number: owner.read(parts[number])
+
     def stored_names(self, names: Iterable[str]) -> list[str]:
         """The tensors of the files that hold the named ones."""
         wholes = {part: name for name, split in self.splits.items() for part in split.parts}

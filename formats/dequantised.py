@@ -7,6 +7,7 @@ of width `s` adds `s^2 / 12`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dequantised:
-    """One weight: its `shape`, and `pieces()` of it in order, each float32 with the expected energy of its rounding noise."""
+    """One weight: its `shape`, and `pieces()` of it in order, each float32 with the expected energy of its rounding noise.
+
+    Of a stack that can be read one matrix at a time, each matrix is one piece, and `matrix(number)` is one of them alone.
+    """
 
     shape: tuple[int, ...]
     pieces: Callable[[], Pieces]
+    matrix: Callable[[int], Pieces] | None = None
 
 
 class DequantisedFile:
@@ -65,11 +70,12 @@ class DequantisedFile:
         self.noise[name] = total
 
     def split(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
-        """Let a tensor appear as `parts`, consecutive pieces of it of one `shape`. Each is read from the whole."""
+        """Let a tensor appear as `parts`, consecutive pieces of it of one `shape`."""
         weight = self._weights.pop(name)
         del self.infos[name]
         for number, part in enumerate(parts):
-            self._weights[part] = Dequantised(shape, _part_of(weight, number, len(parts)))
+            alone = weight.matrix if len(parts) == weight.shape[0] and weight.matrix else functools.partial(_part_of, weight, len(parts))
+            self._weights[part] = Dequantised(shape, functools.partial(alone, number))
             self.infos[part] = _info(part, shape)
 
 
@@ -77,15 +83,12 @@ def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo(name, shape, "F32", 4 * math.prod(shape))
 
 
-def _part_of(weight: Dequantised, number: int, count: int) -> Callable[[], Pieces]:
-    def pieces() -> Pieces:
-        import torch
+def _part_of(weight: Dequantised, count: int, number: int) -> Pieces:
+    import torch
 
-        found = list(weight.pieces())
-        whole = torch.cat([piece.flatten() for piece, _ in found]).view(count, -1)
-        yield whole[number], sum(noise for _, noise in found) / count  # of a stack only the total is known
-
-    return pieces
+    found = list(weight.pieces())
+    whole = torch.cat([piece.flatten() for piece, _ in found]).view(count, -1)
+    yield whole[number], sum(noise for _, noise in found) / count  # of the parts only the sum is known
 
 
 def even_noise(step: Tensor, each: int) -> float:

@@ -207,8 +207,10 @@ def _check_block(block: LortaBlock) -> None:
         if slot.layer >= f.C_l.shape[0] or slot.matrix >= f.C_m.shape[0]:
             raise ValueError(f"{slot.module} is layer {slot.layer}, matrix {slot.matrix}, outside the tensor")
         rows, _ = block.shape(slot)
-        found = slot.rows(rows)
-        if found is not None and len(found) != rows:
+        if slot.start is None or slot.stop is None:
+            continue
+        each = slot.stop - slot.start  # of the whole slice, or of one head of several
+        if each != rows and (slot.stride is None or rows % each):
             raise ValueError(f"{slot.module} has rows {slot.start} to {slot.stop}, but its slice of the tensor has {rows} rows")
 
 
@@ -235,12 +237,12 @@ def _module_part(module: str, pairs: list[tuple[LortaBlock, Slot]], keys: tuple[
     first, slot = pairs[0]
     shape = first.shape(slot)
     filled = [part.rows(block.shape(part)[0]) for block, part in pairs]
-    if len(pairs) > 1:
+    if filled[0] is not None:
         shape = (max(int(rows.max()) + 1 if rows is not None else 0 for rows in filled), shape[1])
 
     def load() -> LowRankDelta:
         deltas = [block.delta(slot) for block, slot in pairs]
-        if len(deltas) == 1:
+        if filled[0] is None:
             return deltas[0]
         # Parts of a fused matrix read the same residual, so they share A and are stacked in B.
         stacked = torch.zeros(shape[0], deltas[0].rank)

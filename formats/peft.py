@@ -105,9 +105,10 @@ def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
     for key in ("r", "lora_alpha"):
         if not is_positive(config.get(key, 8)):
             raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {config.get(key)!r}, expected a positive number")
-    patterns = config.get("alpha_pattern") or {}
-    if not is_pattern(patterns):
-        raise AdaptError(f"{location.origin}: {CONFIG} has alpha_pattern = {patterns!r}, expected regular expressions and numbers")
+    for key in ("alpha_pattern", "rank_pattern"):
+        patterns = config.get(key) or {}
+        if not is_pattern(patterns):
+            raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {patterns!r}, expected regular expressions and numbers")
 
 
 def is_positive(value: object) -> bool:

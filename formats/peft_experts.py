@@ -152,3 +152,12 @@ def stack_parts(store: TensorStore, key_a: str, key_b: str, stack: str, rank: in
     for number, name in enumerate(names):
         shape = (height, columns)
         yield Part(name, (key_a, key_b), shape, store.infos[key_a].dtype, "low_rank", functools.partial(load, number), rank)
+
+
+def stacked_among(key: str, loaded: Iterable[str], experts: Experts) -> bool:
+    """Whether the factors of one expert, under a key of a file, are in a stack among the keys that PEFT has loaded."""
+    match = re.fullmatch(rf"(.*layers\.\d+\.).*\.({'|'.join(experts.modules or ())})(\.lora_[AB]\.weight)", key)
+    if match is None or experts.modules is None:
+        return False
+    start = f"{match[1]}{experts.stacked}"
+    return any(other.startswith(start) and other.endswith(match[3]) for other in loaded)

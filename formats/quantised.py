@@ -1,7 +1,7 @@
 """Quantised checkpoints: which format one is in, and its weights dequantised where the format's own library, or plain arithmetic, does it.
 
-FP8 with one scale for a tensor, a row or a block of 128 x 128 (DeepSeek) is arithmetic; bitsandbytes is asked for its own 4 and 8 bits
-(extra `quant`). Everything else is refused by name.
+FP8 with one scale for a tensor, a row or a block of 128 x 128 (DeepSeek) and MXFP4 stacks (gpt-oss) are arithmetic; bitsandbytes is asked
+for its own 4 and 8 bits (extra `quant`). Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def dequantise(origin: str, config: Mapping[str, Any], store: TensorStore) -> st
         return None
     if any(name.endswith((".absmax", ".SCB")) for name in store.infos):
         weights, read, method = _bitsandbytes(origin, store), _bitsandbytes_names(store), "bitsandbytes"
+    elif any(name.endswith("_blocks") for name in store.infos):
+        weights, read, method = _mxfp4(origin, store), [name for name in store.infos if name.endswith(("_blocks", "_scales"))], "MXFP4"
     elif any(info.dtype in FP8 for info in store.infos.values()):
         weights, read, method = _fp8(origin, config, store), _fp8_names(store), "FP8"
     else:
@@ -132,6 +134,49 @@ def _fp8_pieces(read: Callable[[], Tensor], read_scale: Callable[[], Tensor], bl
             yield part.float() * row, float_noise(part, row)
 
     return pieces
+
+
+# FP4 numbers by their codes, of E2M1: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def _mxfp4(origin: str, store: TensorStore) -> dict[str, Dequantised]:
+    """Stacks of experts `<name>_blocks (experts, out, in / 32, 16)`, two codes a byte, with `<name>_scales (experts, out, in / 32)`,
+    exponents of two plus 127: as `(experts, in, out)`, the form of gpt-oss in memory."""
+    weights = {}
+    for name, info in store.infos.items():
+        if not name.endswith("_blocks"):
+            continue
+        scales = name.removesuffix("_blocks") + "_scales"
+        if info.dtype != "U8" or len(info.shape) != 4 or scales not in store.infos or store.infos[scales].shape != info.shape[:3]:
+            raise AdaptError(
+                f"{origin}: is quantised (MXFP4; {name}), and {name} {list(info.shape)} with its scales is no stack of experts"
+            )
+        count, rows, groups, width = info.shape
+        read = store.rows_taker(name), store.rows_taker(scales)
+        matrix = functools.partial(_mxfp4_matrix, *read)
+        weights[name.removesuffix("_blocks")] = Dequantised(
+            (count, groups * width * 2, rows), functools.partial(_each, matrix, count), matrix
+        )
+    return weights
+
+
+def _each(matrix: Callable[[int], Pieces], count: int) -> Pieces:
+    for number in range(count):
+        yield from matrix(number)
+
+
+def _mxfp4_matrix(read: Callable[[int], Tensor], read_scales: Callable[[int], Tensor], number: int) -> Pieces:
+    import torch
+
+    table = torch.tensor(_FP4)
+    codes = read(number)  # (out, in / 32, 16)
+    exponent = read_scales(number).unsqueeze(-1).int() - 127
+    scale = torch.ldexp(torch.ones(exponent.shape), exponent)
+    low, high = (codes & 15).long(), (codes >> 4).long()
+    value = torch.stack([table[low], table[high]], dim=-1).flatten(2) * scale
+    each = table_noise(table)
+    yield value.flatten(1).T.contiguous(), float(((each[low] + each[high]) * scale.double().square()).sum())
 
 
 def _bitsandbytes_names(store: TensorStore) -> list[str]:

@@ -147,6 +147,46 @@ def test_a_stack_beside_its_own_experts_is_refused(mixture: Any, tmp_path: Path)
     (tmp_path / "config.json").write_bytes((pair.ft / "config.json").read_bytes())
     with pytest.raises(AdaptError, match="once more on its own"):
         adapt_convert.convert(pair.base, tmp_path, rank=2)
-    save_file({"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 32)}, tmp_path / "model.safetensors")
-    with pytest.raises(AdaptError, match="expected a stack of matrices"):
+    for shape in ((4, 32), (0, 96, 32), (4, 95, 32)):
+        save_file({"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(shape)}, tmp_path / "model.safetensors")
+        with pytest.raises(AdaptError, match="expected a stack of matrices"):
+            adapt_convert.convert(pair.base, tmp_path, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank_pattern": []}, None),
+        ({"rank_pattern": {"experts": "x"}}, "rank_pattern = .*expected regular expressions and numbers"),
+        ({"r": 5}, "no multiple of the rank 5"),
+        ({"r": 2.5}, "no multiple of the rank 2.5"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "which .* does not have"),
+    ],
+)
+def test_a_damaged_config_of_stacks(mixture: Any, tmp_path: Path, change: dict[str, Any], message: str | None) -> None:
+    pair = mixture("mixtral")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False)
+        get_peft_model(pair.load(pair.base), config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | change))
+    if message is None:
         adapt_convert.convert(pair.base, tmp_path, rank=2)
+        return
+    with pytest.raises(AdaptError, match=message):
+        adapt_convert.convert(pair.base, tmp_path, rank=2)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_validator_runs_them(mixture: Any, tmp_path: Path, name: str) -> None:
+    """What PEFT has stacked counts as loaded; what it has not, does not."""
+    pair = mixture(name)
+    out = adapt_convert.convert(pair.base, pair.ft, rank=2).save(tmp_path / "out")
+    if name == "mixtral":
+        state = load_file(out / "adapter_model.safetensors")
+        save_file(state | {"base_model.model.x.lora_A.weight": torch.zeros(1, 1)}, out / "adapter_model.safetensors")
+    result = adapt_convert.validate(pair.base, pair.ft, out, token_ids=[list(range(5, 25))], attribution=False, speed=False)
+    ignored = [f"{out}: peft ignores tensors of the adapter: base_model.model.x.lora_A.weight"]
+    assert list(result.failures) == (ignored if name == "mixtral" else [])

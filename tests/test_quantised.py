@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Quantize, _dequantize_fp8_weight
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import adapt_convert
 from adapt_convert import AdaptError
@@ -132,6 +133,7 @@ def test_full_rank_leads_from_the_quantised_base_to_the_fine_tune(pair: Pair, tm
     assert len(noisy) == 7  # the head is not quantised
     assert report["quantised_base"]["noise"] == pytest.approx(sum(noisy) / sum(row["energy"] for row in rows))
     assert 0 < report["quantised_base"]["noise"] < 1
+    assert any("what its rounding took away" in note for note in adapt_convert.inspect(directory, pair.ft)["notes"])
 
 
 def test_rows_shorter_than_a_block_of_bitsandbytes(tmp_path: Path) -> None:
@@ -141,6 +143,37 @@ def test_rows_shorter_than_a_block_of_bitsandbytes(tmp_path: Path) -> None:
     base, original = open_base(directory), load_file(narrow.base / "model.safetensors")
     error = sum(float((base.read(key) - original[key]).square().sum()) for key in expected)
     assert error < 0.012 * sum(float(original[key].square().sum()) for key in expected)
+
+
+def test_mxfp4_experts(tmp_path: Path) -> None:
+    """As gpt-oss is published: the stacks packed, all else in bfloat16; transformers' own unpacking is the oracle."""
+    model_class, config = tiny("gpt_oss", hidden_size=64, intermediate_size=32)
+    pair = save_pair(tmp_path / "pair", model_class, config)
+    state, generator = load_file(pair.base / "model.safetensors"), torch.Generator().manual_seed(0)
+    plain, packed = dict(state), dict(state)
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, columns, rows = state[name].shape
+        blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 124, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+        del packed[name]
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    written = json.loads((pair.base / "config.json").read_text())
+    for directory, tensors, more in (
+        (tmp_path / "q", packed, {"quantization_config": {"quant_method": "mxfp4"}}),
+        (tmp_path / "p", plain, {}),
+    ):
+        directory.mkdir()
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(written | more))
+    quantised, expected = open_base(tmp_path / "q"), open_base(tmp_path / "p")
+    assert set(quantised.infos) == set(expected.infos)
+    for name in expected.infos:
+        torch.testing.assert_close(quantised.read(name), expected.read(name), atol=0, rtol=0)
+    experts = [name for name in expected.infos if ".experts." in name and "bias" not in name]
+    assert all(quantised.store.noise[name] > 0 for name in experts)
+    reports = [adapt_convert.convert(tmp_path / name, pair.ft, rank=2).report for name in "qp"]
+    assert reports[0]["captured_energy"] == reports[1]["captured_energy"]
 
 
 def write_gguf(path: Path, model: Any, architecture: str, kind: gguf.GGMLQuantizationType, quantise: Any = None) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapt_convert.convert.architectures import family_of
 from adapt_convert.convert.validation.live_model import load_model, quiet, read_config, release, vocabulary_of
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import PREFIX
+from adapt_convert.formats.peft_experts import stacked_among
 from adapt_convert.formats.source import LATTE_WEIGHTS, adapter_config_path, latte_config_path, shared_lora_config_path
 
 OURS = ("lorta", "latte", "loda")  # loaded by adapt_convert.load; every other adapter is loaded by peft, its own library
@@ -253,8 +255,11 @@ def _unloaded_keys(model: Any, contender: Contender, snapshot: _Snapshot) -> tup
     import peft
 
     stored: dict[str, Tensor] = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    family = family_of(model.config.to_dict())
+    experts = family.experts if family else None
     names = ((key, key.removeprefix(PREFIX).replace(".base_layer.", ".")) for key in TensorStore(weight_files(contender.location)).infos)
-    return tuple(sorted(key for key, name in names if key not in stored and name not in snapshot.overwritten))
+    left = (key for key, name in names if key not in stored and name not in snapshot.overwritten)
+    return tuple(sorted(key for key in left if not (experts and stacked_among(key, stored, experts))))
 
 
 @contextlib.contextmanager
