@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# A model's memory is given back by a full collection, which goes through all that transformers has imported unless that is set aside.
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 ROWS, LENGTH = 40, 24
 

@@ -184,11 +184,11 @@ def test_a_stopped_run_goes_on_to_the_same_values(tmp_path: Path) -> None:
             yield step
 
     undisturbed, stopped = _Toy(), _Toy()
-    whole = distil(toy(undisturbed), lesson(), 40, 0.02, 3, tmp_path / "whole", every)
+    whole = distil(toy(undisturbed), lesson(), 40, 20.0, 3, tmp_path / "whole", every)
     with pytest.raises(KeyboardInterrupt):
-        distil(toy(stopped), lesson(), 40, 0.02, 3, tmp_path / "stopped", stopping)
+        distil(toy(stopped), lesson(), 40, 20.0, 3, tmp_path / "stopped", stopping)
     again = _Toy()
-    rest = distil(toy(again), lesson(), 40, 0.02, 3, tmp_path / "stopped", every)
+    rest = distil(toy(again), lesson(), 40, 20.0, 3, tmp_path / "stopped", every)
     assert torch.equal(again.logit, undisturbed.logit)
     assert (rest.heldout, rest.losses) == (whole.heldout, whole.losses)
 
