@@ -19,10 +19,10 @@ atexit.register(gc.unfreeze)
 ROWS, LENGTH = 40, 24
 
 
-def token_file(path: Path, vocabulary: int = 96, rows: int = ROWS, seed: int = 0) -> Path:
-    """Rows of random token ids as a .jsonl file; few of the tokens come often, as in text."""
+def token_file(path: Path, vocabulary: int = 96, rows: int = ROWS, seed: int = 0, skew: float = 4.0) -> Path:
+    """Rows of random token ids as a .jsonl file; with a `skew` few of the tokens come often, as in text."""
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.linspace(0, 4, vocabulary - 3).exp()[torch.randperm(vocabulary - 3, generator=generator)]
+    weights = torch.linspace(0, skew, vocabulary - 3).exp()[torch.randperm(vocabulary - 3, generator=generator)]
     drawn = 3 + torch.multinomial(weights, rows * LENGTH, replacement=True, generator=generator).view(rows, LENGTH)
     path.write_text("\n".join(json.dumps({"input_ids": row}) for row in drawn.tolist()))
     return path

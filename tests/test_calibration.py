@@ -158,10 +158,10 @@ def test_a_planted_change_of_low_rank_stays_exact(
 
 @pytest.mark.parametrize("to", ["lora", "lorta", "latte"])
 def test_what_is_written_is_never_worse_than_without_text(to: str, pairs: Callable[[str], Pair], tmp_path: Path) -> None:
-    """The choice is made on rows held out, so that the written one is the best of the candidates, by the figures of the report."""
+    """The choice is made on rows held out, where the written one is never worse than the data-free one, by the figures of the report."""
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl", seed=1)
     about = convert(pair, text, to=to).report["calibration"]
-    assert about["kl"] == min(about["candidates"].values()) == about["candidates"][about["chosen"]]
+    assert about["kl"] == about["candidates"][about["chosen"]] <= about["candidates"]["data-free"]
     assert about["kl_of_base"] > 0
 
 

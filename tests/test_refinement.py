@@ -59,8 +59,9 @@ def test_refined_adapters_are_nearer_to_the_fine_tune(
     name: str, options: dict[str, Any], pairs: Callable[[str], Pair], tmp_path: Path
 ) -> None:
     """What was written is loaded by peft, or by our run-time modules, and measured on rows of its own."""
-    pair, text = pairs(name), token_file(tmp_path / "ids.jsonl")
-    rows = torch.tensor([json.loads(line)["input_ids"] for line in token_file(tmp_path / "new.jsonl", seed=9).read_text().splitlines()])
+    pair, text = pairs(name), token_file(tmp_path / "ids.jsonl", skew=0)  # what a model of random weights writes looks like that
+    new = token_file(tmp_path / "new.jsonl", seed=9, skew=0)
+    rows = torch.tensor([json.loads(line)["input_ids"] for line in new.read_text().splitlines()])
     reference, found = pair.load(pair.ft), {}
     for name, calibration in (("free", {}), ("refined", {"calib": text, "calib_tokens": 900, "refine": 6})):
         given = {"rank": 4, "exclude": KEPT, "dtype": "float32"} | options | calibration

@@ -25,8 +25,8 @@ _Whitened = Callable[[Work, FindMoments, Options, Any], Solved]
 WHITENED: dict[str, _Whitened] = {"lora": solve_whitened_lora, "lorta": solve_whitened_lorta, "latte": solve_whitened_latte}
 
 
-# What a text brings has to show on the control rows as well, by a third of the share: on texts that a fine-tune was made for, between half of it
-# and all of it does, on random tokens a sixth or less (docs/benchmarks.md).
+# What a text brings has to show on the control rows as well, by a third of the share: of what refinement brought on texts that the
+# fine-tune was made for two thirds or more did, on random tokens a sixth or less (docs/benchmarks.md).
 _SHARED = 1 / 3
 _NOTHING = 1e-12  # nats: a divergence below is none
 
