@@ -19,7 +19,10 @@ from conftest import Pair
 
 import adapt_convert
 from adapt_convert.convert.calibration import teacher
+from adapt_convert.convert.calibration.remeasure import remeasured
 from adapt_convert.convert.calibration.teacher import divergence, targets_of
+from adapt_convert.convert.conversion import open_source
+from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.refinement.trainable import RECIPES
 from adapt_convert.convert.refinement.training import Lesson, Trainable, distil
 from adapt_convert.convert.validation.candidates import Stage, open_contender
@@ -227,3 +230,21 @@ def test_sigkill_and_the_same_command_again(pairs: Callable[[str], Pair], tmp_pa
     whole = adapt_convert.convert(pair.base, pair.ft, **options).save(tmp_path / "whole", measured=False)
     for file in ("adapter_model.safetensors", "conversion.json"):
         assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    """The weights of one that was pushed far from them: honest with its record, and under suspicion without it."""
+    pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl", skew=0)
+    conversion = convert(pair, text, to="lorta", refine=1)
+    for block in conversion.adapter.blocks:
+        block.factors.A.mul_(8)
+    sides = Pairs(conversion.base, open_source(conversion.base, pair.ft), CPU)
+    conversion.records = remeasured(sides, conversion.plan, conversion.adapter, conversion.records, every)
+    conversion.report["tensors"] = {record.entry.name: record.to_json() for record in conversion.records}
+    conversion.report["calibration"]["chosen"] = "refined"
+    output = conversion.save(tmp_path / "out")
+    options = {"token_ids": text, "speed": False, "attribution": False, "max_tokens": 200}
+    suspicious = ("times the strength", "away from the fine-tune")
+    assert not any(part in line for line in adapt_convert.validate(pair.base, pair.ft, output, **options).failures for part in suspicious)
+    (output / "conversion.json").unlink()
+    assert any(part in line for line in adapt_convert.validate(pair.base, pair.ft, output, **options).failures for part in suspicious)
