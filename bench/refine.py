@@ -48,14 +48,14 @@ UNRELATED_TOKENS = 65536
 
 def prepare_demo(directory: Path) -> None:
     """The demo's pair in `directory`, the text its fine-tune was trained on and the text that was held out."""
-    from adapt_convert.convert.demo import _prose
+    from adapt_convert.convert.demo import prose
 
     demo = directory / "demo"
     subprocess.run([TOOL, "demo", str(demo)], check=True)
     for name in ("base", "ft", "heldout.txt"):
         if not (directory / name).exists():
             (directory / name).symlink_to(demo / name)
-    (directory / "seen.txt").write_bytes(_prose()[0][0])
+    (directory / "seen.txt").write_bytes(prose()[0][0])
 
 
 def prepare_smollm2(directory: Path, steps: int) -> None:
