@@ -114,13 +114,13 @@ def _marker(recipe: Recipe) -> str:
 
 def _make_checkpoints(directory: Path, recipe: Recipe, progress: Progress) -> None:
     """Train both models into `directory`, all or nothing: an interrupted run leaves no directory that looks finished."""
-    code, (prose, heldout) = _code(recipe.code_bytes), _prose()
+    code, (tuned, heldout) = _code(recipe.code_bytes), prose()
     with atomic_directory(directory, overwrite=True) as staging:
         torch.manual_seed(recipe.seed)
         model = _new_model(recipe)
         _train(model, _tokens(code), recipe.base_steps, recipe.base_rate, recipe, progress, "training the base")
         _save(model, staging / "base")
-        _train(model, _tokens(prose), recipe.tune_steps, recipe.tune_rate, recipe, progress, "fine-tuning it")
+        _train(model, _tokens(tuned), recipe.tune_steps, recipe.tune_rate, recipe, progress, "fine-tuning it")
         _save(model, staging / "ft")
         (staging / "heldout.txt").write_bytes(heldout)
         (staging / MARKER).write_text(_marker(recipe), encoding="utf-8")
@@ -138,7 +138,7 @@ def _code(size: int) -> list[bytes]:
     return documents
 
 
-def _prose() -> tuple[list[bytes], bytes]:
+def prose() -> tuple[list[bytes], bytes]:
     """The language reference in `pydoc_data`: paragraphs to train on, and the last of them to measure on.
 
     Topics quote each other at length; each paragraph is kept once, so that nothing held out has been trained on.

@@ -83,7 +83,7 @@ def test_every_weight_is_fine_tuned(finished: tuple[Path, dict[str, Any]]) -> No
 
 
 def test_nothing_held_out_was_trained_on() -> None:
-    (trained,), heldout = demo._prose()
+    (trained,), heldout = demo.prose()
     known = {" ".join(part.split()) for part in trained.decode().split("\n\n")}
     assert not known & {" ".join(part.split()) for part in heldout.decode().split("\n\n")}
     assert 0.05 < len(heldout) / (len(trained) + len(heldout)) < 0.2
