@@ -107,8 +107,10 @@ def test_errors_are_those_of_the_written_files_and_never_above_a_loras(
         assert float(error) == pytest.approx(rows[module]["error"], rel=1e-3)
         assert float(lora) == pytest.approx(rows[module]["lora_error"], rel=1e-2)
         assert float(error) <= float(lora) * (1 + 1e-4)
+        assert rows[module]["least_error"] <= rows[module]["error"]
         captured = report["tensors"][f"{module}.weight"]["captured_energy"]
         assert captured == pytest.approx(1 - rows[module]["error"], abs=1e-9)
+    assert any(row["least_error"] < 0.99 * row["lora_error"] for row in rows.values())
     kinds = [row["kind"] for row in rows.values()]
     assert (set(kinds) == {"plain"}) == (report["calibration"]["chosen"] == "data-free")
     assert set(kinds) <= {"plain", "projected", *(["f1+f2"] if to.endswith("+") else [])}
