@@ -3,7 +3,8 @@
     python bench/loda.py DIRECTORY
 
 DIRECTORY is one of bench/smollm2.py, with `base`, `ft` and `heldout.txt`; the same nine tenths of Python's language reference that the
-fine-tune was trained on calibrate. A finished conversion is used again. KL is measured on the last tenth, which neither training nor calibration has seen. Seed 0.
+fine-tune was trained on calibrate. KL is measured on the last tenth, which neither training nor calibration has seen. Seed 0. A
+finished conversion is used again.
 """
 
 from __future__ import annotations
