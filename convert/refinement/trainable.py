@@ -105,15 +105,15 @@ def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an adapter of one kind is refined: how it is attached, and Adam's step size, which suits the scale of its factors."""
+    """How an adapter of one kind is refined: how it is attached, and Adam's step size as a share of the size of each tensor."""
 
     attach: Callable[[Stage, Contender, Any], AbstractContextManager[Trainable]]
     rate: float
 
 
 RECIPES: dict[str, Recipe] = {
-    "lora": Recipe(trainable_lora, 3e-4),
-    "lorta": Recipe(trainable_lorta, 1e-2),
-    "latte": Recipe(trainable_latte, 1e-3),
-    **dict.fromkeys(VARIANTS, Recipe(trainable_loda, 3e-4)),
+    "lora": Recipe(trainable_lora, 0.06),
+    "lorta": Recipe(trainable_lorta, 0.1),
+    "latte": Recipe(trainable_latte, 0.03),
+    **dict.fromkeys(VARIANTS, Recipe(trainable_loda, 0.06)),
 }

@@ -23,6 +23,7 @@ from adapt_convert.formats.errors import AdaptError
 
 _EVALUATIONS = 8  # of the held-out batches in a whole run
 _PATIENCE = 3  # evaluations without a gain after which a run ends
+_LEAST_SCALE = 1e-3  # as in Adafactor: a tensor of zeros has to be able to leave them
 _WARM_UP = 0.1  # of all steps: Adam's first steps know nothing of the gradients' scale
 
 
@@ -70,13 +71,16 @@ class Course:
 def distil(trainable: Trainable, lesson: Lesson, steps: int, rate: float, seed: int, state: Path, progress: Progress) -> Course:
     """Train for `steps` steps, or until the held-out divergence stops falling, and leave the best values in the parameters.
 
+    `rate` is the step size at its peak as a share of each tensor's root mean square at the start (the relative step size of Adafactor,
+    Shazeer and Stern 2018): how large the factors are depends on the fine-tune and differs from factor to factor.
     What is needed to go on is written to `state` whenever the held-out batches have been measured, and read from there: a run that
     was killed ends with the values of one that was not. The file stays. Raises `AdaptError` when the loss is not finite.
     """
     parameters = dict(trainable.parameters)
     for value in parameters.values():
         value.requires_grad_()
-    optimiser = torch.optim.Adam(parameters.values(), lr=rate)
+    rates = [rate * max(_LEAST_SCALE, float(value.detach().square().mean().sqrt())) for value in parameters.values()]
+    optimiser = torch.optim.Adam([{"params": [value], "lr": own} for value, own in zip(parameters.values(), rates, strict=True)])
     course = _resumed(state, parameters, optimiser)
     device = next(iter(parameters.values())).device
 
@@ -95,8 +99,8 @@ def distil(trainable: Trainable, lesson: Lesson, steps: int, rate: float, seed: 
     for step in progress(range(course.step, steps), "refining"):
         if course.gave_up:
             break
-        for group in optimiser.param_groups:
-            group["lr"] = rate * _schedule(step, steps)
+        for group, own in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = own * _schedule(step, steps)
         course.losses.append(_train(trainable, lesson, _batch_of(step, len(lesson.batches), seed), optimiser, device))
         course.step = step + 1
         if course.step % every == 0 or course.step == steps:
