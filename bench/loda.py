@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--base-rank", type=int, default=96, metavar="K")
     parser.add_argument("--calib-tokens", type=int, default=8192)
-    parser.add_argument("--refine", type=int, metavar="N", help="Also a LoRA, a LoDA and a LoDA+ with N steps of refinement.")
+    parser.add_argument("--refine", type=int, metavar="N", help="Also a LoRA and a LoDA with N steps of refinement.")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     base, ft, heldout = (arguments.directory / name for name in ("base", "ft", "heldout.txt"))
@@ -45,7 +45,7 @@ def main() -> None:
         for name, options in ROWS.items()
     }
     if arguments.refine:
-        for target in ("lora", "loda", "loda+"):
+        for target in ("lora", "loda"):
             rows[f"{target}, refined"] = ["--to", target, *calibrated, "--refine", str(arguments.refine)]
     tool, adapters = str(Path(sys.executable).with_name("adapt-convert")), {}
     for number, (name, options) in enumerate(rows.items()):
