@@ -2,9 +2,9 @@
 
     python bench/loda.py DIRECTORY
 
-DIRECTORY is one of bench/smollm2.py or `adapt-convert demo`, with `base`, `ft` and `heldout.txt`: the first nine tenths of Python's language
-reference, on which the fine-tune was trained, calibrate, and KL is measured on the held-out rest. Seed 0. A finished conversion is
-used again.
+DIRECTORY is one of bench/smollm2.py or `adapt-convert demo`, with `base`, `ft` and `heldout.txt`: the first nine tenths of Python's
+language reference, on which the fine-tune was trained, calibrate, and KL is measured on the held-out rest. Seed 0. A finished
+conversion is used again.
 """
 
 from __future__ import annotations
