@@ -28,6 +28,7 @@ LINEAR_ONLY = ("--exclude", "embed_tokens,lm_head,input_layernorm,post_attention
 LORTA = ("--to", "lorta", "--rank", "16")
 LATTE = ("--to", "latte", "--rank", "32", "--segments", "1", "--target-modules", "all-linear", "--exclude", "embed_tokens,lm_head,norm")
 WITH_TABLE = ("--to", "lora", "--rank", "14", "--target-modules", "all-linear,embed_tokens")
+STORED_WHOLE = ("--to", "lora", "--rank", "16", "--target-modules", "all-linear")  # embedding and head, as mergekit stores them
 SEEN = ("--calib", "{seen}")
 UNRELATED = ("--calib", "{unrelated}")
 # name: options of `delta`, with which an adapter is made without text; and the text with which it is refined, if it is
@@ -36,10 +37,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lorta-r16": ((*LORTA, *LINEAR_ONLY), SEEN),
     "latte-r32": (LATTE, SEEN),
     "lora-table-r14": (WITH_TABLE, SEEN),
-    "lora-r16-stored": (
-        ("--to", "lora", "--rank", "16", "--target-modules", "all-linear"),
-        (),
-    ),  # embedding and head whole, as mergekit does
+    "lora-r16-stored": (STORED_WHOLE, ()),
     "lorta-mlp-r16": ((*LORTA, "--target-modules", "all-linear", *LINEAR_ONLY), SEEN),
     "lorta-r16-self": ((*LORTA, *LINEAR_ONLY), ("--calib", "self")),
     "lora-r4-unrelated": ((*LORA, *LINEAR_ONLY), UNRELATED),

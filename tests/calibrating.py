@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A model's memory is given back by a full collection, which goes through all that transformers has imported unless that is set aside.
+gc.freeze()
+atexit.register(gc.unfreeze)
+
 ROWS, LENGTH = 40, 24
 
 
-def token_file(path: Path, vocabulary: int = 96, rows: int = ROWS, seed: int = 0) -> Path:
-    """Rows of random token ids as a .jsonl file; few of the tokens come often, as in text."""
+def token_file(path: Path, vocabulary: int = 96, rows: int = ROWS, seed: int = 0, skew: float = 4.0) -> Path:
+    """Rows of random token ids as a .jsonl file; with a `skew` few of the tokens come often, as in text."""
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.linspace(0, 4, vocabulary - 3).exp()[torch.randperm(vocabulary - 3, generator=generator)]
+    weights = torch.linspace(0, skew, vocabulary - 3).exp()[torch.randperm(vocabulary - 3, generator=generator)]
     drawn = 3 + torch.multinomial(weights, rows * LENGTH, replacement=True, generator=generator).view(rows, LENGTH)
     path.write_text("\n".join(json.dumps({"input_ids": row}) for row in drawn.tolist()))
     return path

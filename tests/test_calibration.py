@@ -66,14 +66,14 @@ def test_moments_are_those_of_the_fine_tunes_own_inputs(pairs: Callable[[str], P
 
 
 def test_whitened_lora_is_the_svd_of_the_delta_times_the_root_of_the_moments(
-    pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path
+    pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl")
-    conversion = convert(pair, text)
-    assert conversion.report["calibration"]["chosen"] == "whitened"  # else the factors below would be others
+    judged = watched(monkeypatch)
+    convert(pair, text)
     moments = stored_moments(own_cache)
     base, ft = (dict(pair.load(path).named_parameters()) for path in (pair.base, pair.ft))
-    for module, factors in conversion.adapter.factors.items():
+    for module, factors in judged["whitened"].factors.items():
         D = (ft[f"{module}.weight"] - base[f"{module}.weight"]).detach().double()
         values, vectors = torch.linalg.eigh(moments.of(module).double())
         root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -82,11 +82,8 @@ def test_whitened_lora_is_the_svd_of_the_delta_times_the_root_of_the_moments(
         torch.testing.assert_close((factors.B @ factors.A).double(), best, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("to", ["lorta", "latte"])
-def test_whitened_solvers_err_less_on_real_inputs(
-    to: str, pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl")
+def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every adapter that is measured from now on, by its name among the candidates."""
     judged: dict[str, Any] = {}
     measure = Judge.figures
 
@@ -95,6 +92,15 @@ def test_whitened_solvers_err_less_on_real_inputs(
         return measure(self, adapter, name)
 
     monkeypatch.setattr(Judge, "figures", keep)
+    return judged
+
+
+@pytest.mark.parametrize("to", ["lorta", "latte"])
+def test_whitened_solvers_err_less_on_real_inputs(
+    to: str, pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl")
+    judged = watched(monkeypatch)
     convert(pair, text, to=to, target_modules="all-linear")
     moments = stored_moments(own_cache)
     before, after = (sum(output_errors(pair, judged[name], moments)) for name in ("data-free", "whitened"))
@@ -152,10 +158,10 @@ def test_a_planted_change_of_low_rank_stays_exact(
 
 @pytest.mark.parametrize("to", ["lora", "lorta", "latte"])
 def test_what_is_written_is_never_worse_than_without_text(to: str, pairs: Callable[[str], Pair], tmp_path: Path) -> None:
-    """The choice is made on rows held out, so that the written one is the best of the candidates, by the figures of the report."""
+    """The choice is made on rows held out, where the written one is never worse than the data-free one, by the figures of the report."""
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl", seed=1)
     about = convert(pair, text, to=to).report["calibration"]
-    assert about["kl"] == min(about["candidates"].values()) == about["candidates"][about["chosen"]]
+    assert about["kl"] == about["candidates"][about["chosen"]] <= about["candidates"]["data-free"]
     assert about["kl_of_base"] > 0
 
 
@@ -198,14 +204,14 @@ def test_damaged_moments_are_worked_out_again(pairs: Callable[[str], Pair], tmp_
 
 def test_target_kl_finds_the_least_rank(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl")
-    by_rank = {rank: convert(pair, text, rank=rank).report["calibration"]["kl"] for rank in (6, 7)}
-    target = (by_rank[6] + by_rank[7]) / 2
+    by_rank = {rank: convert(pair, text, rank=rank).report["calibration"]["kl"] for rank in (2, 3)}
+    target = (by_rank[2] + by_rank[3]) / 2
     conversion = convert(pair, text, rank=None, target_kl=target)
     about = conversion.report["calibration"]
-    assert about["kl"] == by_rank[7] <= target
-    assert about["searched"]["7"] == by_rank[7]
-    assert about["searched"]["6"] == by_rank[6]
-    assert {factors.rank for factors in conversion.adapter.factors.values()} == {7}
+    assert about["kl"] == by_rank[3] <= target
+    assert about["searched"]["3"] == by_rank[3]
+    assert about["searched"]["2"] == by_rank[2]
+    assert {factors.rank for factors in conversion.adapter.factors.values()} == {3}
 
 
 def test_budget_as_a_share_of_the_base(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
@@ -218,12 +224,14 @@ def test_budget_as_a_share_of_the_base(pairs: Callable[[str], Pair], tmp_path: P
     assert Options(budget="0.1%").size_name == "0.1pct"
 
 
-def test_a_calibrated_budget_is_spent_by_the_energy_of_outputs(pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path) -> None:
+def test_a_calibrated_budget_is_spent_by_the_energy_of_outputs(
+    pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the ranks that a greedy choice over numpy's singular values of `D L` gives."""
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl")
     budget = 12_000
-    conversion = convert(pair, text, rank=None, budget=budget)
-    assert conversion.report["calibration"]["chosen"] == "whitened"
+    judged = watched(monkeypatch)
+    convert(pair, text, rank=None, budget=budget)
     moments = stored_moments(own_cache)
     base, ft = (pair.load(path).state_dict() for path in (pair.base, pair.ft))
     offers = []
@@ -237,17 +245,16 @@ def test_a_calibrated_budget_is_spent_by_the_energy_of_outputs(pairs: Callable[[
         if cost > left:
             break
         ranks[module], left = ranks.get(module, 0) + 1, left - cost
-    found = {module: factors.rank for module, factors in conversion.adapter.factors.items()}
+    found = {module: factors.rank for module, factors in judged["whitened"].factors.items()}
     assert sum(abs(found.get(m, 0) - ranks.get(m, 0)) for m in {*found, *ranks}) <= 1  # what is left of the budget may buy one more
 
 
 def test_the_fine_tune_writes_its_own_text(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
     pair = pairs("llama-tied")
-    first, second = (convert(pair, "self", calib_tokens=512, seed=seed).report["calibration"] for seed in (0, 0))
+    first, second = (convert(pair, "self", calib_tokens=256, seed=seed).report["calibration"] for seed in (0, 0))
     assert first == second
     assert first["text"] == "written by the fine-tune (seed 0)"
-    assert first["tokens"] + first["heldout_tokens"] == 512
-    assert convert(pair, "self", calib_tokens=512, seed=1).report["calibration"]["kl_of_base"] != first["kl_of_base"]
+    assert first["tokens"] + first["heldout_tokens"] == 256
 
 
 @pytest.mark.parametrize(
@@ -298,8 +305,8 @@ def test_target_kl_that_no_rank_reaches(make_pair: Callable[..., Pair], tmp_path
     """All weights change, and the factored matrices are a part of them."""
     pair = make_pair(tmp_path, "llama")
     text = token_file(tmp_path / "ids.jsonl")
-    with pytest.raises(AdaptError, match=r"--target-kl 1e-06: rank 32, the largest, leaves 0\.\d+ on held-out text"):
-        convert(pair, text, rank=None, target_kl=1e-6)
+    with pytest.raises(AdaptError, match=r"--target-kl 1e-06: rank 16, the largest, leaves 0\.\d+ on held-out text"):
+        convert(pair, text, rank=None, target_kl=1e-6, target_modules="v_proj")
 
 
 def test_models_of_images_are_refused(pairs: Callable[[str], Pair], tmp_path: Path) -> None:

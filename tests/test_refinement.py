@@ -19,7 +19,10 @@ from conftest import Pair
 
 import adapt_convert
 from adapt_convert.convert.calibration import teacher
+from adapt_convert.convert.calibration.remeasure import remeasured
 from adapt_convert.convert.calibration.teacher import divergence, targets_of
+from adapt_convert.convert.conversion import open_source
+from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.refinement.trainable import RECIPES
 from adapt_convert.convert.refinement.training import Lesson, Trainable, distil
 from adapt_convert.convert.validation.candidates import Stage, open_contender
@@ -59,8 +62,9 @@ def test_refined_adapters_are_nearer_to_the_fine_tune(
     name: str, options: dict[str, Any], pairs: Callable[[str], Pair], tmp_path: Path
 ) -> None:
     """What was written is loaded by peft, or by our run-time modules, and measured on rows of its own."""
-    pair, text = pairs(name), token_file(tmp_path / "ids.jsonl")
-    rows = torch.tensor([json.loads(line)["input_ids"] for line in token_file(tmp_path / "new.jsonl", seed=9).read_text().splitlines()])
+    pair, text = pairs(name), token_file(tmp_path / "ids.jsonl", skew=0)  # what a model of random weights writes looks like that
+    new = token_file(tmp_path / "new.jsonl", seed=9, skew=0)
+    rows = torch.tensor([json.loads(line)["input_ids"] for line in new.read_text().splitlines()])
     reference, found = pair.load(pair.ft), {}
     for name, calibration in (("free", {}), ("refined", {"calib": text, "calib_tokens": 900, "refine": 6})):
         given = {"rank": 4, "exclude": KEPT, "dtype": "float32"} | options | calibration
@@ -184,11 +188,11 @@ def test_a_stopped_run_goes_on_to_the_same_values(tmp_path: Path) -> None:
             yield step
 
     undisturbed, stopped = _Toy(), _Toy()
-    whole = distil(toy(undisturbed), lesson(), 40, 0.02, 3, tmp_path / "whole", every)
+    whole = distil(toy(undisturbed), lesson(), 40, 20.0, 3, tmp_path / "whole", every)
     with pytest.raises(KeyboardInterrupt):
-        distil(toy(stopped), lesson(), 40, 0.02, 3, tmp_path / "stopped", stopping)
+        distil(toy(stopped), lesson(), 40, 20.0, 3, tmp_path / "stopped", stopping)
     again = _Toy()
-    rest = distil(toy(again), lesson(), 40, 0.02, 3, tmp_path / "stopped", every)
+    rest = distil(toy(again), lesson(), 40, 20.0, 3, tmp_path / "stopped", every)
     assert torch.equal(again.logit, undisturbed.logit)
     assert (rest.heldout, rest.losses) == (whole.heldout, whole.losses)
 
@@ -226,3 +230,21 @@ def test_sigkill_and_the_same_command_again(pairs: Callable[[str], Pair], tmp_pa
     whole = adapt_convert.convert(pair.base, pair.ft, **options).save(tmp_path / "whole", measured=False)
     for file in ("adapter_model.safetensors", "conversion.json"):
         assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    """The weights of one that was pushed far from them: honest with its record, and under suspicion without it."""
+    pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl", skew=0)
+    conversion = convert(pair, text, to="lorta", refine=1)
+    for block in conversion.adapter.blocks:
+        block.factors.A.mul_(8)
+    sides = Pairs(conversion.base, open_source(conversion.base, pair.ft), CPU)
+    conversion.records = remeasured(sides, conversion.plan, conversion.adapter, conversion.records, every)
+    conversion.report["tensors"] = {record.entry.name: record.to_json() for record in conversion.records}
+    conversion.report["calibration"]["chosen"] = "refined"
+    output = conversion.save(tmp_path / "out")
+    options = {"token_ids": text, "speed": False, "attribution": False, "max_tokens": 200}
+    suspicious = ("times the strength", "away from the fine-tune")
+    assert not any(part in line for line in adapt_convert.validate(pair.base, pair.ft, output, **options).failures for part in suspicious)
+    (output / "conversion.json").unlink()
+    assert any(part in line for line in adapt_convert.validate(pair.base, pair.ft, output, **options).failures for part in suspicious)

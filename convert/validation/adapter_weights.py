@@ -59,7 +59,9 @@ class MatrixShare:
 class Holdings:
     """Everything that one candidate holds. `note` says what its energies are of when they are not of the plain weights, or why they
     could not be measured; `recorded` is then the captured energy by tensor that the `conversion.json` beside it states. `joint`
-    marks factors that all matrices share, fitted to their sum. `damage` is what is wrong with the numbers themselves."""
+    marks factors that all matrices share, fitted to their sum. `damage` is what is wrong with the numbers themselves. `refined` says that
+    the record beside it, made from this very pair, is of an adapter that was fitted to outputs and need not resemble the weights' change.
+    """
 
     shares: list[MatrixShare] = field(default_factory=list)
     recorded: dict[str, float] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Holdings:
     record_errors: list[str] = field(default_factory=list)
     joint: bool = False
     damage: str | None = None
+    refined: bool = False
 
     @property
     def captured(self) -> float | None:
@@ -319,6 +322,8 @@ def _against_record(candidate: Contender, holdings: Holdings, pairs: Pairs) -> l
     for role, store in (("base", pairs.base.store), ("source", pairs.source.store)):
         if not isinstance(inputs.get(role), dict) or inputs[role].get("sha256") != store.content_hash():
             return []
+    calibration = record.get("calibration")
+    holdings.refined = isinstance(calibration, dict) and calibration.get("chosen") == "refined"
     errors = []
     for share in holdings.shares:
         row = tensors.get(share.name, {})

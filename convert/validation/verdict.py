@@ -82,6 +82,8 @@ def weight_failures(holdings: Holdings, ignored: tuple[str, ...], recovered: flo
     if holdings.record_errors:
         more = f"; {len(holdings.record_errors) - 1} more" if len(holdings.record_errors) > 1 else ""
         reasons.append(f"not what was converted: {holdings.record_errors[0]}{more}")
+    if holdings.refined:  # what its weights should be like, the record above has said
+        return reasons
     if holdings.strength is not None and holdings.strength >= WEAK:
         reasons.append(f"acts at 1/{holdings.strength:.2f} of the strength that fits the fine-tune; is its scale (alpha / r) right?")
     captured = holdings.captured_of_adapted
