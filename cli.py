@@ -278,7 +278,7 @@ def validate(
 ) -> None:
     """Rerun BASE, its fine-tune FT and every CANDIDATE, and say whether a candidate is the fine-tune.
 
-    A CANDIDATE is an adapter (PEFT, LoRTA, LatTE) or a merged checkpoint; all are directories or Hub ids. The exit code is the
+    A CANDIDATE is an adapter (PEFT, LoRTA, LatTE, LoDA) or a merged checkpoint; all are directories or Hub ids. The exit code is the
     verdict of the worst: 0 if all pass, 3 if one fails. The figures go into the model card of candidates that this tool wrote.
 
     \b

@@ -2,8 +2,9 @@
 
     python bench/loda.py DIRECTORY
 
-DIRECTORY is one of bench/smollm2.py, with `base`, `ft` and `heldout.txt`; the same nine tenths of Python's language reference that the
-fine-tune was trained on calibrate. KL is measured on the last tenth, which neither training nor calibration has seen. Seed 0.
+DIRECTORY is one of bench/smollm2.py or `adapt-convert demo`, with `base`, `ft` and `heldout.txt`: the first nine tenths of Python's
+language reference, on which the fine-tune was trained, calibrate, and KL is measured on the held-out rest. Seed 0. A finished
+conversion is used again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROWS: dict[str, list[str]] = {
     "lora": ["--to", "lora"],
     "loda": ["--to", "loda"],
     "loda+": ["--to", "loda+"],
-    "r-loda, K = 96": ["--to", "r-loda", "--base-rank", "96"],
+    "r-loda": ["--to", "r-loda", "--base-rank", "{base_rank}"],
     "s-loda, 60 % kept": ["--to", "s-loda", "--keep", "0.6"],
 }
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--base-rank", type=int, default=96, metavar="K")
     parser.add_argument("--calib-tokens", type=int, default=8192)
     parser.add_argument("--refine", type=int, metavar="N", help="Also a LoRA and a LoDA with N steps of refinement.")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -38,7 +40,10 @@ def main() -> None:
     base, ft, heldout = (arguments.directory / name for name in ("base", "ft", "heldout.txt"))
     text = _calibration_text(arguments.directory)
     calibrated = ["--calib", str(text), "--calib-tokens", str(arguments.calib_tokens)]
-    rows = {name: [*options, *(calibrated if name != "lora" else [])] for name, options in ROWS.items()}
+    rows = {
+        name: [option.format(base_rank=arguments.base_rank) for option in options] + (calibrated if name != "lora" else [])
+        for name, options in ROWS.items()
+    }
     if arguments.refine:
         for target in ("lora", "loda"):
             rows[f"{target}, refined"] = ["--to", target, *calibrated, "--refine", str(arguments.refine)]
@@ -46,7 +51,8 @@ def main() -> None:
     for number, (name, options) in enumerate(rows.items()):
         adapters[name] = arguments.directory / f"loda-bench-{number}"
         command = [tool, "delta", str(base), str(ft), *options, "--rank", str(arguments.rank), "--exclude", "embed_tokens"]
-        subprocess.run([*command, "-o", str(adapters[name]), "--overwrite"], check=True, stdout=sys.stderr)
+        if not adapters[name].exists():
+            subprocess.run([*command, "-o", str(adapters[name])], check=True, stdout=sys.stderr)
     report = arguments.directory / "loda-report"
     run = [tool, "validate", str(base), str(ft), *map(str, adapters.values()), "--text", str(heldout), "--context", "128"]
     run += ["--max-tokens", "8192", "--dtype", "float32", "--no-speed", "--no-attribution", "--no-card", "-o", str(report)]
@@ -56,7 +62,7 @@ def main() -> None:
         _figures(name, json.loads((path / "conversion.json").read_text()), candidate)
         for (name, path), candidate in zip(adapters.items(), validation["candidates"], strict=True)
     ]
-    header = ["", "KL", "recovered", "MB", "error / LoRA's: mean", "largest", "matrices below it", "MACs per token, adapted matrices"]
+    header = ["", "KL", "recovered", "MB", "fitted error / LoRA's: mean", "largest", "less in", "written", "MACs per token"]
     print(table(header, [_cells(row) for row in figures]))
     print(f"\nKL of the base: {validation['base']['kl']:.4f}; rank {arguments.rank}, {arguments.calib_tokens} tokens of calibration")
     save({"machine": machine("torch", "transformers"), "base_kl": validation["base"]["kl"], "rows": figures}, arguments.json)
@@ -73,7 +79,7 @@ def _calibration_text(directory: Path) -> Path:
 
 def _figures(name: str, report: dict[str, Any], candidate: dict[str, Any]) -> dict[str, Any]:
     loda = report.get("loda")
-    ratios = [row["error"] / row["lora_error"] for row in loda["matrices"].values()] if loda else []
+    ratios = [row["least_error"] / row["lora_error"] for row in loda["matrices"].values()] if loda else []
     return {
         "name": name,
         "kl": candidate["kl"],
@@ -92,7 +98,15 @@ def _figures(name: str, report: dict[str, Any], candidate: dict[str, Any]) -> di
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["mean_ratio"] is None:
-        return [row["name"], f"{row['kl']:.4f}", f"{row['recovered']:.1%}", f"{row['bytes'] / 1e6:.2f}", "-", "-", "-", "-"]
+        return [
+            row["name"],
+            f"{row['kl']:.4f}",
+            f"{row['recovered']:.1%}",
+            f"{row['bytes'] / 1e6:.2f}",
+            *"-" * 3,
+            row["chosen"] or "-",
+            "-",
+        ]
     return [
         row["name"],
         f"{row['kl']:.4f}",
@@ -101,7 +115,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['mean_ratio']:.3f}",
         f"{row['largest_ratio']:.3f}",
         f"{row['below']} of {row['matrices']}",
-        f"{row['macs'] / 1e6:.1f} M (LoRA {row['macs_of_lora'] / 1e6:.1f} M)",
+        row["chosen"],
+        f"{row['macs'] / 1e6:.2f} M (LoRA {row['macs_of_lora'] / 1e6:.2f} M)",
     ]
 
 

@@ -107,8 +107,10 @@ def test_errors_are_those_of_the_written_files_and_never_above_a_loras(
         assert float(error) == pytest.approx(rows[module]["error"], rel=1e-3)
         assert float(lora) == pytest.approx(rows[module]["lora_error"], rel=1e-2)
         assert float(error) <= float(lora) * (1 + 1e-4)
+        assert rows[module]["least_error"] <= rows[module]["error"]
         captured = report["tensors"][f"{module}.weight"]["captured_energy"]
         assert captured == pytest.approx(1 - rows[module]["error"], abs=1e-9)
+    assert any(row["least_error"] < 0.99 * row["lora_error"] for row in rows.values())
     kinds = [row["kind"] for row in rows.values()]
     assert (set(kinds) == {"plain"}) == (report["calibration"]["chosen"] == "data-free")
     assert set(kinds) <= {"plain", "projected", *(["f1+f2"] if to.endswith("+") else [])}
@@ -141,7 +143,7 @@ def test_macs_are_those_of_the_files(pairs: Callable[[str], Any], text: Path, tm
 
 
 def test_the_more_of_a_weight_stays_the_nearer_to_the_fine_tune(make_pair: Callable[..., Any], text: Path, tmp_path: Path) -> None:
-    """Loaded and run, on a fine-tune of q, k and v alone; and `unload` leaves the base."""
+    """In the outputs of q, k and v, the only matrices of this fine-tune that changed; and `unload` leaves the base."""
 
     def change(model: Any) -> None:
         for name, parameter in model.named_parameters():
@@ -149,13 +151,14 @@ def test_the_more_of_a_weight_stays_the_nearer_to_the_fine_tune(make_pair: Calla
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
     pair = make_pair(tmp_path, "llama", change)
-    expected, distances = pair.logits(pair.load(pair.ft)), []
+    captured = []
     for keep in (0.2, 0.9):
-        out, _ = convert(pair, text, tmp_path / str(keep), "s-loda", keep=keep)
+        out, report = convert(pair, text, tmp_path / str(keep), "s-loda", keep=keep)
+        captured.append(report["captured_energy"])
         model = adapt_convert.load(pair.load(pair.base), out)
-        distances.append(float((pair.logits(model) - expected).square().mean()))
+        assert not torch.equal(pair.logits(model), pair.logits(pair.load(pair.base)))
         assert torch.equal(pair.logits(adapt_convert.unload(model)), pair.logits(pair.load(pair.base)))
-    assert distances == sorted(distances, reverse=True)
+    assert captured[0] < captured[1] < 1
 
 
 def test_full_rank_is_the_fine_tune(pairs: Callable[[str], Any], text: Path, tmp_path: Path) -> None:
@@ -203,7 +206,7 @@ def test_refining_trains_f1_and_what_is_reported_is_what_came_of_it(
     pair = pairs("llama")
     out, report = convert(pair, text, tmp_path / "out", to, refine=12)
     kl = report["calibration"]["candidates"]
-    assert kl["refined"] < kl["fitted"] < report["calibration"]["kl_of_base"]
+    assert kl["refined"] < min(kl["data-free"], kl["fitted"])
     assert report["calibration"]["chosen"] == "refined"
     adapter, rows = read_loda(locate(out)), report["loda"]["matrices"]
     base, ft, inputs = load_file(pair.base / "model.safetensors"), load_file(pair.ft / "model.safetensors"), heldout_inputs(pair, text)

@@ -28,7 +28,8 @@ _ROWS = 512  # activations in one step
 _RATE = 3e-3
 _WORTH = 1e-3  # share of the error by which a less simple map has to be better
 _ROUNDING = 1e-9  # share of the energy below which a difference is one of rounding
-_START = 0.1  # scale of f1's first guess: at zero f1 and f2 have no gradient
+_START = 0.1  # share of z that f1 is to begin with: at zero neither f1 nor f2 has a gradient
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def projected_lora(target: Delta, x: Tensor, rank: int, seed: int) -> LowRankDel
     outputs = factorise(DenseDelta(target.matmul(x.T).T.contiguous()), rank, torch.Generator().manual_seed(seed))
     directions = outputs.right[:rank]  # (r, out), orthonormal rows
     read = target.rmatmul(directions.T).T
-    scale = torch.linalg.vector_norm(read, dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    scale = torch.linalg.vector_norm(read, dim=1).clamp_min(_TINY).sqrt()
     return LowRankDelta(directions.T * scale, read / scale[:, None])
 
 
@@ -74,14 +75,15 @@ def fit_plus(start: LowRankDelta, target: Delta, activations: Activations, seed:
     It may do worse than `start` on other activations: that is for the caller to find out.
     """
     draw = torch.Generator().manual_seed(seed)
-    rank, device = start.rank, start.A.device
+    r, device = start.rank, start.A.device
     x, y = activations.fit, target.matmul(activations.fit.T).T
-    unit = max(float(y.square().mean().sqrt()), 1e-30)  # the loss in units of the target, whatever its scale
-    rotation = torch.linalg.qr(torch.randn(rank, rank, generator=draw)).Q
-    parts = [start.A, start.B, rotation.to(device), _START * torch.eye(rank, device=device), torch.zeros(start.shape[0], device=device)]
-    parts[3] = parts[3] * float(torch.nn.functional.linear(x[:_ROWS], start.A).square().mean().sqrt())
-    scales = [max(float(part.square().mean().sqrt()), unit) for part in parts]
-    free = [(part / scale).clone().requires_grad_() for part, scale in zip(parts, scales, strict=True)]
+    unit = max(float(y.square().mean().sqrt()), _TINY)  # the loss is in units of the target, whatever its scale
+    rotation = torch.linalg.qr(torch.randn(r, r, generator=draw)).Q.to(device)
+    size = float((x[:_ROWS] @ start.A.T).square().mean().sqrt())  # of z; what comes out of f1's activation is of size 1
+    parts = [start.A, start.B, rotation, _START * size * torch.eye(r, device=device), torch.zeros(start.shape[0], device=device)]
+    # Adam's steps are as large for all parts: each is trained in units of the size that it has, or that it may come to have.
+    scales = [float(start.A.square().mean().sqrt()), float(start.B.square().mean().sqrt()), r**-0.5, max(size, _TINY), unit]
+    free = [(part / scale).requires_grad_() for part, scale in zip(parts, scales, strict=True)]
 
     def current() -> LodaMatrix:
         A, B, w_in, w_out, f2 = (part * scale for part, scale in zip(free, scales, strict=True))

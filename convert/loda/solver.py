@@ -79,7 +79,7 @@ def measured_again(judge: Judge, work: Work, adapter: LodaAdapter, records: list
         target = target_of(delta, _base_weight(pairs, entry), matrix.base, matrix.keep)
         error = error_of(matrix.to(pairs.device), target, activations.heldout)
         errors[entry] = error / _seen(delta, activations.heldout)
-        rows[entry.module] = _row(matrix, "refined", errors[entry], before[entry.module]["lora_error"])
+        rows[entry.module] = before[entry.module] | _row(matrix, "refined", errors[entry])
     adapter.details = adapter.details | _macs(adapter) | {"matrices": rows}
     return [replace(r, residual=r.energy * errors[r.entry]) if r.entry in errors else r for r in records]
 
@@ -127,14 +127,15 @@ def _adapter(work: Work, made: list[_Made], options: Options, dtype: torch.dtype
         found, module, cpu = choose(each.fit), each.entry.module, torch.device("cpu")
         matrix = replace(found.matrix.to(cpu), base=each.base.to(cpu) if each.base else None, keep=each.keep)
         adapter.matrices[module] = matrix
-        rows[module] = _row(matrix, found.kind, found.error / each.seen, each.fit.plain.error / each.seen)
+        errors = {"lora_error": each.fit.plain.error / each.seen, "least_error": each.fit.best.error / each.seen}
+        rows[module] = _row(matrix, found.kind, found.error / each.seen) | errors
     adapter.details = {"variant": options.to, **_macs(adapter), "matrices": rows}
     return adapter
 
 
-def _row(matrix: LodaMatrix, kind: str, error: float, lora_error: float) -> dict[str, Any]:
-    """A matrix in the report: how its map was made, errors as shares of the change on activations held out, and MACs."""
-    row = {"kind": kind, "error": error, "lora_error": lora_error, "macs": weight_macs(matrix) + adapter_macs(matrix)}
+def _row(matrix: LodaMatrix, kind: str, error: float) -> dict[str, Any]:
+    """A matrix in the report: how its map was made, its error as a share of the change on activations held out, and MACs."""
+    row: dict[str, Any] = {"kind": kind, "error": error, "macs": weight_macs(matrix) + adapter_macs(matrix)}
     row |= {"base_rank": matrix.base.rank} if matrix.base is not None else {}
     return row | ({"kept_entries": int(matrix.keep.sum())} if matrix.keep is not None else {})
 

@@ -14,43 +14,66 @@ from adapt_convert.convert.validation.candidates import Contender, Stage
 from adapt_convert.formats.loda import LodaAdapter, LodaMatrix
 from adapt_convert.kernels.loda_modules import LodaModule
 
+_CAUTION = 0.1  # of the size that a part that starts at zero may come to have, the size that its steps are taken relative to
+
 
 @contextlib.contextmanager
 def trainable_loda(stage: Stage, contender: Contender, adapter: LodaAdapter) -> Iterator[Trainable]:
-    """The maps of a LoDA as they run; a weight that replaces the base's stays as it is.
-
-    A missing f1 starts as a rotation in and zeros out, so that the first pass yields what it did before, and gradients flow; a
-    missing f2 of a LoDA+ as zeros.
-    """
+    """The maps of a LoDA as they run; a weight that replaces the base's stays as it is."""
     stage.show(contender)
     draw = torch.Generator().manual_seed(0)
-    parameters: dict[str, nn.Parameter] = {}
-    for module, matrix in adapter.matrices.items():
-        live = stage.root.get_submodule(module)
-        assert isinstance(live, LodaModule)
-        for name, value in _start(matrix, adapter.variant.endswith("+"), draw).items():
-            parameters[f"{module}.{name}"] = nn.Parameter(value.to(stage.device, torch.float32, copy=True))
-            setattr(live, name, parameters[f"{module}.{name}"])
+    maps = {module: _Map(stage, module, matrix, adapter.variant.endswith("+"), draw) for module, matrix in adapter.matrices.items()}
+    parameters = {f"{module}.{name}": value for module, own in maps.items() for name, value in own.parameters.items()}
+
+    def refresh() -> None:
+        for own in maps.values():
+            own.refresh()
 
     def written() -> LodaAdapter:
-        held = {module: _trained(module, matrix, parameters) for module, matrix in adapter.matrices.items()}
-        return replace(adapter, matrices={module: matrix.rounded(adapter.dtype) for module, matrix in held.items()})
+        return replace(adapter, matrices={module: own.written().rounded(adapter.dtype) for module, own in maps.items()})
 
-    yield Trainable(stage.model, parameters, written)
-
-
-def _start(matrix: LodaMatrix, plus: bool, draw: torch.Generator) -> dict[str, Tensor]:
-    r = matrix.rank
-    f1 = matrix.f1 or (torch.linalg.qr(torch.randn(r, r, generator=draw)).Q, torch.zeros(r, r))
-    parts = {"A": matrix.A, "B": matrix.B, "f1_in": f1[0], "f1_out": f1[1]}
-    if plus:
-        parts["f2"] = torch.zeros(matrix.shape[0]) if matrix.f2 is None else matrix.f2
-    return parts
+    yield Trainable(stage.model, parameters, written, refresh)
 
 
-def _trained(module: str, matrix: LodaMatrix, parameters: dict[str, nn.Parameter]) -> LodaMatrix:
-    A, B, f1_in, f1_out = (parameters[f"{module}.{name}"].detach() for name in ("A", "B", "f1_in", "f1_out"))
-    if not f1_out.any():
-        return replace(matrix, A=A, B=B, f1=None, f2=None)  # f2 of zero is zero
-    f2 = parameters.get(f"{module}.f2")
-    return replace(matrix, A=A, B=B, f1=(f1_in, f1_out), f2=f2.detach() if f2 is not None else None)
+class _Map:
+    """One live map as parameters, by the names of the module's tensors.
+
+    A missing f1 starts as a rotation in and zeros out, a missing f2 of a LoDA+ as zeros: the first pass then yields what it did before,
+    and gradients flow. Steps are relative to the size of a parameter, so one that starts at zero is trained as `unit * (p - 1)` from
+    p = 1; the unit goes by the size of `z = A x` for inputs of size 1.
+    """
+
+    def __init__(self, stage: Stage, module: str, matrix: LodaMatrix, plus: bool, draw: torch.Generator) -> None:
+        live = stage.root.get_submodule(module)
+        assert isinstance(live, LodaModule)
+        self.live, self.matrix = live, matrix
+        r, out = matrix.rank, matrix.shape[0]
+        parts = {"A": matrix.A, "B": matrix.B}
+        self.units: dict[str, float] = {}
+        z = float(torch.linalg.matrix_norm(matrix.A)) / r**0.5
+        if matrix.f1 is None:
+            parts |= {"f1_in": torch.linalg.qr(torch.randn(r, r, generator=draw)).Q, "f1_out": torch.ones(r, r)}
+            self.units["f1_out"] = _CAUTION * z / r**0.5
+        else:
+            parts |= {"f1_in": matrix.f1[0], "f1_out": matrix.f1[1]}
+        if plus and matrix.f2 is None:
+            parts["f2"] = torch.ones(out)
+            self.units["f2"] = _CAUTION * z * float(torch.linalg.matrix_norm(matrix.B)) / out**0.5
+        elif matrix.f2 is not None:
+            parts["f2"] = matrix.f2
+        self.parameters = {name: nn.Parameter(value.to(stage.device, torch.float32, copy=True)) for name, value in parts.items()}
+        self.refresh()
+
+    def _value(self, name: str) -> Tensor:
+        parameter, unit = self.parameters[name], self.units.get(name)
+        return parameter if unit is None else unit * (parameter - 1)
+
+    def refresh(self) -> None:
+        for name in self.parameters:
+            setattr(self.live, name, self._value(name))
+
+    def written(self) -> LodaMatrix:
+        parts = {name: self._value(name).detach() for name in self.parameters}
+        if not parts["f1_out"].any():
+            return replace(self.matrix, A=parts["A"], B=parts["B"], f1=None, f2=None)  # f2 of zero is zero
+        return replace(self.matrix, A=parts["A"], B=parts["B"], f1=(parts["f1_in"], parts["f1_out"]), f2=parts.get("f2"))
