@@ -52,15 +52,16 @@ def _charts(data: Mapping[str, Any]) -> str:
     for row in data["candidates"]:
         series.setdefault(series_of(row), []).append((float(row["bytes"]), row["captured_of_matrices"]))
     frontier = [(name, sorted(points)) for name, points in series.items()]
-    marks = {"half": data["full_bytes"] / 2, "full delta": float(data["full_bytes"])}
-    sizes = lines(frontier, ("bytes on disk", "captured change of the matrices"), False, marks, True, _numbers(series), show_x=megabytes)
+    marks = {"half": data["full_bytes"] / 2, "full": float(data["full_bytes"])}
+    sizes = lines(frontier, ("bytes on disk", "captured change"), False, marks, True, _numbers(series), show_x=megabytes)
     largest = sorted(data["spectra"], key=lambda kind: -data["kinds"][kind]["share"])[:_CURVES]
     curves = [(kind, [(rank, share) for rank, share in data["spectra"][kind]]) for kind in largest]
     curves = [(kind, points) for kind, points in curves if points]
     titles = ("rank", "captured change")
     spectra = lines(curves, titles, False, {}, True, _numbers(largest), show_x=lambda rank: f"{rank:g}") if curves else ""
     return (
-        f"<h2>Size and spectrum</h2><div class=grid2><div class=card><h3>Size against captured change</h3>{sizes}</div>"
+        f"<h2>Size and spectrum</h2><div class=grid2><div class=card><h3>Size against captured change of the matrices</h3>{sizes}"
+        f"<p class=soft>Full: all changed tensors as they are. S: segments, runs of layers with a basis each.</p></div>"
         f"<div class=card><h3>What a LoRA of one rank captures, by kind of matrix</h3>{spectra}</div></div>"
     )
 

@@ -51,4 +51,4 @@ def series_of(row: Mapping[str, Any]) -> str:
     words = row["options"].split()
     if row["target"] == "lora":
         return f"LoRA {words[2]}"
-    return f"LatTE --segments {words[words.index('--segments') + 1]}" if row["target"] == "latte" else "LoRTA"
+    return f"LatTE S={words[words.index('--segments') + 1]}" if row["target"] == "latte" else "LoRTA"
