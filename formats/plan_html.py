@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from adapt_convert.formats.plan_table import effective_rank, percent, series_of
+from adapt_convert.formats.plan_table import effective_rank, percent, rounding_line, series_of
 from adapt_convert.formats.sizes import size_text
 from adapt_convert.formats.svg import heat_map, lines, megabytes
 from adapt_convert.formats.validation_html import CSS
@@ -90,7 +90,8 @@ def _kinds(data: Mapping[str, Any]) -> str:
         "Effective rank: (sum of s&sup2;)&sup2; / sum of s&#8308; over the singular values s, the mean of the matrices. Expected rounding: "
         "the share of the change that storing the fine-tune in its dtype accounts for, a twelfth of the squared step for each entry."
     )
-    return f"<h2>What changed</h2><div class='card scroll names'>{_table(heads, rows)}</div><p class=soft>{note}</p>"
+    noise = f"<p>{rounding_line(data)}</p>" if rounding_line(data) else ""
+    return f"<h2>What changed</h2>{noise}<div class='card scroll names'>{_table(heads, rows)}</div><p class=soft>{note}</p>"
 
 
 def _places(data: Mapping[str, Any]) -> str:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_MATERIAL = 0.001  # share of the change whose being noise is worth a line
+
+
 def plan_tables(data: Mapping[str, Any]) -> list[Table]:
     """What changed by kind of tensor, and the candidates."""
     from rich.table import Table
@@ -44,6 +47,18 @@ def effective_rank(row: Mapping[str, Any]) -> str:
     if low is None:
         return "-"
     return f"{low:.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f}"
+
+
+def rounding_line(data: Mapping[str, Any]) -> str:
+    """How much of the change can be rounding, in a sentence; empty where that is next to nothing, or not known."""
+    rounding = data["rounding"]
+    share = rounding.get("expected_rounding_of_the_fine_tune", 0.0)
+    if share < _MATERIAL:
+        return ""
+    return (
+        f"Storing the fine-tune in its dtype is expected to account for {share:.1%} of the change of the matrices: "
+        f"{rounding['unchanged_entries']:.1%} of their entries did not move, {rounding['one_step_entries']:.1%} moved by one step."
+    )
 
 
 def series_of(row: Mapping[str, Any]) -> str:
