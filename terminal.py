@@ -78,6 +78,11 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
     table.add_row("size", f"{size_text(report['bytes'])}, of which stored exactly {size_text(report['bytes_exact'])}")
     table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
     table.add_row("tensors", ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())))
+    if "calibration" in report:
+        about = report["calibration"]
+        tried = ", ".join(f"{name} {value:.4g}" for name, value in about["candidates"].items())
+        table.add_row("held-out KL", f"{tried} (base {about['kl_of_base']:.4g})")
+        table.add_row("", f"{about['chosen']} is written: {1 - about['kl'] / about['kl_of_base']:.1%} of the base's KL removed")
     table.add_row("time", f"{report['seconds']:.1f} s")
     table.add_row("peak memory", size_text(report["peak_memory"]))
     terminal.print(table)

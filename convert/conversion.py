@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.architectures import module_names
+from adapt_convert.convert.calibration.calibrated import calibrated
+from adapt_convert.convert.calibration.work import Work
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora, unstorable
 from adapt_convert.convert.lorta.solver import reference_slots, solve_lorta
@@ -91,13 +93,18 @@ def convert(
     started = time.monotonic()
     chosen = Options(**options)
     opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
+    chosen = chosen.with_budget_in_bytes(opened_base.store.nbytes)
     plan = make_plan(opened_base, opened_source, chosen)
     require_factors(plan, opened_base, chosen)
     on_plan(plan, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
     stored, lost, records = survey(pairs, plan, chosen, progress)
-    adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
+    calibration: dict[str, Any] = {}
+    if chosen.calib is None:
+        adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
+    else:
+        adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS[chosen.to], progress), chosen)
     records += [with_lost_rows(record, lost) for record in solved]
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
@@ -114,6 +121,8 @@ def convert(
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
     if isinstance(adapter, LatteAdapter):
         report["latte"] = adapter.details
+    if calibration:
+        report["calibration"] = calibration
     return Conversion(adapter, opened_base, plan, records, report, started)
 
 

@@ -38,6 +38,7 @@ def inspect(
         return _describe(path, revision)
     chosen = Options(**options)
     base, source = open_pair(path, other, revision, base_revision, task)
+    chosen = chosen.with_budget_in_bytes(base.store.nbytes)
     plan = make_plan(base, source, chosen)
     require_factors(plan, base, chosen)
     refuse_certain_losses(plan, chosen)

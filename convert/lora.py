@@ -99,7 +99,7 @@ def prepare(pairs: Pairs, plan: Plan, entry: Entry, options: Options) -> None:
 def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> dict[str, int]:
     """A first pass over the matrices that keeps singular values alone; a matrix whose known values are all spent is redone
     with twice as many, until none is."""
-    assert options.budget is not None
+    assert isinstance(options.budget, int)
     item = DTYPES[options.dtype or output_dtype(pairs.source)].itemsize
     costs = {entry.name: sum(entry.matrix_shape) * item for entry in entries}
     average = max(1, options.budget // sum(costs.values()))

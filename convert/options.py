@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,8 @@ TARGETS = ("lora", "lorta", "latte")
 CONSTRUCTIONS = ("residual", "score")
 HEADS = ("wider", "more")
 DEFAULT_RANK = 16
+DEFAULT_CALIB_TOKENS = 32768
+SELF = "self"  # the value of `calib` that asks for text from the fine-tune itself
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -24,15 +27,17 @@ _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib":
 class Options:
     """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
-    At most one of `rank`, `energy` (share of each matrix, in (0, 1]) and `budget` (bytes for all factors together) is given;
-    without any the rank is 16. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
+    At most one of `rank`, `energy` (share of each matrix, in (0, 1]), `budget` (for all factors together: bytes, or a float below 1 as
+    a share of the base's bytes, "0.1%" as text) and `target_kl` (nats per token) is given; without any the rank is 16.
+    `calib` (a file, or `self` for text that the fine-tune writes) gives `calib_tokens` tokens to fit to; `refine` counts steps of
+    distillation. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model),
     `construction` and `heads` are LatTE's. Raises `AdaptError` on anything out of range.
     """
 
     to: str = "lora"
     rank: int | None = None
     energy: float | None = None
-    budget: int | None = None
+    budget: int | float | None = None
     target_modules: tuple[str, ...] = ()  # or one text with commas
     exclude: tuple[str, ...] = ()
     dtype: str | None = None
@@ -43,6 +48,10 @@ class Options:
     segments: int | str | None = None
     construction: str = "residual"
     heads: str = "wider"
+    calib: str | None = None
+    calib_tokens: int = DEFAULT_CALIB_TOKENS
+    refine: int | None = None
+    target_kl: float | None = None
 
     def __post_init__(self) -> None:
         for name, parse in _PARSERS.items():
@@ -51,21 +60,23 @@ class Options:
                 object.__setattr__(self, name, parse(f"--{name.replace('_', '-')}", value))
         if self.to not in TARGETS:
             raise AdaptError(f"--to {self.to}: unknown target; choose one of {', '.join(TARGETS)}")
-        given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
+        given = [name for name in ("rank", "energy", "budget", "target_kl") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise AdaptError(f"--{given[0]} and --{given[1]} contradict each other; give one")
+            first, second = (name.replace("_", "-") for name in given[:2])
+            raise AdaptError(f"--{first} and --{second} contradict each other; give one")
         if not given:
             object.__setattr__(self, "rank", DEFAULT_RANK)
         if self.rank is not None and self.rank < 1:
             raise AdaptError(f"--rank {self.rank}: must be a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise AdaptError(f"--energy {self.energy}: must be above 0 and at most 1")
-        if self.budget is not None and self.budget < 1:
-            raise AdaptError(f"--budget {self.budget}: must be at least one byte")
+        if self.budget is not None and not (0 < self.budget < 1 if isinstance(self.budget, float) else self.budget >= 1):
+            raise AdaptError(f"--budget {self.budget}: must be at least one byte, or a share of the base between 0% and 100%")
         if not 0 <= self.seed < 2**63:
             raise AdaptError(f"--seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
         self._check_latte()
-        if self.to == "lorta" and self.rank is None:
+        self._check_calibration()
+        if self.to == "lorta" and self.rank is None and self.target_kl is None:
             raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise AdaptError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
@@ -92,14 +103,35 @@ class Options:
         if self.to == "latte" and self.budget is not None:
             raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
 
+    def _check_calibration(self) -> None:
+        if self.calib_tokens < 64:
+            raise AdaptError(f"--calib-tokens {self.calib_tokens}: must be at least 64")
+        if self.refine is not None and self.refine < 1:
+            raise AdaptError(f"--refine {self.refine}: must be a whole number of at least 1, the steps of distillation")
+        if self.target_kl is not None and not 0 < self.target_kl < float("inf"):
+            raise AdaptError(f"--target-kl {self.target_kl}: must be above 0, in nats per token")
+        needs = next((name for name in ("refine", "target_kl") if getattr(self, name) is not None), None)
+        if needs and self.calib is None:
+            raise AdaptError(f"--{needs.replace('_', '-')} runs the models on text: give --calib FILE, or --calib self")
+        if self.calib is not None and self.construction == "score":
+            raise AdaptError("--calib works for --construction residual: the score construction is exact or refused")
+
+    def with_budget_in_bytes(self, whole: int) -> Options:
+        """The same options with a budget that is a share of `whole` bytes turned into bytes."""
+        return replace(self, budget=max(1, int(self.budget * whole))) if isinstance(self.budget, float) else self
+
     @property
     def size_name(self) -> str:
-        """How large the adapter is to be, as its directory is named by default: `r16`, `e0.9` or `20MB`."""
+        """How large the adapter is to be, as its directory is named by default: `r16`, `e0.9`, `20MB`, `0.1pct` or `kl0.01`."""
         if self.rank is not None:
             return f"r{self.rank}"
         if self.energy is not None:
             return f"e{self.energy:g}"
+        if self.target_kl is not None:
+            return f"kl{self.target_kl:g}"
         assert self.budget is not None
+        if isinstance(self.budget, float):
+            return f"{100 * self.budget:g}pct"
         unit = next(unit for unit in ("gb", "mb", "kb", "b") if self.budget % _UNITS[unit] == 0)
         return f"{self.budget // _UNITS[unit]}{unit.upper()}"
 
@@ -146,8 +178,18 @@ def _number(option: str, value: object) -> float:
     raise AdaptError(f"{option} {_brief(value)}: must be a number")
 
 
-def _bytes(option: str, value: object) -> int:
+def _budget(option: str, value: object) -> int | float:
+    if isinstance(value, float):
+        return value
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return _number(option, value.strip().removesuffix("%")) / 100
     return parse_size(value) if isinstance(value, str) else _whole_number(option, value)
+
+
+def _calibration(option: str, value: object) -> str:
+    if isinstance(value, str | Path) and str(value).strip():
+        return str(value)
+    raise AdaptError(f"{option}: name a file of text or token ids, or give self")
 
 
 def _segments(option: str, value: object) -> int | str:
@@ -164,11 +206,15 @@ def _names(option: str, value: object) -> tuple[str, ...]:
 _PARSERS: dict[str, Callable[[str, object], object]] = {
     "rank": _whole_number,
     "energy": _number,
-    "budget": _bytes,
+    "budget": _budget,
     "seed": _whole_number,
     "segments": _segments,
     "target_modules": _names,
     "exclude": _names,
+    "calib": _calibration,
+    "calib_tokens": _whole_number,
+    "refine": _whole_number,
+    "target_kl": _number,
 }
 
 

@@ -20,7 +20,7 @@ _HEADER = 120  # bytes of a safetensors header for one tensor
 def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
     """Bytes of the written weights, and of peak memory, if every tensor of the plan changed."""
     item = DTYPES[options.dtype or output_dtype(source)].itemsize
-    factors = options.budget or _factor_numbers(plan, options) * item
+    factors = int(options.budget or 0) or _factor_numbers(plan, options) * item
     stored = sum(_stored_bytes(entry, plan, options) for entry in plan.having("store"))
     work = max(_in_work(plan), _largest_stored(plan))
     headers = _HEADER * sum(2 if entry.action == "factor" else 1 for entry in plan.entries if entry.action != "drop")

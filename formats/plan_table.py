@@ -28,7 +28,23 @@ def plan_tables(data: Mapping[str, Any]) -> list[Table]:
     for row in data["candidates"]:
         sizes = size_text(row["bytes"]), size_text(row["bytes_exact"])
         candidates.add_row(*map(Text, (row["options"], *sizes, percent(row["captured_of_matrices"]))))
-    return [kinds, candidates]
+    return [kinds, candidates, *_on_inputs(data["on_inputs"])]
+
+
+def _on_inputs(found: Mapping[str, Any] | None) -> list[Table]:
+    """What reaches the outputs of the matrices on a text; nothing without one."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if found is None:
+        return []
+    kinds = Table("reaches the outputs", *_right("share", "effective rank", "rank 16 holds"))
+    for kind, row in found["kinds"].items():
+        kinds.add_row(*map(Text, (kind, percent(row["share"]), effective_rank(row), percent(row["captured_by_rank_16"]))))
+    ranks = Table("LoRA solved with --calib", *_right("holds of the outputs' change"))
+    for rank, share in found["lora_by_rank"].items():
+        ranks.add_row(f"--rank {rank}", percent(share))
+    return [kinds, ranks]
 
 
 def _right(*titles: str) -> list[Any]:

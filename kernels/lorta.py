@@ -13,7 +13,7 @@ def lorta_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, heads: Tensor, reads: 
 
     Returns `y`, which may have been overwritten.
     """
-    if runs_on_triton(y, A.shape[1]):
+    if runs_on_triton(y, A.shape[1]) and not (torch.is_grad_enabled() and A.requires_grad):  # the kernel has no backward pass
         from adapt_convert.kernels.lorta_triton import lorta_add_triton
 
         with torch.cuda.device(y.device):

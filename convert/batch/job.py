@@ -28,7 +28,7 @@ class Job:
 
         A budget is spent after a first pass over all matrices, so such a job reads the base for itself.
         """
-        return self.options.to == "lora" and self.options.budget is None
+        return self.options.to == "lora" and self.options.budget is None and self.options.calib is None
 
     def settings(self) -> dict[str, Any]:
         """What is asked for, but for the inputs; plain data."""

@@ -19,7 +19,7 @@ from adapt_convert.convert.options import CONSTRUCTIONS, DTYPES, HEADS, TARGETS,
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, refuse_revision
 
-_SIZES = ("rank", "energy", "budget")
+_SIZES = ("rank", "energy", "budget", "target_kl")
 _WHOLE = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\s*\d+\s*$"}]}
 _NAMES = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _TEXT, _FLAG = {"type": "string", "minLength": 1}, {"type": "boolean"}
@@ -27,7 +27,7 @@ OPTION_SCHEMAS: dict[str, dict[str, Any]] = {
     "to": {"enum": list(TARGETS)},
     "rank": _WHOLE,
     "energy": {"anyOf": [{"type": "number"}, {"type": "string"}]},
-    "budget": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+    "budget": {"anyOf": [{"type": "number"}, {"type": "string"}]},
     "target_modules": _NAMES,
     "exclude": _NAMES,
     "dtype": {"enum": list(DTYPES)},
@@ -38,6 +38,10 @@ OPTION_SCHEMAS: dict[str, dict[str, Any]] = {
     "segments": {"anyOf": [*_WHOLE["anyOf"], {"const": "auto"}]},
     "construction": {"enum": list(CONSTRUCTIONS)},
     "heads": {"enum": list(HEADS)},
+    "calib": _TEXT,
+    "calib_tokens": _WHOLE,
+    "refine": _WHOLE,
+    "target_kl": {"anyOf": [{"type": "number"}, {"type": "string"}]},
 }
 _JOB_SCHEMAS: dict[str, dict[str, Any]] = {
     "base": _TEXT | {"description": "The model that the fine-tune was made from: a directory, a file or a Hub id."},

@@ -54,7 +54,7 @@ def solve_lorta(
         raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
     adapter.exact = {entry.name: lazy_value(pairs, plan, entry.name) for entry in stored}
     records = [exact(entry, energy, entry.reason) for entry, energy in stored.items()]
-    return adapter, records + _measure(pairs, plan, adapter, progress)
+    return adapter, records + measure(pairs, plan, adapter, progress)
 
 
 def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orientation) -> tuple[list[_Slice], int]:
@@ -131,7 +131,7 @@ def _fit(
     slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s)) for s in slices]
     assert options.rank is not None
     fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device, progress=progress)
-    factors = _as_written(fit.factors, dtype)
+    factors = as_written(fit.factors, dtype)
     block_name: Literal["attention", "mlp"] = "attention" if name == "attention" else "mlp"
     return LortaBlock(block_name, factors, shape.group, tuple(s.slot for s in slices))
 
@@ -144,15 +144,15 @@ def _residual_width(slices: list[_Slice]) -> int:
 
 
 def _loader(pairs: Pairs, part: _Slice) -> Callable[[], Delta]:
-    return lambda: _slab_of(pairs.passing_delta(part.entry), part.slot)
+    return lambda: slab_of(pairs.passing_delta(part.entry), part.slot)
 
 
-def _slab_of(delta: Delta, slot: Slot) -> Delta:
+def slab_of(delta: Delta, slot: Slot) -> Delta:
     rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
     return rows.T if slot.transposed else rows
 
 
-def _as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
+def as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
     """The factors as they will be read back: rounded to the output dtype, in float32 on the CPU."""
 
     def rounded(factor: torch.Tensor) -> torch.Tensor:
@@ -167,14 +167,14 @@ def _as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
     )
 
 
-def _measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress) -> list[Record]:
+def measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress) -> list[Record]:
     """A last pass over the matrices: what each slice of the written tensor misses of its matrix."""
     slots: dict[str, list[tuple[LortaBlock, Slot]]] = {}
     for block in adapter.blocks:
         for slot in block.slots:
             slots.setdefault(slot.module, []).append((block, slot))
 
-    def measure(entry: Entry, delta: Delta) -> tuple[float, float]:
+    def missed(entry: Entry, delta: Delta) -> tuple[float, float]:
         residual = 0.0
         for block, slot in slots[entry.module]:
             rows = delta if slot.start is None or slot.stop is None else delta.rows(slot.start, slot.stop)
@@ -182,7 +182,7 @@ def _measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress
         return delta.energy(), residual
 
     records = []
-    for entry, (energy, residual) in pairs.each(progress(plan.having("factor"), "measuring"), measure):
+    for entry, (energy, residual) in pairs.each(progress(plan.having("factor"), "measuring"), missed):
         rank = slots[entry.module][0][0].factors.A.shape[1]
         reason = "" if energy else "did not change itself, but is a slice of the common tensor"
         records.append(Record(entry, "factored", energy, residual, reason, rank))

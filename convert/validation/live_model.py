@@ -27,15 +27,15 @@ _TASKS: tuple[tuple[str, Task], ...] = (
 _LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 
 
-def require_run_extra() -> None:
-    """Refuse when `transformers` or `peft`, which run models, are not installed."""
+def require_run_extra(who: str = "validation runs the models") -> None:
+    """Refuse when `transformers` or `peft`, which run models, are not installed; `who` begins the line that says so."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import peft  # noqa: F401
             import transformers  # noqa: F401
     except ImportError as error:
-        raise AdaptError(f"validation runs the models and needs {error.name}: pip install 'adapt-convert[run]'") from None
+        raise AdaptError(f"{who} and needs {error.name}: pip install 'adapt-convert[run]'") from None
 
 
 def read_config(location: Location) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""What modules of a live model are given while it runs: the activations that calibration and fitting need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.validation.outputs import Batch, call
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it ends a forward pass of which the rest is not needed
+    pass
+
+
+def captured_inputs(model: Any, modules: Sequence[str], batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Run `model` on every batch and yield what each of the `modules`, by name, was given.
+
+    The inputs are `(tokens, in)`, one row for each position of the batch, in the dtype and on the device of the model; modules
+    that share an input share the tensor. The last dim is the one that a linear layer multiplies, also of GPT-2's `Conv1D`.
+    Nothing is kept between batches, and no gradients are. A forward pass ends where the last of the modules has been reached, so
+    modules of early layers cost a part of one. Raises `AdaptError` when the model does not run on the batch.
+    """
+    held: dict[str, Tensor] = {}
+    left: set[str] = set()
+
+    def keep(name: str, x: Tensor) -> None:
+        held[name] = x.detach().reshape(-1, x.shape[-1])
+        left.discard(name)
+        if not left:
+            raise _Enough
+
+    def hook(name: str) -> Any:
+        return lambda module, inputs: keep(name, inputs[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+    try:
+        for batch in batches:
+            held, left = {}, set(modules)
+            try:
+                with torch.no_grad():
+                    call(model, batch, device)
+            except _Enough:
+                pass
+            yield held
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,24 @@
+"""Where what takes long to compute waits for the next conversion: a folder that the user can see and delete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from adapt_convert.formats.errors import AdaptError
+
+
+def cache_path(what: str, made_from: dict[str, Any]) -> Path:
+    """A path below `$XDG_CACHE_HOME/adapt-convert/WHAT` (`~/.cache` if that is not set), named by a hash of what it is made from.
+
+    Its folder exists afterwards. Raises `AdaptError` when it cannot be made.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapt-convert" / what
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdaptError(f"{root}: cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder that can be written to") from None
+    return root / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,129 @@
+"""Second moments of what the matrices of the fine-tune are given on the calibration text: the weights of whitened solvers.
+
+A group of modules at a time, so that memory holds the model once and a bounded number of moments; those that share an input
+share its moments. They wait in the cache under the hashes of the weights and of the tokens that they were made from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapt_convert.convert.calibration.activations import captured_inputs
+from adapt_convert.convert.calibration.cache import cache_path
+from adapt_convert.convert.calibration.texts import CalibrationText
+from adapt_convert.convert.latte.layout import NormKind
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.progress import Progress
+from adapt_convert.convert.validation.candidates import Stage
+from adapt_convert.kernels.latte_modules import norm_eps
+
+_AT_A_TIME = 2**30  # bytes of moments summed in one pass over the text
+_RIDGE = 1e-4  # share of the mean variance added to each channel: no direction costs nothing, also where the text is shorter than C is wide
+
+
+class Moments:
+    """`E[x x^T]` by module, `(in, in)` float32 on the CPU, x being its input at one token, and for a norm what it makes of that before its
+    gain and bias; read from files when asked for."""
+
+    def __init__(self, directory: Path, files: dict[str, str]) -> None:
+        self._directory, self._files = directory, files
+
+    def of(self, module: str) -> Tensor:
+        """The moments of a module's input, with a small ridge, so that they are positive definite."""
+        C = load_file(self._directory / self._files[module])["C"]
+        C.diagonal().add_(_RIDGE * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
+        return C
+
+    def name(self, module: str) -> str:
+        """What the moments of a module are called: modules with the same input have the same."""
+        return self._files[module]
+
+    def root(self, module: str) -> Tensor:
+        """A square root `L (in, in)` of the moments, `L L^T = C`, lower triangular float32 (Cholesky)."""
+        root: Tensor = torch.linalg.cholesky(self.of(module).double())
+        return root.float()
+
+
+# What a whitened solver is given: from the names of matrices, and of norms with their kind, to their moments.
+FindMoments = Callable[[Sequence[str], Mapping[str, NormKind]], Moments]
+
+
+def moments_of(
+    pairs: Pairs, stage: Stage, text: CalibrationText, progress: Progress, modules: Sequence[str], norms: Mapping[str, NormKind]
+) -> Moments:
+    """The moments of what `modules` and `norms` are given in the fine-tune, from the cache or worked out and left there."""
+    made_from = {"base": pairs.base.store.content_hash(), "source": pairs.source.store.content_hash(), "text": text.digest}
+    directory = cache_path("moments", made_from)
+    directory.mkdir(exist_ok=True)
+    index = directory / "index.json"
+    files = _readable(directory, index)
+    missing = [module for module in (*modules, *norms) if module not in files]
+    if missing:
+        stage.show(stage.fine_tune)
+    for group in _groups(stage, missing):
+        files |= _summed(stage, group, norms, text, progress, directory)
+        fresh = index.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(files, indent=1), encoding="utf-8")
+        os.replace(fresh, index)
+    return Moments(directory, files)
+
+
+def _readable(directory: Path, index: Path) -> dict[str, str]:
+    """The modules whose moments an earlier conversion has left whole."""
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))
+        for name in set(files.values()):
+            load_file(directory / name)
+    except (OSError, ValueError, SafetensorError, AttributeError):
+        return {}
+    return dict(files)
+
+
+def _groups(stage: Stage, modules: Sequence[str]) -> Iterator[list[str]]:
+    group, size = list[str](), 0
+    for module in modules:
+        weight = stage.root.get_parameter(f"{module}.weight")
+        conv1d = type(stage.root.get_submodule(module)).__name__ == "Conv1D"
+        own = 4 * weight.shape[0 if conv1d else -1] ** 2
+        if group and size + own > _AT_A_TIME:
+            yield group
+            group, size = [], 0
+        group.append(module)
+        size += own
+    if group:
+        yield group
+
+
+def _summed(
+    stage: Stage, modules: Sequence[str], norms: Mapping[str, NormKind], text: CalibrationText, progress: Progress, directory: Path
+) -> dict[str, str]:
+    """One pass over the text: the moments of some modules, written to the directory. Returns the file of each module."""
+    sums: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    tokens = 0
+    for inputs in captured_inputs(stage.root, modules, progress(text.fit, "moments"), stage.device):
+        if not owner:
+            first: dict[tuple[int, ...], str] = {}
+            owner = {name: name if name in norms else first.setdefault((x.data_ptr(), *x.shape), name) for name, x in inputs.items()}
+        for name in dict.fromkeys(owner.values()):
+            x = inputs[name].float()
+            x = _normalised(x, stage.root.get_submodule(name), norms[name]) if name in norms else x
+            sums[name] = sums.get(name, 0) + x.T @ x
+        tokens += len(next(iter(inputs.values())))
+    for name, total in sums.items():
+        save_file({"C": (total / tokens).cpu().contiguous()}, directory / f"{name}.safetensors")
+    return {module: f"{owner[module]}.safetensors" for module in modules}
+
+
+def _normalised(x: Tensor, norm: nn.Module, kind: NormKind) -> Tensor:
+    d, eps = x.shape[-1:], norm_eps(norm)
+    return functional.layer_norm(x, d, eps=eps) if kind == "layer" else functional.rms_norm(x, d, eps=eps)

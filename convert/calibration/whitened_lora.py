@@ -1,0 +1,92 @@
+"""The LoRA that errs least on real inputs: `min E||(D - B A) x||^2` over all of rank r, in closed form.
+
+With `C = E[x x^T] = L L^T` that is `min ||(D - B A) L||_F`, solved by the leading left singular vectors U of `D L`: `B A = U U^T D`
+(as in SVD-LLM, arXiv 2403.07378, for whole weights). No inverse of L is taken, so that a delta of low rank stays exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from adapt_convert.convert.calibration.moments import FindMoments, Moments
+from adapt_convert.convert.calibration.work import Work
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, residual_energy
+from adapt_convert.convert.lora import solve_lora
+from adapt_convert.convert.options import DTYPES, Options
+from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.preflight import Entry, output_dtype
+from adapt_convert.convert.report import Record
+from adapt_convert.formats.peft import LoraAdapter
+
+
+class WhitenedPairs(Pairs):
+    """The same two sides, their deltas as `D L`: what a solver captures of those is captured of the outputs.
+
+    So is what it spends a budget on. A row of an embedding is read as often as its token comes: on average once in as many tokens
+    as there are, which is the weight that each row gets.
+    """
+
+    def __init__(self, pairs: Pairs, moments: Moments) -> None:
+        super().__init__(pairs.base, pairs.source, pairs.device)
+        self._moments = moments
+
+    def passing_delta(self, entry: Entry) -> Delta:
+        delta = super().passing_delta(entry)
+        if entry.kind == "embedding":
+            root: Tensor | float = 1 / math.sqrt(delta.shape[0])
+        else:
+            root = self._moments.root(entry.module).to(self.device)
+        return times(delta, root)
+
+
+def times(delta: Delta, right: Tensor | float) -> Delta:
+    """`D @ right`, or D times a number."""
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(delta.B, delta.A @ right if isinstance(right, Tensor) else delta.A * right)
+    return DenseDelta(delta.weight @ right if isinstance(right, Tensor) else delta.weight * right)
+
+
+def solve_whitened_lora(
+    work: Work, find_moments: FindMoments, options: Options, first: tuple[LoraAdapter, list[Record]]
+) -> tuple[LoraAdapter, list[Record]]:
+    """`solve_lora` with every error weighed by the inputs; the records say what is held of the deltas themselves."""
+    pairs, plan, progress = work.pairs, work.plan, work.progress
+    whitened = WhitenedPairs(pairs, find_moments([entry.module for entry in plan.having("factor") if entry.kind == "matrix"], {}))
+    adapter, records = solve_lora(whitened, plan, replace(options, dtype="float32"), work.stored, progress)
+    dtype = DTYPES[options.dtype or output_dtype(pairs.source)]
+    entries = [record.entry for record in records if record.status == "factored"]
+    found: dict[Entry, Record] = {}
+    by_alias = {e: [a.removesuffix(".weight") for a in plan.aliases(e.name)] for e in entries if e.kind == "embedding"}
+
+    def project(entry: Entry, delta: Delta) -> tuple[LowRankDelta, float, float]:
+        held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
+        factors = _projected(delta, held[entry.module].B.to(pairs.device))
+        written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
+        residual = residual_energy(delta, LowRankDelta(written.B.float(), written.A.float()))
+        return LowRankDelta(written.B.cpu().contiguous(), written.A.cpu().contiguous()), delta.energy(), residual
+
+    for entry, (factors, energy, residual) in pairs.each(progress(entries, "factoring on inputs"), project):
+        for module in (entry.module, *by_alias.get(entry, [])):
+            (adapter.embeddings if module in adapter.embeddings else adapter.factors)[module] = factors
+        found[entry] = Record(entry, "factored", energy, residual, rank=factors.rank)
+    return adapter, [found.get(record.entry) or _in_own_units(record, pairs) for record in records]
+
+
+def _projected(delta: Delta, B: Tensor) -> LowRankDelta:
+    """`U U^T D` for the range U of `B (out, r)`, as factors of one scale."""
+    U = torch.linalg.qr(B.double()).Q.float()
+    left, values, right = torch.linalg.svd(delta.rmatmul(U).T.double(), full_matrices=False)
+    root = values.sqrt()
+    return LowRankDelta((U.double() @ (left * root)).float(), (right * root[:, None]).float())
+
+
+def _in_own_units(record: Record, pairs: Pairs) -> Record:
+    """A matrix that the budget left without factors: its energy as a delta, not as outputs."""
+    if record.status != "dropped" or record.entry.action != "factor":
+        return record
+    energy = pairs.delta(record.entry).energy()
+    return replace(record, energy=energy, residual=energy)
