@@ -72,7 +72,7 @@ def _numbers(names: Sequence[str] | Mapping[str, Any]) -> dict[str, int]:
 
 def _kinds(data: Mapping[str, Any]) -> str:
     heads = ["", "share of the change", "matrices", "effective rank", "captured by rank 16"]
-    heads += ["entries unchanged", "entries one step", "expected rounding"]
+    heads += ["entries unchanged", "entries one step", "noise floor"]
     rows = [
         [
             escape(kind),
@@ -82,13 +82,13 @@ def _kinds(data: Mapping[str, Any]) -> str:
             percent(row.get("captured_by_rank_16")),
             percent(row.get("unchanged_entries")),
             percent(row.get("one_step_entries")),
-            percent(row.get("expected_rounding_of_the_fine_tune")),
+            percent(row.get("noise_floor")),
         ]
         for kind, row in data["kinds"].items()
     ]
     note = (
-        "Effective rank: (sum of s&sup2;)&sup2; / sum of s&#8308; over the singular values s, the mean of the matrices. Expected rounding: "
-        "the share of the change that storing the fine-tune in its dtype accounts for, a twelfth of the squared step for each entry."
+        "Effective rank: (sum of s&sup2;)&sup2; / sum of s&#8308; over the singular values s, the mean of the matrices. Noise floor: the "
+        "energy of rounding errors, uniform over one step of the fine-tune's dtype, beside that of the change."
     )
     noise = f"<p>{rounding_line(data)}</p>" if rounding_line(data) else ""
     return f"<h2>What changed</h2>{noise}<div class='card scroll names'>{_table(heads, rows)}</div><p class=soft>{note}</p>"

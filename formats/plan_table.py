@@ -19,10 +19,10 @@ def plan_tables(data: Mapping[str, Any]) -> list[Table]:
     from rich.table import Table
     from rich.text import Text
 
-    kinds = Table("changed", *_right("share", "effective rank", "rank 16 holds", "unchanged", "one step", "rounding"))
+    kinds = Table("changed", *_right("share", "effective rank", "rank 16 holds", "unchanged", "one step", "noise floor"))
     for kind, row in data["kinds"].items():
-        rounding = (row.get(key) for key in ("unchanged_entries", "one_step_entries", "expected_rounding_of_the_fine_tune"))
-        cells = [percent(row["share"]), effective_rank(row), percent(row.get("captured_by_rank_16")), *map(percent, rounding)]
+        noise = (row.get(key) for key in ("unchanged_entries", "one_step_entries", "noise_floor"))
+        cells = [percent(row["share"]), effective_rank(row), percent(row.get("captured_by_rank_16")), *map(percent, noise)]
         kinds.add_row(*map(Text, (kind, *cells)))
     candidates = Table("options", *_right("size", "stored exactly", "captured"))
     for row in data["candidates"]:
@@ -66,14 +66,16 @@ def effective_rank(row: Mapping[str, Any]) -> str:
 
 
 def rounding_line(data: Mapping[str, Any]) -> str:
-    """How much of the change can be rounding, in a sentence; empty where that is next to nothing, or not known."""
+    """The change beside the rounding of its dtype, in a sentence; empty where that is next to nothing, or not known."""
     rounding = data["rounding"]
-    share = rounding.get("expected_rounding_of_the_fine_tune", 0.0)
-    if share < _MATERIAL:
+    floor = rounding.get("noise_floor", 0.0)
+    if floor < _MATERIAL:
         return ""
+    finer = ", so it is finer than that dtype resolves" if floor > 1 else ""
     return (
-        f"Storing the fine-tune in its dtype is expected to account for {share:.1%} of the change of the matrices: "
-        f"{rounding['unchanged_entries']:.1%} of their entries did not move, {rounding['one_step_entries']:.1%} moved by one step."
+        f"The noise floor of the fine-tune's dtype is {floor:.1%} of the energy of the change of the matrices{finer}: "
+        f"{rounding['unchanged_entries']:.1%} of their entries did not move, and {rounding['one_step_entries']:.1%}, with "
+        f"{rounding['one_step_energy']:.1%} of the energy, moved by a single step."
     )
 
 

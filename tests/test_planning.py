@@ -147,10 +147,13 @@ def test_the_noise_floor_is_the_energy_that_rounding_has(make_pair: Any, tmp_pat
         lost += float((ft[name].float() - true[name]).square().sum())
         energy += float(stored.square().sum())
         assert row["unchanged_entries"] == pytest.approx(float((stored == 0).float().mean()))
-        assert 0.2 < row["one_step_entries"] < 1 - row["unchanged_entries"]
-    assert data["rounding"]["expected_rounding_of_the_fine_tune"] == pytest.approx(lost / energy, rel=0.05)
+        neighbour = torch.nextafter(torch.maximum(ft[name].abs(), base[name].abs()), torch.tensor(torch.inf, dtype=torch.bfloat16))
+        one_step = (stored != 0) & (stored.abs() <= (neighbour.float() - torch.maximum(ft[name].abs(), base[name].abs()).float()))
+        assert row["one_step_entries"] == pytest.approx(float(one_step.float().mean()))
+        assert row["one_step_energy"] == pytest.approx(float(stored[one_step].square().sum() / stored.square().sum()), rel=1e-4)
+    assert data["rounding"]["noise_floor"] == pytest.approx(lost / energy, rel=0.05)
     assert 0.02 < lost / energy < 0.2
-    assert f"{data['rounding']['expected_rounding_of_the_fine_tune']:.1%} of the change" in rounding_line(data)
+    assert f"{data['rounding']['noise_floor']:.1%} of the energy" in rounding_line(data)
 
 
 def test_the_smallest_adapter_that_holds_enough_is_recommended(make_pair: Any, tmp_path: Path) -> None:
