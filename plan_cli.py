@@ -18,6 +18,8 @@ from adapt_convert.terminal import emit, print_forecast, progress
 @click.option("--target-modules", multiple=True, metavar="NAME", help="What to factor, as in `delta`; all-linear if nothing is said.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats.")
 @click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default.")
+@click.option("--calib", metavar="FILE", help="Text or token ids (.jsonl) to weigh the change by, or self: text from the fine-tune.")
+@click.option("--calib-tokens", metavar="N", default="32768", show_default=True, help="Tokens taken from --calib.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
 @click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers.")
 @click.option(
@@ -32,7 +34,7 @@ def plan(base: str, ft: str, html: Path | None, overwrite: bool, as_json: bool, 
     """Say what FT changed in BASE, what LoRAs, LoRTAs and LatTEs of it would hold and take, and which one to make.
 
     Everything is predicted from the weights, and the figures are those that `delta` with the same options would measure; no adapter
-    is written.
+    is written. With --calib both models are run, and how the change reaches the outputs of the matrices is said beside it.
 
     \b
     Example:

@@ -161,11 +161,13 @@ def print_demo(result: dict[str, Any]) -> None:
 
 def print_forecast(data: dict[str, Any]) -> None:
     """What changed and the candidates as tables, what was left out, and the recommendation last."""
-    from adapt_convert.formats.plan_table import plan_tables
+    from adapt_convert.formats.plan_table import plan_tables, rounding_line
 
     terminal = console()
     for table in plan_tables(data):
         terminal.print(table)
+    if noise := rounding_line(data):
+        terminal.print(noise, highlight=False, soft_wrap=True)
     for name, reason in data["left_out"].items():
         terminal.print(f"not predicted: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
     terminal.print(data["recommendation"]["sentence"], highlight=False, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from adapt_convert.formats.plan_table import effective_rank, percent, series_of
+from adapt_convert.formats.plan_table import effective_rank, percent, rounding_line, series_of
 from adapt_convert.formats.sizes import size_text
 from adapt_convert.formats.svg import heat_map, lines, megabytes
 from adapt_convert.formats.validation_html import CSS
@@ -52,15 +52,16 @@ def _charts(data: Mapping[str, Any]) -> str:
     for row in data["candidates"]:
         series.setdefault(series_of(row), []).append((float(row["bytes"]), row["captured_of_matrices"]))
     frontier = [(name, sorted(points)) for name, points in series.items()]
-    marks = {"half": data["full_bytes"] / 2, "full delta": float(data["full_bytes"])}
-    sizes = lines(frontier, ("bytes on disk", "captured change of the matrices"), False, marks, True, _numbers(series), show_x=megabytes)
+    marks = {"half": data["full_bytes"] / 2, "full": float(data["full_bytes"])}
+    sizes = lines(frontier, ("bytes on disk", "captured change"), False, marks, True, _numbers(series), show_x=megabytes)
     largest = sorted(data["spectra"], key=lambda kind: -data["kinds"][kind]["share"])[:_CURVES]
     curves = [(kind, [(rank, share) for rank, share in data["spectra"][kind]]) for kind in largest]
     curves = [(kind, points) for kind, points in curves if points]
     titles = ("rank", "captured change")
     spectra = lines(curves, titles, False, {}, True, _numbers(largest), show_x=lambda rank: f"{rank:g}") if curves else ""
     return (
-        f"<h2>Size and spectrum</h2><div class=grid2><div class=card><h3>Size against captured change</h3>{sizes}</div>"
+        f"<h2>Size and spectrum</h2><div class=grid2><div class=card><h3>Size against captured change of the matrices</h3>{sizes}"
+        f"<p class=soft>Full: all changed tensors as they are. S: segments, runs of layers with a basis each.</p></div>"
         f"<div class=card><h3>What a LoRA of one rank captures, by kind of matrix</h3>{spectra}</div></div>"
     )
 
@@ -71,7 +72,7 @@ def _numbers(names: Sequence[str] | Mapping[str, Any]) -> dict[str, int]:
 
 def _kinds(data: Mapping[str, Any]) -> str:
     heads = ["", "share of the change", "matrices", "effective rank", "captured by rank 16"]
-    heads += ["entries unchanged", "entries one step", "expected rounding"]
+    heads += ["entries unchanged", "entries one step", "noise floor"]
     rows = [
         [
             escape(kind),
@@ -81,15 +82,16 @@ def _kinds(data: Mapping[str, Any]) -> str:
             percent(row.get("captured_by_rank_16")),
             percent(row.get("unchanged_entries")),
             percent(row.get("one_step_entries")),
-            percent(row.get("expected_rounding_of_the_fine_tune")),
+            percent(row.get("noise_floor")),
         ]
         for kind, row in data["kinds"].items()
     ]
     note = (
-        "Effective rank: (sum of s&sup2;)&sup2; / sum of s&#8308; over the singular values s, the mean of the matrices. Expected rounding: "
-        "the share of the change that storing the fine-tune in its dtype accounts for, a twelfth of the squared step for each entry."
+        "Effective rank: (sum of s&sup2;)&sup2; / sum of s&#8308; over the singular values s, the mean of the matrices. Noise floor: the "
+        "energy of rounding errors, uniform over one step of the fine-tune's dtype, beside that of the change."
     )
-    return f"<h2>What changed</h2><div class='card scroll names'>{_table(heads, rows)}</div><p class=soft>{note}</p>"
+    noise = f"<p>{rounding_line(data)}</p>" if rounding_line(data) else ""
+    return f"<h2>What changed</h2>{noise}<div class='card scroll names'>{_table(heads, rows)}</div><p class=soft>{note}</p>"
 
 
 def _places(data: Mapping[str, Any]) -> str:

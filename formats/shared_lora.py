@@ -10,16 +10,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.checkpoint import TensorStore
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 from adapt_convert.formats.source import SHARED_LORA_CONFIG, Part, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapt_convert.convert.delta import LowRankDelta
 
 WEIGHTS = "shared_lora.safetensors"
 _VERSION = 1
@@ -120,6 +122,8 @@ class SharedLora:
         left, right = self.store.infos[keys[0]], self.store.infos[keys[1]]
 
         def load() -> LowRankDelta:
+            from adapt_convert.convert.delta import LowRankDelta  # imports torch, which headers do not need
+
             pair, core = self.subspaces(module), self.core(number, module)
             assert core is not None
             return LowRankDelta(pair.U @ core, pair.V)

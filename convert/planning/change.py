@@ -77,8 +77,8 @@ class MatrixChange:
         }
 
 
-def measure_changes(pairs: Pairs, plan: Plan, seed: int, progress: Progress) -> list[MatrixChange]:
-    """Every matrix that the plan would factor, in order; each is read once, and its base once more."""
+def measure_changes(pairs: Pairs, plan: Plan, seed: int, progress: Progress, rounding: bool = True) -> list[MatrixChange]:
+    """Every matrix that the plan would factor, in order; each is read once, and with `rounding` its base once more."""
 
     def work(entry: Entry, delta: Delta) -> MatrixChange:
         small = min(delta.shape)
@@ -88,8 +88,8 @@ def measure_changes(pairs: Pairs, plan: Plan, seed: int, progress: Progress) -> 
         factorisation = factorise(delta, wanted, torch.Generator().manual_seed(seed))
         values = factorisation.values
         whole = isinstance(delta, LowRankDelta) or wanted == small or len(values) < wanted
-        rounding = measure_rounding(pairs, entry, delta)
-        return MatrixChange(entry, delta.shape, factorisation.energy, values.cpu(), whole, rounding)
+        noise = measure_rounding(pairs, entry, delta) if rounding else Rounding()
+        return MatrixChange(entry, delta.shape, factorisation.energy, values.cpu(), whole, noise)
 
     return [change for _, change in pairs.each(progress(plan.having("factor"), "taking spectra"), work)]
 

@@ -18,6 +18,7 @@ from adapt_convert.convert.planning.latte_frontier import latte_frontier
 from adapt_convert.convert.planning.lora_frontier import lora_frontier
 from adapt_convert.convert.planning.lorta_frontier import RANKS as LORTA_RANKS
 from adapt_convert.convert.planning.lorta_frontier import lorta_frontier
+from adapt_convert.convert.planning.on_inputs import forecast_on_inputs
 from adapt_convert.convert.planning.recommendation import recommend
 from adapt_convert.convert.preflight import Entry, Plan, make_plan, require_factors
 from adapt_convert.convert.progress import Progress, silent
@@ -69,7 +70,7 @@ def plan(
 
     `capture` is the share of the change of all matrices that the recommended adapter has to hold, above 0 and at most 1. No LoRTA
     fit begins later than `fit_seconds` after the first; 0 leaves LoRTAs out. `options` are `target_modules`, `exclude`, `dtype`,
-    `device` and `seed` of `Options`.
+    `device` and `seed` of `Options`, and `calib` and `calib_tokens` for what reaches the outputs on a text (`on_inputs`).
     Raises `AdaptError`, also when nothing changed.
     """
     if not 0 < capture <= 1:
@@ -96,6 +97,7 @@ def plan(
             "capture": capture,
             "candidates": [one.to_json() for one in found],
             "left_out": left_out,
+            "on_inputs": forecast_on_inputs(pairs, lora.plan, chosen, progress) if chosen.calib is not None else None,
             "recommendation": recommend(found, capture, whole, opened_source.kind == "checkpoint"),
             "seed": chosen.seed,
         }

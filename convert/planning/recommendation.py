@@ -26,11 +26,11 @@ def recommend(found: Sequence[Candidate], capture: float, full_bytes: int, is_ch
             "sentence": f"Make {best.options}: {size_text(best.bytes)} hold {best.captured_of_matrices:.1%} of the change, "
             f"{best.bytes / full_bytes:.1%} of the {size_text(full_bytes)} of the changed tensors.",
         }
-    whole = "the full delta" if is_checkpoint else "the adapter as it is"
+    what, whole = ("fine-tune", "the full delta") if is_checkpoint else ("adapter", "it as it is")
     nearest = max(small, key=lambda one: (one.captured_of_matrices, -one.bytes), default=None)
     most = f"the most that fits is {nearest.captured_of_matrices:.1%} ({nearest.options})" if nearest else "none fits"
     return {
         "options": None,
-        "sentence": f"This fine-tune is not low-rank: no adapter below half of the {size_text(full_bytes)} of its changed tensors holds "
-        f"{capture:.0%} of the change, {most}; ship {whole}.",
+        "sentence": f"This {what} is not low-rank: no adapter below half of the {size_text(full_bytes)} of its changed tensors holds "
+        f"{capture:.0%} of the change, {most}; ship {whole}, or measure with `adapt-convert validate` how it behaves with less.",
     }

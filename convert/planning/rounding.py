@@ -1,7 +1,8 @@
 """The noise floor of a change: how much of it can be the rounding of the dtype that the weights are stored in.
 
 A light fine-tune moves most weights by less than the distance between two neighbouring bfloat16 numbers. What is stored then is
-nothing or a whole step, and the difference from the true value, up to half a step either way, is no low-rank signal.
+nothing or a whole step, and the difference from the true value, up to half a step either way, is no low-rank signal. A change whose
+energy is below that of such errors is finer than the dtype resolves.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ _BLOCK = 2**19  # entries at a time, which stay in the processor's cache
 
 @dataclass(frozen=True)
 class Rounding:
-    """Of one matrix or of several: `entries` in all, those `unchanged`, and those changed by at most `one_step` of the dtype.
+    """Of one matrix or of several: `entries` in all, those `unchanged`, and those changed by at most `one_step` of the dtype, which
+    hold `one_step_energy` of the change.
 
-    `fine_tune` and `base` are the expected `||rounding error||_F^2` of storing either side, to be held against the energy of the
-    change: a twelfth of the squared step for each entry, which is the variance of an error that is uniform over one step (Bennett
-    1948). Where the true change is much smaller than a step the error is that change, and less than this. The base's counts only
-    where the fine-tune did not start from the stored base but from what that was rounded from.
+    `fine_tune` and `base` are the noise floors of either side, to be held against the energy of the change: a twelfth of the squared
+    step for each entry, which is the variance of an error that is uniform over one step (Bennett 1948). The base's counts only where
+    the fine-tune did not start from the stored base but from what that was rounded from.
     """
 
     entries: int = 0
     unchanged: int = 0
     one_step: int = 0
+    one_step_energy: float = 0.0
     fine_tune: float = 0.0
     base: float = 0.0
 
@@ -41,6 +43,7 @@ class Rounding:
             self.entries + other.entries,
             self.unchanged + other.unchanged,
             self.one_step + other.one_step,
+            self.one_step_energy + other.one_step_energy,
             self.fine_tune + other.fine_tune,
             self.base + other.base,
         )
@@ -52,8 +55,9 @@ class Rounding:
         return {
             "unchanged_entries": self.unchanged / self.entries,
             "one_step_entries": self.one_step / self.entries,
-            "expected_rounding_of_the_fine_tune": self.fine_tune / energy,
-            "expected_rounding_of_the_base": self.base / energy,
+            "one_step_energy": self.one_step_energy / energy,
+            "noise_floor": self.fine_tune / energy,
+            "noise_floor_of_the_base": self.base / energy,
         }
 
 
@@ -81,11 +85,13 @@ def _of_block(old: Tensor, change: Tensor, new_dtype: torch.dtype, old_dtype: to
     new = old + change
     new_step, old_step = step(new, new_dtype), step(old, old_dtype)
     size = change.abs()
-    largest = torch.maximum(new_step, old_step)  # a change of binade is one step of the larger side
+    # A change of binade is one step of the larger side.
+    single = (size > 0) & (size <= torch.maximum(new_step, old_step))
     return Rounding(
         entries=change.numel(),
         unchanged=int((size == 0).sum()),
-        one_step=int(((size > 0) & (size <= largest)).sum()),
+        one_step=int(single.sum()),
+        one_step_energy=_energy(size[single]),
         fine_tune=_energy(new_step) / 12,
         base=_energy(old_step) / 12,
     )
@@ -100,5 +106,5 @@ def step(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(values == 0, smallest, steps.clamp_min(smallest))
 
 
-def _energy(steps: Tensor) -> float:
-    return float(torch.linalg.vector_norm(steps).double() ** 2)
+def _energy(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values).double() ** 2)
