@@ -96,6 +96,10 @@ def delta(
         emit(planned, True) if as_json else print_plan(planned, console())
         return
     check_destination(directory, overwrite, (base, source))
+    if rerun:
+        from adapt_convert.formats.diffusion import refuse_rerun
+
+        refuse_rerun(locate(base, base_revision))
     if repo:
         from adapt_convert.formats.hub import check_login
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -38,28 +39,29 @@ def form_of(base: Checkpoint, profile: str | None) -> Form:
     return form
 
 
-def name_of(path: str, base: Checkpoint, form: Form) -> str | None:
-    """What a module of the base is called in a file of that form, None where it has no place."""
+def namer(base: Checkpoint, form: Form) -> Callable[[str], str | None]:
+    """What the modules of the base are called in a file of that form, None for those that have no place in it."""
     layout = layout_of(base)
-    module = located(path, base, layout)
     if form == "diffusers":
-        return diffusers_name(module)
-    return kohya_name(module, any(key.startswith(("text_encoder_2.", "conditioner.embedders.1.")) for key in base.infos))
+        return lambda path: diffusers_name(located(path, base, layout))
+    two_encoders = any(key.startswith(("text_encoder_2.", "conditioner.embedders.1.")) for key in base.infos)
+    return lambda path: kohya_name(located(path, base, layout), two_encoders)
 
 
 def restrict(plan: Plan, base: Checkpoint, form: Form) -> Plan:
     """The plan without what a LoRA file cannot hold, each with the reason."""
     if form == "peft":
         return plan
-    return replace(plan, entries=tuple(_restricted(entry, base, form) for entry in plan.entries))
+    name_of = namer(base, form)
+    return replace(plan, entries=tuple(_restricted(entry, form, name_of) for entry in plan.entries))
 
 
-def _restricted(entry: Entry, base: Checkpoint, form: Form) -> Entry:
+def _restricted(entry: Entry, form: Form, name_of: Callable[[str], str | None]) -> Entry:
     if entry.action == "drop":
         return entry
     if entry.action == "store" or entry.kind == "embedding" or entry.module.endswith(_TABLES):
         return replace(entry, action="drop", reason=f"a LoRA file of {form} holds factors of matrices and convolutions alone")
-    if name_of(entry.module, base, form) is None:
+    if name_of(entry.module) is None:
         return replace(entry, action="drop", reason=f"a LoRA file of {form} has no names for this part of the model")
     return entry
 
@@ -71,5 +73,6 @@ def in_form(adapter: LoraAdapter, base: Checkpoint, profile: str | None) -> Lora
     form = form_of(base, profile)
     if form == "peft":
         return adapter
-    names = {module: name_of(module, base, form) for module in adapter.factors}
+    name_of = namer(base, form)
+    names = {module: name_of(module) for module in adapter.factors}
     return ImageLora(adapter, {module: name for module, name in names.items() if name}, form)

@@ -33,8 +33,8 @@ def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
 
 def _factor_numbers(plan: Plan, options: Options) -> int:
     shapes = [entry.matrix_shape for entry in plan.having("factor")]
-    if options.to == "lora":  # a share of the energy needs full rank at most
-        return sum(min(options.rank or max(shape), *shape) * sum(shape) for shape in shapes)
+    if options.to == "lora":
+        return sum(_largest_rank(entry, options) * sum(entry.matrix_shape) for entry in plan.having("factor"))
     if options.to == "latte":  # each matrix keeps its far side, each segment a basis of the near one
         wide = max(min(shape) for shape in shapes)
         segments = options.segments if isinstance(options.segments, int) else 1 if options.segments is None else len(shapes)
@@ -45,6 +45,13 @@ def _factor_numbers(plan: Plan, options: Options) -> int:
     attention = heads.query + heads.key_value + heads.size if heads else 0
     wide = max(max(shape) for shape in shapes)  # the MLP's width, or at least that of the residual stream
     return (options.rank or 0) * (attention + 2 * wide + 2 * layers + len({place.role for place in places}) + 2)
+
+
+def _largest_rank(entry: Entry, options: Options) -> int:
+    """The rank that a matrix can get; a share of the energy needs full rank at most."""
+    own = entry.part.rank
+    wanted = own if own is not None and options.keeps(own) else options.rank
+    return min(wanted or max(entry.matrix_shape), *entry.matrix_shape)
 
 
 def _loda_bytes(entry: Entry, options: Options, item: int) -> int:

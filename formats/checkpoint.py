@@ -209,7 +209,7 @@ class Checkpoint:
         self.store.files = [path]
         self.store.replace([], model.weights)
 
-    @property
+    @functools.cached_property
     def is_diffusion(self) -> bool:
         """Whether this is a diffusers pipeline, a component of one, or an original single file."""
         return self.is_pipeline or "_class_name" in self.config or any(key.startswith("model.diffusion_model.") for key in self.infos)

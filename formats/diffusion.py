@@ -11,17 +11,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.checkpoint import PIPELINE, Checkpoint
+from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.lora_names import plain_name
 
 Layout = Literal["pipeline", "component", "single file", "other"]
 
-# Of the original Stable Diffusion checkpoints: where in the file a component lies.
+# Of the original Stable Diffusion checkpoints: where in the file a component lies. OpenCLIP's text encoders (SD 2, the second of SDXL)
+# are not among them: their fused q, k and v are three modules in every LoRA file.
 _SINGLE_FILE = (
     ("model.diffusion_model.", "unet"),
     ("cond_stage_model.transformer.", "text_encoder"),
     ("conditioner.embedders.0.transformer.", "text_encoder"),
-    ("conditioner.embedders.1.model.", "text_encoder_2"),
 )
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -44,13 +46,21 @@ class Module:
     inside: str
 
 
+def refuse_rerun(location: Location) -> None:
+    """Refuse to validate a diffusion model, told by its files: the validator compares outputs over tokens and classes."""
+    config = location.directory / "config.json"
+    component = location.file is None and config.is_file() and "_class_name" in read_json(config)
+    if component or (location.file is None and (location.directory / PIPELINE).is_file()):
+        raise AdaptError(f"{location.origin}: is a diffusion model, which the validator does not run; compare what it paints")
+
+
 def layout_of(base: Checkpoint) -> Layout:
     """How a base lies on the disk: a diffusers pipeline, one of its components, an original single file, or no diffusion model."""
     if base.is_pipeline:
         return "pipeline"
     if "_class_name" in base.config:
         return "component"
-    return "single file" if any(key.startswith(_SINGLE_FILE[0][0]) for key in base.infos) else "other"
+    return "single file" if base.is_diffusion else "other"
 
 
 def located(path: str, base: Checkpoint, layout: Layout) -> Module:

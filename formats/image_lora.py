@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.formats.lora_names import DIFFUSERS_FILE, KOHYA_FILE
-from adapt_convert.formats.peft import LoraAdapter
+from adapt_convert.formats.peft import LoraAdapter, stored_factors
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 
 
@@ -38,8 +38,8 @@ class ImageLora:
         halves = ("lora_A", "lora_B") if self.style == "diffusers" else ("lora_down", "lora_up")
         with_alpha = self.style == "kohya" and len({delta.rank for delta in self.lora.factors.values()}) == 1
         tensors: dict[str, Tensor] = {}
-        for module in self.lora.factors:
-            name, (first, second) = self.names[module], self.lora.shaped(module)
+        for module, delta in self.lora.factors.items():
+            name, (first, second) = self.names[module], stored_factors(delta, self.lora.kernels.get(module))
             tensors[f"{name}.{halves[0]}.weight"] = first
             tensors[f"{name}.{halves[1]}.weight"] = second
             if with_alpha:

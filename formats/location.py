@@ -20,6 +20,11 @@ _WEIGHTS = (
     ],
     ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"],
 )
+# Of a diffusers pipeline every component has its own; the variants in half precision beside them are not needed.
+_PIPELINE_WEIGHTS = [
+    *("*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-*-of-*.safetensors"),
+    *("*/model.safetensors", "*/model-*-of-*.safetensors"),
+]
 MAX_JSON = 256 * 2**20  # bytes; tokenizers reach tens of megabytes
 
 
@@ -103,7 +108,8 @@ def _from_hub(origin: str, repo: str, revision: str | None) -> Location:
     check_token(origin)
     try:
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
-        for patterns in _WEIGHTS:
+        is_pipeline = (directory / "model_index.json").is_file()
+        for patterns in (_PIPELINE_WEIGHTS,) if is_pipeline else _WEIGHTS:
             directory = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
             if any(next(directory.glob(pattern), None) for pattern in patterns):
                 break

@@ -34,7 +34,7 @@ from adapt_convert.formats.diffusion import from_original_names, layout_of, spel
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.lora_names import OTHER_METHODS, slot_of
-from adapt_convert.formats.peft import is_positive, lora_scaling
+from adapt_convert.formats.peft import check_patterns, is_positive, lora_scaling
 from adapt_convert.formats.safetensors_file import SafetensorsFile
 from adapt_convert.formats.source import WITHOUT_MAGNITUDE, Part, Source
 
@@ -87,7 +87,9 @@ def _resolve(location: Location, base: Checkpoint, names: Iterable[str], paths: 
     known = spellings(base, paths)
     found = {name: known[name] for name in names if name in known}
     original = [
-        name for name in names if name not in known and re.search(r"_(input_blocks|middle_block|output_blocks|label_emb|out_2)_?", name)
+        name
+        for name in names
+        if name not in known and re.search(r"_(input_blocks|middle_block|output_blocks|time_embed|label_emb|out_2)_?", name)
     ]
     if original and layout_of(base) in ("pipeline", "component"):
         found |= _from_original(location, base, original, known)
@@ -146,6 +148,7 @@ class _Scales:
             return alpha / rank
         component, _, inside = spelling.partition(".")
         config = {name.removeprefix(f"{component}."): v for name, v in self.metadata.items() if name.startswith(f"{component}.")}
+        check_patterns(self.location, config)
         return lora_scaling(config, inside, rank) if is_positive(config.get("lora_alpha")) else 1.0
 
     def _rank(self, slots: Mapping[str, str]) -> int | None:

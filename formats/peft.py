@@ -105,10 +105,15 @@ def _check_supported(location: Location, config: Mapping[str, Any]) -> None:
     for key in ("r", "lora_alpha"):
         if not is_positive(config.get(key, 8)):
             raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {config.get(key)!r}, expected a positive number")
+    check_patterns(location, config)
+
+
+def check_patterns(location: Location, config: Mapping[str, Any]) -> None:
+    """Refuse an `alpha_pattern` or `rank_pattern` that is not regular expressions and positive numbers."""
     for key in ("alpha_pattern", "rank_pattern"):
         patterns = config.get(key) or {}
         if not is_pattern(patterns):
-            raise AdaptError(f"{location.origin}: {CONFIG} has {key} = {patterns!r}, expected regular expressions and numbers")
+            raise AdaptError(f"{location.origin}: has {key} = {patterns!r}, expected regular expressions and numbers")
 
 
 def is_positive(value: object) -> bool:
@@ -266,7 +271,7 @@ class LoraAdapter:
         tensors: dict[str, Tensor | LazyTensor] = {}
         factors, stacked = self._placed()
         for module, delta in factors.items():
-            first, second = self._shaped(delta, self.kernels.get(module))
+            first, second = stored_factors(delta, self.kernels.get(module))
             tensors[f"{PREFIX}{module}.lora_A.weight"] = first
             tensors[f"{PREFIX}{module}.lora_B.weight"] = second
             if self.biases:  # `lora_bias` is one switch for all modules: those without a changed bias get zeros
@@ -291,16 +296,6 @@ class LoraAdapter:
         pattern = stack_pattern(self.experts)
         plain = {module: delta for module, delta in self.factors.items() if not re.fullmatch(pattern, module)}
         return plain, stacks(self.factors, self.all_modules, self.experts)
-
-    def shaped(self, module: str) -> tuple[Tensor, Tensor]:
-        """A module's factors as they are stored: `(r, in)` and `(out, r)`, of a convolution `(r, in, kh, kw)` and `(out, r, 1, 1)`."""
-        return self._shaped(self.factors[module], self.kernels.get(module))
-
-    @staticmethod
-    def _shaped(delta: LowRankDelta, kernel: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-        if kernel is None:
-            return delta.A, delta.B
-        return delta.A.reshape(-1, *kernel), delta.B.reshape(*delta.B.shape, *[1] * (len(kernel) - 1))
 
     def config(self) -> dict[str, Any]:
         """The smallest config that says everything: `lora_alpha == r` everywhere, so no loader can get the scale wrong."""
@@ -340,6 +335,14 @@ class LoraAdapter:
         """Write config and weights; returns the size of the weights in bytes."""
         (directory / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
         return write_safetensors(directory / WEIGHTS, self.tensors(), {"format": "pt"})
+
+
+def stored_factors(delta: LowRankDelta, kernel: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """The factors as files hold them: `(r, in)` and `(out, r)`; of a convolution, whose `kernel` is `(in, kh, kw)`, `(r, in, kh, kw)`
+    and `(out, r, 1, 1)`."""
+    if kernel is None:
+        return delta.A, delta.B
+    return delta.A.reshape(-1, *kernel), delta.B.reshape(*delta.B.shape, *[1] * (len(kernel) - 1))
 
 
 def shortest_targets(targets: Iterable[str], all_modules: Iterable[str]) -> list[str]:

@@ -12,9 +12,10 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import diffusers
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+__all__ = ["UNET", "FluxTransformer2DModel", "UNet2DConditionModel", "image", "load_pipeline", "pipeline_base"]
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from image_models import UNET, UNet2DConditionModel, image, load_pipeline, pipeline_base
+from hub_server import Hub
+from image_models import UNET, FluxTransformer2DModel, UNet2DConditionModel, image, load_pipeline, pipeline_base
 from lycoris import LycorisNetwork, create_lycoris
 from lycoris.logging import logger as lycoris_logger
 from safetensors.torch import load_file
@@ -86,6 +91,41 @@ def test_what_a_lora_file_has_no_place_for_is_said(pipelines, tmp_path: Path) ->
     assert "factors of matrices and convolutions alone" in dropped["unet.conv_norm_out.weight"]
     with pytest.raises(AdaptError, match="--strict"):
         adapt_convert.convert(base, tmp_path / "ft", rank=2, strict=True)
+
+
+def test_a_pipeline_of_the_hub(pipelines, pipeline_lora, tmp_path: Path) -> None:
+    base, _ = pipelines
+    names = [path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()]
+    with Hub() as hub:
+        hub.add("org/pipe", {name: (base / name).read_bytes() for name in names} | {"unet/diffusion_pytorch_model.bin": b"not needed"})
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        code = "from adapt_convert.cli import main; main()"
+        words = ["delta", "org/pipe", str(pipeline_lora("kohya")), "--for", "diffusers", "-o", "out"]
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(path / "pytorch_lora_weights.safetensors") for path in (tmp_path / "out", pipeline_lora("diffusers")))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert 'from_pretrained("org/pipe")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_transformer_component(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
+    base = FluxTransformer2DModel(**sizes, in_channels=4, joint_attention_dim=16, pooled_projection_dim=16)
+    ft = copy.deepcopy(base)
+    for parameter in ft.parameters():
+        if parameter.ndim > 1:
+            parameter.data += 0.03 * torch.randn_like(parameter)
+    base.save_pretrained(tmp_path / "base")
+    ft.save_pretrained(tmp_path / "ft")
+    out = adapt_convert.convert(tmp_path / "base", tmp_path / "ft", rank=FULL).save(tmp_path / "out")
+    base.load_lora_adapter(load_file(out / "pytorch_lora_weights.safetensors"), prefix="transformer")
+    base.fuse_lora()
+    for name, parameter in ft.named_parameters():
+        if parameter.ndim > 1:
+            weight = base.get_submodule(name.removesuffix(".weight")).base_layer.weight
+            torch.testing.assert_close(weight, parameter, atol=1e-5, rtol=1e-5)
 
 
 # LyCORIS, on the UNet alone.
@@ -171,3 +211,16 @@ def test_lycoris(unet, tmp_path: Path, name: str) -> None:
     for key in changed:
         weight = live.get_submodule(key.removesuffix(".weight")).base_layer.weight
         torch.testing.assert_close(weight, merged[key], atol=2e-5, rtol=1e-5)
+
+
+def test_peft_loads_what_is_written_for_it(unet, tmp_path: Path) -> None:
+    """Convolutions in PEFT's layout, written and read back."""
+    base, model = unet
+    make_lycoris(model, tmp_path / "lycoris.safetensors")
+    out = adapt_convert.convert(base, tmp_path / "lycoris.safetensors", profile="peft").save(tmp_path / "peft")
+    live = peft.PeftModel.from_pretrained(copy.deepcopy(model), out).merge_and_unload().state_dict()
+    for name, adapter in {"file": tmp_path / "lycoris.safetensors", "peft": out}.items():
+        adapt_convert.merge(base, adapter, tmp_path / f"merged-{name}")
+        merged = UNet2DConditionModel.from_pretrained(tmp_path / f"merged-{name}").state_dict()
+        for key, value in live.items():
+            torch.testing.assert_close(merged[key], value, atol=1e-6, rtol=1e-6)

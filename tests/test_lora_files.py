@@ -194,7 +194,7 @@ def test_spellings(base, tmp_path: Path, name: str) -> None:
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "a_b", "to_q", "0", "1"]), min_size=1, max_size=4), min_size=1, max_size=12))
 def test_a_spelling_never_names_another_module(paths: list[list[str]]) -> None:
     class Base:
-        is_pipeline, config, infos = False, {"_class_name": "UNet2DConditionModel"}, {}
+        is_pipeline, is_diffusion, config = False, True, {"_class_name": "UNet2DConditionModel"}
 
     names = {".".join(path) for path in paths}
     found = spellings(Base(), names)  # type: ignore[arg-type]
@@ -212,6 +212,14 @@ def test_diffusers_metadata_gives_the_scale(base, tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(notes)})
     _, source = open_pair(base, tmp_path / "a.safetensors")
     torch.testing.assert_close(source.parts[f"{LINEAR}.weight"].load().dense(), b @ a * 3 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}'])
+def test_metadata_that_is_none(base, tmp_path: Path, text: str) -> None:
+    state = {f"unet.{LINEAR}.lora_A.weight": torch.ones(2, 8), f"unet.{LINEAR}.lora_B.weight": torch.ones(6, 2)}
+    save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(AdaptError, match=r"no JSON object|alpha_pattern"):
+        open_pair(base, tmp_path / "a.safetensors")
 
 
 def test_names_after_the_original_unet_are_diffusers_own_mapping(tmp_path: Path) -> None:
@@ -331,6 +339,7 @@ def test_a_single_file_keeps_the_names_of_the_original(tmp_path: Path) -> None:
         "model.diffusion_model.out.0.weight": (5,),
         "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (6, 5),
         "first_stage_model.decoder.conv_in.weight": (3, 4, 3, 3),
+        "cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight": (6, 5),
     }
     torch.manual_seed(0)
     base = {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -343,8 +352,8 @@ def test_a_single_file_keeps_the_names_of_the_original(tmp_path: Path) -> None:
         "lora_te_text_model_encoder_layers_0_mlp_fc1",
     }
     rows = conversion.report["tensors"]
-    assert rows["first_stage_model.decoder.conv_in.weight"]["status"] == "dropped"
-    assert rows["model.diffusion_model.out.0.weight"]["status"] == "dropped"
+    dropped = {name.split(".")[1] for name, row in rows.items() if row["status"] == "dropped"}
+    assert dropped == {"decoder", "diffusion_model", "model"}  # the VAE, a norm, OpenCLIP
     adapt_convert.merge(tmp_path / "base.safetensors", tmp_path / "out" / "lora.safetensors", tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for name, row in rows.items():
@@ -380,3 +389,8 @@ def test_from_the_command_line(base, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads((tmp_path / "style-lora-r3" / "conversion.json").read_text())["layout"] == "diffusers"
     assert "LoRA file" in run("inspect", "style.safetensors")
     assert "pytorch_lora_weights.safetensors" in run("push", "style-lora-r3", "org/style", "--dry-run")
+
+    refused = CliRunner().invoke(main, ["delta", str(base), "style.safetensors", "-o", "never", "--validate"])
+    assert refused.exit_code == 1
+    assert "is a diffusion model, which the validator does not run" in refused.stderr
+    assert not (tmp_path / "never").exists()
