@@ -19,7 +19,7 @@ test: $(VENV)/.dev .dev/adapt_convert
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # The small sizes of everything under bench/; docs/benchmarks.md has the commands of the large ones.
 bench: $(VENV)/.bench

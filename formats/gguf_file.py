@@ -6,12 +6,15 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from adapt_convert.formats.dequantised import Dequantised, DequantisedFile, Pieces, even_noise, float_noise
+from adapt_convert.formats.dequantised import Dequantised, DequantisedFile, even_noise, float_noise
 from adapt_convert.formats.errors import AdaptError
+
+if TYPE_CHECKING:
+    from adapt_convert.formats.dequantised import Pieces
 
 # Bits of a code, weights that share a scale, and whether the codes lie evenly on both sides of zero.
 _GRIDS = {

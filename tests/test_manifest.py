@@ -91,8 +91,8 @@ def test_options_by_their_names_and_defaults(here: Path) -> None:
 
 
 def test_every_option_of_delta_has_its_place() -> None:
-    """`--dry-run` and `--json` are the batch's own."""
-    named = {parameter.name for parameter in main.commands["delta"].params} - {"dry_run", "as_json"}
+    """`--dry-run` and `--json` are the batch's own, and `--task` is for taking one adapter out of a bundle by hand."""
+    named = {parameter.name for parameter in main.commands["delta"].params} - {"dry_run", "as_json", "task"}
     named = {{"rerun": "validate", "repo": "push"}.get(name, name) for name in named}
     assert named == set(schema()["properties"]["jobs"]["items"]["properties"])
     assert set(OPTION_SCHEMAS) == {field.name for field in fields(Options)}

@@ -240,7 +240,7 @@ def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(pa
         block.factors.A.mul_(8)
     sides = Pairs(conversion.base, open_source(conversion.base, pair.ft), CPU)
     conversion.records = remeasured(sides, conversion.plan, conversion.adapter, conversion.records, every)
-    conversion.report["tensors"] = {record.entry.name: record.to_json() for record in conversion.records}
+    conversion.report["tensors"] = {record.entry.name: record.to_json(sides.source, None) for record in conversion.records}
     conversion.report["calibration"]["chosen"] = "refined"
     output = conversion.save(tmp_path / "out")
     options = {"token_ids": text, "speed": False, "attribution": False, "max_tokens": 200}
