@@ -182,13 +182,13 @@ class Checkpoint:
         self.location = location
         self.origin = location.origin
         self.quantisation: str | None = None
+        self.is_pipeline = location.file is None and (location.directory / PIPELINE).is_file()
         if dequantised and (gguf := gguf_file(location)):
             self._open_gguf(gguf)
             return
         config = location.directory / "config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         _check_config(config, self.config)
-        self.is_pipeline = location.file is None and (location.directory / PIPELINE).is_file()
         prefixes = _component_files(location) if self.is_pipeline else dict.fromkeys(weight_files(location), "")
         self.store = TensorStore(list(prefixes), prefixes)
         if not self.is_pipeline:
