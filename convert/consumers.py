@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapt_convert.convert.architectures import aliases_of, is_head
+from adapt_convert.convert.image_loras import cannot_hold, form_of, namer
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_names import GgufNames
-from adapt_convert.formats.profiles import Profile
+from adapt_convert.formats.profiles import Profile, profile_named
 
 if TYPE_CHECKING:
+    from adapt_convert.convert.options import Options
     from adapt_convert.convert.preflight import Entry, Plan
     from adapt_convert.convert.report import Record
+    from adapt_convert.formats.checkpoint import Checkpoint
 
 LARGEST_LOSS = 0.5  # share of the squared change beyond which what is left is another model
 
 
-def restrict(plan: Plan, profile: Profile) -> Plan:
+def consumer_of(base: Checkpoint, options: Options) -> Profile | None:
+    """The profile that was asked for, or of a diffusion model the usual one; None for what PEFT takes as it is.
+
+    Raises `AdaptError` for one that has no place for adapters of this base.
+    """
+    form = form_of(base, options.profile)
+    return options.consumer if form == "peft" else profile_named(form)
+
+
+def restrict(plan: Plan, base: Checkpoint, profile: Profile) -> Plan:
     """The plan without what the consumer cannot hold, each with the reason; decided from headers alone.
 
     Raises `AdaptError` where nothing that it could be given would be the fine-tune: added tokens, and matrices of a kind that it
     does not adapt at all.
     """
+    if profile.layout in ("diffusers", "kohya"):
+        name_of = namer(base, profile.layout)
+        return _without(plan, profile, lambda entry: cannot_hold(entry, name_of))
     model_type = str(plan.config.get("model_type"))
     if not profile.conv1d and any(entry.transposed for entry in plan.having("factor")):
         raise AdaptError(f"{profile.title} has no LoRA for a {model_type}, whose matrices are stored (in, out)")
@@ -34,9 +49,14 @@ def restrict(plan: Plan, profile: Profile) -> Plan:
             f"would fail; serve the merged model, or give up the whole change of it with --exclude {grown.module.rsplit('.', 1)[-1]}"
         )
     names = GgufNames.of(plan.config) if profile.layout == "gguf" else None
+    return _without(plan, profile, lambda entry: _cannot_hold(entry, plan, profile, names))
+
+
+def _without(plan: Plan, profile: Profile, why: Callable[[Entry], str | None]) -> Plan:
+    """The plan with what `why` has a reason against left out, and a note for each reason."""
     entries, notes = [], dict[str, list[str]]()
     for entry in plan.entries:
-        reason = _cannot_hold(entry, plan, profile, names)
+        reason = why(entry)
         if reason:
             entry = replace(entry, action="drop", reason=f"{profile.title} {reason}")
             notes.setdefault(entry.reason, []).append(entry.name)

@@ -13,9 +13,8 @@ from typing import Any
 
 from adapt_convert.convert.calibration.calibrated import calibrated
 from adapt_convert.convert.calibration.work import Work
-from adapt_convert.convert.consumers import share_left_out
+from adapt_convert.convert.consumers import consumer_of, share_left_out
 from adapt_convert.convert.fitting import fit
-from adapt_convert.convert.image_loras import in_form
 from adapt_convert.convert.latte.solver import solve_latte
 from adapt_convert.convert.lora import solve_lora
 from adapt_convert.convert.lorta.solver import solve_lorta
@@ -132,16 +131,11 @@ def convert(
         report["loda"] = adapter.details
     if calibration:
         report["calibration"] = calibration
-    written: Adapter = adapter
-    if isinstance(adapter, LoraAdapter):
-        written = in_form(adapter, opened_base, chosen.profile)
-        if isinstance(written, ImageLora):
-            report["layout"] = written.style
-        elif chosen.consumer:
-            fitted = fit(adapter, plan, opened_base, chosen.consumer)
-            report["profile"] = fitted.to_json(share_left_out(records, chosen.consumer))
-            written = fitted.adapter
-    return Conversion(written, opened_base, plan, records, report, started)
+    if isinstance(adapter, LoraAdapter) and (consumer := consumer_of(opened_base, chosen)):
+        fitted = fit(adapter, plan, opened_base, consumer)
+        report["profile"] = fitted.to_json(share_left_out(records, consumer))
+        return Conversion(fitted.adapter, opened_base, plan, records, report, started)
+    return Conversion(adapter, opened_base, plan, records, report, started)
 
 
 def default_name(source: Location, options: Options, task: str | None = None) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from adapt_convert.convert.delta import LowRankDelta
+from adapt_convert.convert.image_loras import in_form
 from adapt_convert.convert.preflight import Plan
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.gguf_adapter import GgufAdapter
+from adapt_convert.formats.image_lora import ImageLora
 from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.formats.profiles import Profile
 
@@ -22,7 +24,7 @@ class Fitted:
     """A LoRA in a consumer's form. `rank` is its largest; `padded` and `filled` are the matrices that got zeros to reach it, or
     that came along though nothing in them had changed."""
 
-    adapter: LoraAdapter | GgufAdapter
+    adapter: LoraAdapter | GgufAdapter | ImageLora
     profile: Profile
     rank: int
     padded: list[str] = field(default_factory=list)
@@ -61,7 +63,11 @@ def fit(adapter: LoraAdapter, plan: Plan, base: Checkpoint, profile: Profile) ->
         factors[module] = LowRankDelta(torch.zeros(rows, rank, dtype=dtype), torch.zeros(rank, columns, dtype=dtype))
         filled.append(module)
     fitted = replace(adapter, factors=factors, embeddings=embeddings)
-    written = GgufAdapter(fitted, plan.config) if profile.layout == "gguf" else fitted
+    written: LoraAdapter | GgufAdapter | ImageLora = fitted
+    if profile.layout == "gguf":
+        written = GgufAdapter(fitted, plan.config)
+    elif profile.layout != "peft":
+        written = in_form(fitted, base, profile.layout)
     return Fitted(written, profile, rank, padded, filled)
 
 

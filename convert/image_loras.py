@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -11,11 +10,12 @@ from adapt_convert.formats.diffusion import diffusers_name, kohya_name, layout_o
 from adapt_convert.formats.errors import AdaptError
 
 if TYPE_CHECKING:
-    from adapt_convert.convert.preflight import Entry, Plan
+    from adapt_convert.convert.preflight import Entry
     from adapt_convert.formats.image_lora import ImageLora
     from adapt_convert.formats.peft import LoraAdapter
 
-Form = Literal["peft", "diffusers", "kohya"]
+ImageForm = Literal["diffusers", "kohya"]
+Form = Literal["peft"] | ImageForm
 _USUAL: dict[str, Form] = {"pipeline": "diffusers", "component": "diffusers", "single file": "kohya", "other": "peft"}
 _TABLES = ("token_embedding", "position_embedding")  # CLIP's
 
@@ -39,7 +39,7 @@ def form_of(base: Checkpoint, profile: str | None) -> Form:
     return form
 
 
-def namer(base: Checkpoint, form: Form) -> Callable[[str], str | None]:
+def namer(base: Checkpoint, form: ImageForm) -> Callable[[str], str | None]:
     """What the modules of the base are called in a file of that form, None for those that have no place in it."""
     layout = layout_of(base)
     if form == "diffusers":
@@ -48,31 +48,19 @@ def namer(base: Checkpoint, form: Form) -> Callable[[str], str | None]:
     return lambda path: kohya_name(located(path, base, layout), two_encoders)
 
 
-def restrict(plan: Plan, base: Checkpoint, form: Form) -> Plan:
-    """The plan without what a LoRA file cannot hold, each with the reason."""
-    if form == "peft":
-        return plan
-    name_of = namer(base, form)
-    return replace(plan, entries=tuple(_restricted(entry, form, name_of) for entry in plan.entries))
-
-
-def _restricted(entry: Entry, form: Form, name_of: Callable[[str], str | None]) -> Entry:
+def cannot_hold(entry: Entry, name_of: Callable[[str], str | None]) -> str | None:
+    """Why a LoRA file of a diffusion model cannot hold a tensor; None when it can, or when it is left out already."""
     if entry.action == "drop":
-        return entry
+        return None
     if entry.action == "store" or entry.kind == "embedding" or entry.module.endswith(_TABLES):
-        return replace(entry, action="drop", reason=f"a LoRA file of {form} holds factors of matrices and convolutions alone")
-    if name_of(entry.module) is None:
-        return replace(entry, action="drop", reason=f"a LoRA file of {form} has no names for this part of the model")
-    return entry
+        return "holds factors of matrices and convolutions alone"
+    return "has no names for this part of the model" if name_of(entry.module) is None else None
 
 
-def in_form(adapter: LoraAdapter, base: Checkpoint, profile: str | None) -> LoraAdapter | ImageLora:
-    """The adapter as it is to be written; factors stay what they are, to the bit."""
+def in_form(adapter: LoraAdapter, base: Checkpoint, form: ImageForm) -> ImageLora:
+    """The adapter in the names of a form; factors stay what they are, to the bit."""
     from adapt_convert.formats.image_lora import ImageLora
 
-    form = form_of(base, profile)
-    if form == "peft":
-        return adapter
     name_of = namer(base, form)
     names = {module: name_of(module) for module in adapter.factors}
     return ImageLora(adapter, {module: name for module, name in names.items() if name}, form)

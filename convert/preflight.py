@@ -24,10 +24,9 @@ from adapt_convert.convert.architectures import (
     place_of,
     without_prefix,
 )
-from adapt_convert.convert.consumers import restrict as restrict_to_consumer
+from adapt_convert.convert.consumers import consumer_of, restrict
 from adapt_convert.convert.experts import is_expert, is_router
 from adapt_convert.convert.families import ATTENTION_ROLES, FUSED, Family
-from adapt_convert.convert.image_loras import form_of, restrict
 from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -135,11 +134,8 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     follows_ties = source.kind not in ("lora", "method") or bool(source.config.get("ensure_weight_tying"))
     plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
     plan = replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
-    if options.to != "lora":
-        return plan
-    form = form_of(base, options.profile)
-    plan = restrict(plan, base, form)
-    return restrict_to_consumer(plan, options.consumer) if options.consumer and form == "peft" else plan
+    consumer = consumer_of(base, options) if options.to == "lora" else None
+    return restrict(plan, base, consumer) if consumer else plan
 
 
 def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:

@@ -73,7 +73,8 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
     profile = report.get("profile") or {}
-    layout = "gguf" if profile.get("layout") == "gguf" else report.get("layout", report["target"])
+    layout = profile.get("layout", "peft")
+    layout = report["target"] if layout == "peft" else layout
     code = _loading(report, layout, auto, base)
     # The Hub takes ids alone: a local path would be refused, and is nobody's business.
     lineage = {"base_model": base.loadable, "base_model_relation": "adapter"} if base.is_hub else {}

@@ -14,6 +14,7 @@ from adapt_convert.formats.errors import AdaptError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 GGUF_WEIGHTS = "adapter_model.gguf"
+IMAGE_FORMS = ("diffusers", "kohya")  # layouts of diffusion models, for each the profile of the same name
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Profile:
     @property
     def uniform(self) -> bool:
         """Whether all matrices have to be of one rank."""
-        return self.scale != "modules"
+        return self.scale != "modules" and self.layout not in IMAGE_FORMS  # where each matrix can have an alpha of its own
 
     def adapts_embeddings(self, model_type: str) -> bool:
         """Whether it applies a LoRA of the embeddings or the output head in models of this type."""
@@ -160,7 +161,7 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             "kohya",
-            "Kohya and ComfyUI",
+            "kohya's form",
             "2025",
             "kohya",
             "",

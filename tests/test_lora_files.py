@@ -386,7 +386,7 @@ def test_from_the_command_line(base, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "written to style-lora-peft" in run("delta", str(base), "style.safetensors", "--for", "peft")
     assert "written to style-lora-r3" in run("delta", str(base), "style.safetensors", "--rank", "3")
     assert 'load_lora_weights("path/of/this/directory")' in (tmp_path / "style-lora-r3" / "README.md").read_text()
-    assert json.loads((tmp_path / "style-lora-r3" / "conversion.json").read_text())["layout"] == "diffusers"
+    assert json.loads((tmp_path / "style-lora-r3" / "conversion.json").read_text())["profile"]["layout"] == "diffusers"
     assert "LoRA file" in run("inspect", "style.safetensors")
     assert "pytorch_lora_weights.safetensors" in run("push", "style-lora-r3", "org/style", "--dry-run")
 
