@@ -18,10 +18,12 @@ from conftest import Pair
 import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.convert.calibration import moments as moments_file
+from adapt_convert.convert.calibration.activations import captured_inputs
 from adapt_convert.convert.calibration.judge import Figures, Judge
 from adapt_convert.convert.calibration.least_squares import conjugate_gradients
 from adapt_convert.convert.calibration.moments import Moments
 from adapt_convert.convert.options import Options
+from adapt_convert.convert.validation.outputs import Batch
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import LortaAdapter
 
@@ -325,3 +327,13 @@ def test_the_command_says_what_was_chosen_and_by_how_much(pairs: Callable[[str],
         assert f"{name} {value:.4g}" in " ".join(result.stdout.split())
     assert about["chosen"] in result.stdout
     assert math.isfinite(about["kl"])
+
+
+def test_a_matrix_that_takes_no_part_is_one_line(pairs: Callable[[str], Pair]) -> None:
+    pair = pairs("llama")
+    model: Any = pair.load(pair.ft)
+    model.idle = torch.nn.Linear(4, 4)
+    batch = Batch({"input_ids": pair.inputs["input_ids"]}, None, None)
+    for name, line in (("idle", "idle: takes no part when the model runs"), ("gone", "gone: is no module of the model")):
+        with pytest.raises(AdaptError, match=f"{line}.*--exclude"):
+            list(captured_inputs(model, ["model.layers.0.self_attn.q_proj", name], [batch], torch.device("cpu")))
