@@ -79,6 +79,7 @@ def plan(
     if not fit_seconds >= 0:
         raise AdaptError(f"--fit-seconds {fit_seconds}: must be a number of seconds, 0 or more")
     chosen = Options(to="lora", **options)
+    chosen.require_text()
     opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device())
     lora = _target(opened_base, opened_source, pairs, chosen, progress)
