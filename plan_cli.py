@@ -29,6 +29,7 @@ from adapt_convert.terminal import emit, print_forecast, progress
 @OVERWRITE
 @REVISION
 @BASE_REVISION
+@click.option("--task", metavar="NAME", help="Of a shared LoRA the adapter to take, by name or number.")
 @JSON
 def plan(base: str, ft: str, html: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Say what FT changed in BASE, what LoRAs, LoRTAs and LatTEs of it would hold and take, and which one to make.

@@ -98,6 +98,7 @@ def convert(
     """
     started = time.monotonic()
     chosen = Options(**options)
+    chosen.require_text()
     opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
     chosen = chosen.with_budget_in_bytes(opened_base.store.nbytes)
     plan = make_plan(opened_base, opened_source, chosen)

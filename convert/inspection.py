@@ -37,6 +37,7 @@ def inspect(
     if other is None:
         return _describe(path, revision)
     chosen = Options(**options)
+    chosen.require_text()
     base, source = open_pair(path, other, revision, base_revision, task)
     chosen = chosen.with_budget_in_bytes(base.store.nbytes)
     plan = make_plan(base, source, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Callable
@@ -25,6 +26,7 @@ DEFAULT_RANK = 16
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_CALIB_TOKENS = 32768
 SELF = "self"  # the value of `calib` that asks for text from the fine-tune itself
+_BUDGETS = "at least one byte, or a share of the base between 0% and 100%"
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -81,7 +83,7 @@ class Options:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise AdaptError(f"--energy {self.energy}: must be above 0 and at most 1")
         if self.budget is not None and not (0 < self.budget < 1 if isinstance(self.budget, float) else self.budget >= 1):
-            raise AdaptError(f"--budget {self.budget}: must be at least one byte, or a share of the base between 0% and 100%")
+            raise AdaptError(f"--budget {self.budget}: must be {_BUDGETS}")
         if not 0 <= self.seed < 2**63:
             raise AdaptError(f"--seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
         self._check_latte()
@@ -128,6 +130,21 @@ class Options:
             raise AdaptError(f"--{needs.replace('_', '-')} runs the models on text: give --calib FILE, or --calib self")
         if self.calib is not None and self.construction == "score":
             raise AdaptError("--calib works for --construction residual: the score construction is exact or refused")
+
+    def require_text(self) -> None:
+        """Raise `AdaptError` when `calib` names no file that holds something, before anything else is opened."""
+        if self.calib is None or self.calib == SELF:
+            return
+        path = Path(self.calib)
+        if path.is_fifo():  # can be read once, and that is for later
+            return
+        try:
+            with path.open("rb") as file:
+                is_empty = not file.read(1)
+        except OSError as error:
+            raise AdaptError(f"--calib {self.calib}: cannot be read: {error.strerror}") from None
+        if is_empty:
+            raise AdaptError(f"--calib {self.calib}: is empty")
 
     def with_budget_in_bytes(self, whole: int) -> Options:
         """The same options with a budget that is a share of `whole` bytes turned into bytes."""
@@ -259,9 +276,15 @@ def _number(option: str, value: object) -> float:
 
 def _budget(option: str, value: object) -> int | float:
     if isinstance(value, float):
-        return value
+        return int(value) if 1 <= value < 2**63 else value
     if isinstance(value, str) and value.strip().endswith("%"):
-        return _number(option, value.strip().removesuffix("%")) / 100
+        try:
+            share = float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            share = math.nan
+        if 0 < share < 1:
+            return share
+        raise AdaptError(f"{option} {value}: must be {_BUDGETS}")
     return parse_size(value) if isinstance(value, str) else _whole_number(option, value)
 
 

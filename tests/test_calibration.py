@@ -18,10 +18,12 @@ from conftest import Pair
 import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.convert.calibration import moments as moments_file
+from adapt_convert.convert.calibration.activations import captured_inputs
 from adapt_convert.convert.calibration.judge import Figures, Judge
 from adapt_convert.convert.calibration.least_squares import conjugate_gradients
 from adapt_convert.convert.calibration.moments import Moments
 from adapt_convert.convert.options import Options
+from adapt_convert.convert.validation.outputs import Batch
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import LortaAdapter
 
@@ -267,8 +269,10 @@ def test_the_fine_tune_writes_its_own_text(pairs: Callable[[str], Pair], tmp_pat
         ({"refine": 0, "calib": "self"}, "--refine 0: must be a whole number of at least 1"),
         ({"calib": ""}, "--calib: name a file"),
         ({"calib": "self", "calib_tokens": 3}, "--calib-tokens 3: must be at least 64"),
-        ({"budget": "0%"}, "--budget 0.0: must be at least one byte"),
-        ({"budget": "100%"}, "must be"),
+        ({"budget": "0%"}, "--budget 0%: must be at least one byte"),
+        ({"budget": "100%"}, "--budget 100%: must be at least one byte, or a share"),
+        ({"budget": "x%"}, "--budget x%: must be at least one byte, or a share"),
+        ({"budget": float("inf")}, "--budget inf: must be"),
         ({"to": "latte", "construction": "score", "calib": "self"}, "--calib works for --construction residual"),
     ],
 )
@@ -281,6 +285,8 @@ def test_options_that_contradict_each_other(options: dict[str, Any], line: str) 
     ("name", "content", "line"),
     [
         ("missing.txt", None, "missing.txt: cannot be read"),
+        ("", None, "cannot be read: Is a directory"),
+        ("nothing.txt", "", "nothing.txt: is empty"),
         ("empty.txt", "  \n", "empty.txt: holds no text"),
         ("short.jsonl", '{"input_ids": [5]}', "short.jsonl: has 1 tokens"),
         ("wrong.jsonl", '{"input_ids": [5, 900, 6]}', "wrong.jsonl: holds token 900, but the model knows 96 tokens"),
@@ -299,6 +305,20 @@ def test_text_that_cannot_be_used_is_one_line(
     assert line in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_missing_text_is_found_before_anything_is_opened(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_text(content)
+    for run in (adapt_convert.convert, adapt_convert.plan, adapt_convert.inspect):
+        with pytest.raises(AdaptError, match=f"^--calib {path}: "):
+            run(tmp_path / "no base", tmp_path / "no source", calib=path)
+
+
+def test_a_budget_as_a_float_of_one_or_more_is_bytes() -> None:
+    assert [Options(budget=given).budget for given in (2e7, 1.0, 0.001, "0.1%")] == [20_000_000, 1, 0.001, 0.001]
 
 
 def test_target_kl_that_no_rank_reaches(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
@@ -325,3 +345,13 @@ def test_the_command_says_what_was_chosen_and_by_how_much(pairs: Callable[[str],
         assert f"{name} {value:.4g}" in " ".join(result.stdout.split())
     assert about["chosen"] in result.stdout
     assert math.isfinite(about["kl"])
+
+
+def test_a_matrix_that_takes_no_part_is_one_line(pairs: Callable[[str], Pair]) -> None:
+    pair = pairs("llama")
+    model: Any = pair.load(pair.ft)
+    model.idle = torch.nn.Linear(4, 4)
+    batch = Batch({"input_ids": pair.inputs["input_ids"]}, None, None)
+    for name, line in (("idle", "idle: takes no part when the model runs"), ("gone", "gone: is no module of the model")):
+        with pytest.raises(AdaptError, match=f"{line}.*--exclude"):
+            list(captured_inputs(model, ["model.layers.0.self_attn.q_proj", name], [batch], torch.device("cpu")))

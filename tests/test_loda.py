@@ -237,6 +237,8 @@ def test_the_command_line_from_conversion_to_push(pairs: Callable[[str], Any], t
         result = run("delta", pair.base, pair.ft, "--to", "s-loda", *options, "-o", tmp_path / name)
         assert result.exit_code == 0, result.output
     assert "MACs per token" in result.output
+    assert "of the outputs of the adapted matrices" in " ".join(result.stdout.split())
+    assert "of everything that changed" not in result.stdout
     one = tmp_path / "one"
     assert (one / "adapter_model.safetensors").read_bytes() == (tmp_path / "two" / "adapter_model.safetensors").read_bytes()
     card = (one / "README.md").read_text()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.convert.planning import change as change_module
+from adapt_convert.convert.planning.recommendation import recommend
 from adapt_convert.convert.planning.rounding import step
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.plan_table import rounding_line
@@ -246,6 +247,10 @@ class _Page(HTMLParser):
             while self.open[-1] in ("li", "p"):
                 self.open.pop()
         assert self.open.pop() == tag
+
+
+def test_a_share_near_all_is_said_as_it_was_asked() -> None:
+    assert "holds 99.99% of the change" in recommend([], 0.9999, 1000, True)["sentence"]
 
 
 def test_the_command_prints_the_recommendation_and_writes_the_page_alone(pairs: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -212,6 +212,12 @@ def test_what_does_not_go_is_said_in_one_line(arguments: list[str], message: str
     assert not list(tmp_path.iterdir())
 
 
+def test_one_of_several_is_taken_out_before_it_is_calibrated(shared: Path) -> None:
+    for make in (adapt_convert.convert, adapt_convert.plan):
+        with pytest.raises(AdaptError, match=r"^--calib: .*take the adapter out first: adapt-convert delta BASE \S+shared --task NAME$"):
+            make(shared / "base", shared / "shared", task="lora1", calib="self")
+
+
 MODULE = "model.layers.0.self_attn.q_proj"
 DAMAGES: dict[str, Any] = {
     "no U": (lambda t: t.pop(f"U.{MODULE}"), None),

@@ -43,6 +43,7 @@ def foresee(found: Found, base: Checkpoint) -> tuple[int, int]:
     """Predicted bytes and peak memory, from headers. Raises `AdaptError` for a pair or options that cannot be converted."""
     if found.job.validate:
         _check_validation(found, base)
+    found.job.options.require_text()
     source = open_source(base, found.job.source, found.job.revision)
     plan = make_plan(base, source, found.job.options)
     require_factors(plan, base, found.job.options)

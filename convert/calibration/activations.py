@@ -6,13 +6,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapt_convert.convert.validation.outputs import Batch, call
+from adapt_convert.formats.errors import AdaptError
 
 
 class _Enough(Exception):  # noqa: N818 - no error: it ends a forward pass of which the rest is not needed
     pass
+
+
+def live_module(model: nn.Module, name: str) -> nn.Module:
+    """A module of the live model by its name. Raises `AdaptError` for one that only the checkpoint has."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise AdaptError(f"{name}: is no module of the model as transformers builds it; leave it out with --exclude") from None
 
 
 def captured_inputs(model: Any, modules: Sequence[str], batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -21,7 +30,7 @@ def captured_inputs(model: Any, modules: Sequence[str], batches: Iterable[Batch]
     The inputs are `(tokens, in)`, one row for each position of the batch, in the dtype and on the device of the model; modules
     that share an input share the tensor. The last dim is the one that a linear layer multiplies, also of GPT-2's `Conv1D`.
     Nothing is kept between batches, and no gradients are. A forward pass ends where the last of the modules has been reached, so
-    modules of early layers cost a part of one. Raises `AdaptError` when the model does not run on the batch.
+    modules of early layers cost a part of one. Raises `AdaptError` when the model does not run on the batch, or not all of the modules.
     """
     held: dict[str, Tensor] = {}
     left: set[str] = set()
@@ -35,7 +44,7 @@ def captured_inputs(model: Any, modules: Sequence[str], batches: Iterable[Batch]
     def hook(name: str) -> Any:
         return lambda module, inputs: keep(name, inputs[0])
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+    handles = [live_module(model, name).register_forward_pre_hook(hook(name)) for name in modules]
     try:
         for batch in batches:
             held, left = {}, set(modules)
@@ -44,6 +53,8 @@ def captured_inputs(model: Any, modules: Sequence[str], batches: Iterable[Batch]
                     call(model, batch, device)
             except _Enough:
                 pass
+            if idle := next((name for name in modules if name in left), None):
+                raise AdaptError(f"{idle}: takes no part when the model runs on the calibration text; leave it out with --exclude")
             yield held
     finally:
         for handle in handles:

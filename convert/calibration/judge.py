@@ -23,6 +23,7 @@ from adapt_convert.convert.validation.live_model import model_class_of, read_con
 from adapt_convert.convert.validation.outputs import Batch, predict
 from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.source import shared_lora_config_path
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ def opened_judge(pairs: Pairs, options: Options, progress: Progress) -> Iterator
     Raises `AdaptError` without `transformers`, for models that cannot be built and for text that cannot be used.
     """
     require_run_extra("--calib runs the models")
+    if shared_lora_config_path(pairs.source.location) is not None:
+        taken = f"adapt-convert delta BASE {pairs.source.location.origin} --task NAME"
+        raise AdaptError(f"--calib: a shared LoRA is not run; take the adapter out first: {taken}")
     base = Contender(pairs.base.origin, "base", pairs.base.location, pairs.base.store.nbytes)
     kind = "fine-tune" if pairs.source.kind == "checkpoint" else pairs.source.kind
     source = Contender(pairs.source.origin, kind, pairs.source.location, pairs.source.store.nbytes)

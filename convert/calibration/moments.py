@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapt_convert.convert.calibration.activations import captured_inputs
+from adapt_convert.convert.calibration.activations import captured_inputs, live_module
 from adapt_convert.convert.calibration.cache import cache_path
 from adapt_convert.convert.calibration.texts import CalibrationText
 from adapt_convert.convert.families import NormKind
@@ -91,9 +92,9 @@ def _readable(directory: Path, index: Path) -> dict[str, str]:
 def _groups(stage: Stage, modules: Sequence[str]) -> Iterator[list[str]]:
     group, size = list[str](), 0
     for module in modules:
-        weight = stage.root.get_parameter(f"{module}.weight")
-        conv1d = type(stage.root.get_submodule(module)).__name__ == "Conv1D"
-        own = 4 * weight.shape[0 if conv1d else -1] ** 2
+        live: Any = live_module(stage.root, module)
+        conv1d = type(live).__name__ == "Conv1D"
+        own = 4 * live.weight.shape[0 if conv1d else -1] ** 2
         if group and size + own > _AT_A_TIME:
             yield group
             group, size = [], 0

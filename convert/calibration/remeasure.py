@@ -20,10 +20,7 @@ from adapt_convert.formats.peft import LoraAdapter
 
 def remeasured(pairs: Pairs, plan: Plan, adapter: Any, records: list[Record], progress: Progress) -> list[Record]:
     """The same records, those of factored matrices with the energy that `adapter` misses now."""
-    measure = next((work for kind, work in _MEASURES.items() if isinstance(adapter, kind)), None)
-    if measure is None:
-        return records
-    residuals = measure(pairs, plan, adapter, progress)
+    residuals = _MEASURES[type(adapter)](pairs, plan, adapter, progress)
     return [replace(record, residual=residuals.get(record.entry, record.residual)) for record in records]
 
 

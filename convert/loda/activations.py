@@ -13,7 +13,6 @@ from adapt_convert.convert.calibration.judge import Judge
 from adapt_convert.convert.loda.fit import Activations
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.convert.validation.outputs import Batch
-from adapt_convert.formats.errors import AdaptError
 
 _HELD = 2**29  # bytes of activations in memory, unless those of one matrix alone are more
 _MOST_FITTED = 8192  # tokens: some times the widths at hand, and more change a fit little
@@ -71,8 +70,6 @@ def _inputs(model: Any, modules: Sequence[str], batches: Sequence[Batch], device
     joined: dict[tuple[int, ...], Tensor] = {}
     inputs = {}
     for module, parts in pieces.items():
-        if not parts:
-            raise AdaptError(f"{module}: takes no part when the model runs on the calibration text; leave it out with --exclude")
         key = tuple(map(id, parts))
         if key not in joined:
             joined[key] = torch.cat(parts)

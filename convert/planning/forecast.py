@@ -61,6 +61,7 @@ def plan(
     *,
     revision: str | None = None,
     base_revision: str | None = None,
+    task: str | None = None,
     capture: float = 0.9,
     fit_seconds: float = 120.0,
     progress: Progress = silent,
@@ -69,16 +70,17 @@ def plan(
     """Forecast the conversions of a fine-tune (or adapter) of `base` from its weights alone, writing nothing.
 
     `capture` is the share of the change of all matrices that the recommended adapter has to hold, above 0 and at most 1. No LoRTA
-    fit begins later than `fit_seconds` after the first; 0 leaves LoRTAs out. `options` are `target_modules`, `exclude`, `dtype`,
-    `device` and `seed` of `Options`, and `calib` and `calib_tokens` for what reaches the outputs on a text (`on_inputs`).
-    Raises `AdaptError`, also when nothing changed.
+    fit begins later than `fit_seconds` after the first; 0 leaves LoRTAs out. `task` chooses one adapter of a shared LoRA, by name or
+    number. `options` are `target_modules`, `exclude`, `dtype`, `device` and `seed` of `Options`, and `calib` and `calib_tokens` for what
+    reaches the outputs on a text (`on_inputs`). Raises `AdaptError`, also when nothing changed.
     """
     if not 0 < capture <= 1:
         raise AdaptError(f"--capture {capture}: must be above 0 and at most 1")
     if not fit_seconds >= 0:
         raise AdaptError(f"--fit-seconds {fit_seconds}: must be a number of seconds, 0 or more")
     chosen = Options(to="lora", **options)
-    opened_base, opened_source = open_pair(base, source, revision, base_revision)
+    chosen.require_text()
+    opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device())
     lora = _target(opened_base, opened_source, pairs, chosen, progress)
     changes = measure_changes(pairs, lora.plan, chosen.seed, progress)
@@ -86,6 +88,8 @@ def plan(
         raise AdaptError(
             f"{opened_source.origin}: none of the targeted matrices differs from {opened_base.origin}; there is nothing to plan"
         )
+    # Before the long work, as a text may be refused.
+    on_inputs = forecast_on_inputs(pairs, lora.plan, chosen, progress) if chosen.calib is not None else None
     found, left_out = _frontiers(pairs, lora, changes, fit_seconds, progress)
     whole = full_bytes(opened_source, changes, lora.stored)
     return Forecast(
@@ -97,7 +101,7 @@ def plan(
             "capture": capture,
             "candidates": [one.to_json() for one in found],
             "left_out": left_out,
-            "on_inputs": forecast_on_inputs(pairs, lora.plan, chosen, progress) if chosen.calib is not None else None,
+            "on_inputs": on_inputs,
             "recommendation": recommend(found, capture, whole, opened_source.kind == "checkpoint"),
             "seed": chosen.seed,
         }

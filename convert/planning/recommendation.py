@@ -32,5 +32,5 @@ def recommend(found: Sequence[Candidate], capture: float, full_bytes: int, is_ch
     return {
         "options": None,
         "sentence": f"This {what} is not low-rank: no adapter below half of the {size_text(full_bytes)} of its changed tensors holds "
-        f"{capture:.0%} of the change, {most}; ship {whole}, or measure with `adapt-convert validate` how it behaves with less.",
+        f"{100 * capture:g}% of the change, {most}; ship {whole}, or measure with `adapt-convert validate` how it behaves with less.",
     }

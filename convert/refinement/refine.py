@@ -15,7 +15,6 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.refinement.trainable import RECIPES
 from adapt_convert.convert.refinement.training import Lesson, distil
-from adapt_convert.formats.errors import AdaptError
 
 
 def refine(judge: Judge, adapter: Any, options: Options, pairs: Pairs, progress: Progress) -> tuple[Any, dict[str, Any]]:
@@ -25,9 +24,7 @@ def refine(judge: Judge, adapter: Any, options: Options, pairs: Pairs, progress:
     A run that is killed leaves its state in the cache, and the same conversion takes it from there. Raises `AdaptError`.
     """
     assert options.refine is not None
-    recipe = RECIPES.get(options.to)
-    if recipe is None:
-        raise AdaptError(f"--refine: works for {', '.join(RECIPES)}, not for {options.to}")
+    recipe = RECIPES[options.to]
     stage, text = judge.stage, judge.text
     stage.show(stage.fine_tune)
     targets = targets_of(stage.model, progress(text.fit, "fine-tune on text"), stage.device)
