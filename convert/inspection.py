@@ -29,7 +29,7 @@ def inspect(
     task: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Describe one model or adapter, or the pair of a base and its fine-tune. Reads no tensor.
+    """Describe one model or adapter, or the pair of a base and its fine-tune. Reads headers, and of tensors no more than opening needs.
 
     `revision` is that of the last Hub id given, `task` chooses one adapter of a shared LoRA. With `other` the result is the plan of
     a conversion with the given `options`, as `describe_plan` has it. Raises `AdaptError`.
