@@ -263,6 +263,14 @@ def test_the_table_that_peft_saves_beside_a_lora_of_it_is_the_bases(pairs: Any, 
     torch.testing.assert_close(merged.double(), changed.double() + expected["model.embed_tokens"].T, rtol=1e-5, atol=1e-5)
 
 
+def test_the_predicted_size_counts_padding(pairs: Any, tmp_path: Path) -> None:
+    """Ranks differ with the matrices' sizes, and one server wants them equal."""
+    pair = pairs("llama")
+    planned = inspect(pair.base, pair.ft, profile="sglang", energy=1.0)["predicted_bytes"]
+    written = convert(pair.base, pair.ft, profile="sglang", energy=1.0).save(tmp_path / "out") / "adapter_model.safetensors"
+    assert planned == pytest.approx(written.stat().st_size, rel=0.1)
+
+
 def _rows_added(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The first factor of the embedding for two more tokens."""
     key = "base_model.model.model.embed_tokens.lora_embedding_A"
