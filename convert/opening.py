@@ -9,6 +9,7 @@ from adapt_convert.convert.architectures import family_of, module_names, without
 from adapt_convert.convert.experts import split_stacks
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_header import gguf_adapter
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.lora_names import lora_file
@@ -57,6 +58,8 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         from adapt_convert.formats.lora_file import read_lora_file
 
         return read_lora_file(location, path, base, _parameters(base))
+    if config_path is None and gguf_adapter(location):
+        raise AdaptError(f"{location.origin}: a GGUF adapter is not read back; convert the PEFT adapter that it was made from")
     if config_path is None:
         checkpoint = Checkpoint(location)
         split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     import peft
     import transformers
 
-from adapt_convert import AdaptError, convert, lint
+from adapt_convert import AdaptError, convert, inspect, lint, merge
 from adapt_convert.cli import main
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.gguf_adapter import GgufAdapter
@@ -226,6 +226,22 @@ def test_lint_reads_gguf_files(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(AdaptError, match="damaged or not a GGUF file"):
             lint(path, "llama.cpp")
+
+
+def test_an_adapter_is_described_and_not_read_back(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    golden().write(tmp_path / "out")
+    model_of("llama").save_pretrained(tmp_path / "base")
+    for place in (tmp_path / "out", tmp_path / "out" / "adapter_model.gguf"):
+        described = inspect(place)
+        assert (described["kind"], described["modules"], described["parameters"]) == ("GGUF adapter", 2, 256)
+        assert CliRunner().invoke(main, ["inspect", str(place)]).exit_code == 0
+        for refuse in (
+            lambda place=place: convert(tmp_path / "base", place),
+            lambda place=place: merge(tmp_path / "base", place, tmp_path / "m"),
+        ):
+            with pytest.raises(AdaptError, match="a GGUF adapter is not read back; convert the PEFT adapter"):
+                refuse()
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ EDITS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "vllm",
         "refused: rank 600 is above vLLM's largest, 512; convert it: .* --for vllm --rank 512",
     ),
-    "PEFT for Diffusers": (lambda directory: None, "diffusers", "lost: Diffusers knows no tensor base_model.model.*runs diffusion models alone"),
+    "PEFT for Diffusers": (lambda directory: None, "diffusers", "lost: .* base_model.model.*runs diffusion models alone"),
     "PEFT for Kohya": (lambda directory: None, "kohya", "refused: Kohya and ComfyUI knows no tensor base_model.model"),
     "PEFT for llama.cpp": (lambda directory: None, "llama.cpp", "refused: llama.cpp loads GGUF files, and there is none; convert it: "),
 }  # fmt: skip
