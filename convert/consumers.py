@@ -72,7 +72,9 @@ def _cannot_hold(entry: Entry, plan: Plan, profile: Profile, names: GgufNames | 
     model_type = str(plan.config.get("model_type"))
     # The base as the consumer loads it decides: there a table that two modules share is one tensor, whatever the source is.
     shared = [alias for alias in aliases_of(entry.name, plan.family, plan.config) if alias not in plan.base_keys]
-    adaptable = profile.adapts_embeddings(model_type) and not shared
+    # llama.cpp's graphs look the token table up with its LoRA, and every other table without.
+    passed_over = names is not None and entry.kind == "embedding" and names.tensor(entry.module) not in ("token_embd.weight", None)
+    adaptable = profile.adapts_embeddings(model_type) and not shared and not passed_over
     if entry.action == "store":
         if entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
             return None if profile.biases else "has no LoRA of biases"
@@ -84,6 +86,8 @@ def _cannot_hold(entry: Entry, plan: Plan, profile: Profile, names: GgufNames | 
         return f"has no LoRA for a table that {shared[0]} shares"
     if (entry.kind == "embedding" or head) and not profile.adapts_embeddings(model_type):
         return f"adapts no embedding and no output head of a {model_type}"
+    if passed_over:
+        return "adapts no embedding but that of the tokens"
     if head and entry.module != "lm_head":
         return "adapts no such head"
     if names is not None and names.tensor(entry.module) is None:

@@ -14,6 +14,7 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
+from adapt_convert.formats.gguf_header import gguf_adapter
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.lora_names import lora_file, slot_of
@@ -29,7 +30,7 @@ def inspect(
     task: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Describe one model or adapter, or the pair of a base and its fine-tune. Reads no tensor.
+    """Describe one model or adapter, or the pair of a base and its fine-tune. Reads headers, and of tensors no more than opening needs.
 
     `revision` is that of the last Hub id given, `task` chooses one adapter of a shared LoRA. With `other` the result is the plan of
     a conversion with the given `options`, as `describe_plan` has it. Raises `AdaptError`.
@@ -50,6 +51,18 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
     location = locate(path, revision)
     config_path, latte_path = adapter_config_path(location), latte_config_path(location)
     extra: dict[str, Any]
+    if not config_path and (found := gguf_adapter(location)):
+        gguf, header = found
+        return {
+            "path": str(path),
+            "kind": "GGUF adapter",
+            "method": header.adapter,
+            "modules": len({name.rpartition(".")[0] for name in header.shapes}),
+            "files": [gguf.name],
+            "tensors": len(header.shapes),
+            "parameters": sum(math.prod(shape) for shape in header.shapes.values()),
+            "bytes": gguf.stat().st_size,
+        }
     if latte_path:
         config, store, kind = read_json(latte_path), TensorStore([location.directory / LATTE_WEIGHTS]), "LATTE"
         extra = {name: config.get(name) for name in ("construction", "segments", "tasks", "model_type")}

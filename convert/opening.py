@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
-from adapt_convert.convert.architectures import family_of, module_names
+from adapt_convert.convert.architectures import family_of, module_names, without_prefix
 from adapt_convert.convert.experts import split_stacks
-from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.checkpoint import Checkpoint, TensorStore
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.gguf_header import gguf_adapter
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source, latte_config_path, shared_lora_config_path
+
+_BLOCK = 2**20  # numbers that are compared at a time
 
 
 def open_pair(
@@ -54,6 +58,8 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         from adapt_convert.formats.lora_file import read_lora_file
 
         return read_lora_file(location, path, base, _parameters(base))
+    if config_path is None and gguf_adapter(location):
+        raise AdaptError(f"{location.origin}: a GGUF adapter is not read back; convert the PEFT adapter that it was made from")
     if config_path is None:
         checkpoint = Checkpoint(location)
         split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))
@@ -71,13 +77,27 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
 
     family = family_of(base.config)
     if is_plain_lora(read_json(config_path)):
-        return read_lora(location, family.experts if family else None)
+        by_short = {without_prefix(name, family): key for name, key in _parameters(base).items()}
+
+        def is_of_base(parameter: str, store: TensorStore, key: str) -> bool:
+            own = by_short.get(without_prefix(parameter, family))
+            return own is not None and _is_equal(base.store, own, store, key)
+
+        return read_lora(location, family.experts if family else None, is_of_base)
     return read_method(location, base, _parameters(base), bool(family and family.conv1d))
 
 
 def _parameters(base: Checkpoint) -> dict[str, str]:
     """The base's tensors by the names of the parameters in memory."""
     return {name: key for key, name in module_names(base.infos, base.config).items()}
+
+
+def _is_equal(base: TensorStore, key: str, store: TensorStore, copy: str) -> bool:
+    """Whether a tensor is one of the base's, rounded to the dtype of the copy; compared in blocks, up to the first difference."""
+    if base.infos[key].shape != store.infos[copy].shape:
+        return False
+    pairs = zip_longest(base.blocks(key, _BLOCK), store.blocks(copy, _BLOCK))
+    return all(ours is not None and theirs is not None and bool(ours.to(theirs.dtype).equal(theirs)) for ours, theirs in pairs)
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

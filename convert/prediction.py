@@ -34,7 +34,10 @@ def predict(plan: Plan, source: Source, options: Options) -> tuple[int, int]:
 def _factor_numbers(plan: Plan, options: Options) -> int:
     shapes = [entry.matrix_shape for entry in plan.having("factor")]
     if options.to == "lora":
-        return sum(_largest_rank(entry, options) * sum(entry.matrix_shape) for entry in plan.having("factor"))
+        ranks = [_largest_rank(entry, options) for entry in plan.having("factor")]
+        if options.consumer and options.consumer.uniform:  # smaller ranks are padded to the largest
+            ranks = [max(ranks, default=0)] * len(ranks)
+        return sum(rank * sum(shape) for rank, shape in zip(ranks, shapes, strict=True))
     if options.to == "latte":  # each matrix keeps its far side, each segment a basis of the near one
         wide = max(min(shape) for shape in shapes)
         segments = options.segments if isinstance(options.segments, int) else 1 if options.segments is None else len(shapes)

@@ -353,8 +353,8 @@ def _notes(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
 def output_dtype(source: Source) -> str:
     """The dtype of most of the source's numbers: what its author thought enough."""
     counts: dict[str, int] = {}
-    for info in source.store.infos.values():
-        if info.is_float:
+    for name, info in source.store.infos.items():
+        if info.is_float and name not in source.ignored:
             counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes
     best = max(counts, key=lambda name: counts[name], default="F32")
     return {"F16": "float16", "BF16": "bfloat16"}.get(best, "float32")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.location import Location
+from adapt_convert.formats.profiles import GGUF_WEIGHTS
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
@@ -41,6 +43,15 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise AdaptError(f"{path}: cannot be read: {error.strerror}") from None
     except (struct.error, ValueError, KeyError):
         raise AdaptError(f"{path}: is damaged or not a GGUF file; write it again") from None
+
+
+def gguf_adapter(location: Location) -> tuple[Path, GgufHeader] | None:
+    """The GGUF adapter that a location names or holds. Raises `AdaptError` for a damaged file."""
+    path = location.file or location.directory / GGUF_WEIGHTS
+    if path.suffix != ".gguf" or not path.is_file():
+        return None
+    header = read_gguf_header(path)
+    return (path, header) if header.kind == "adapter" else None
 
 
 class _Parser:

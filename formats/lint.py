@@ -14,8 +14,9 @@ from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_header import read_gguf_header
 from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.peft import CONFIG, PREFIX, is_pattern, is_positive, lora_scaling, matching_pattern
-from adapt_convert.formats.profiles import Profile, profile_named
+from adapt_convert.formats.profiles import PROFILES, Profile, profile_named
 from adapt_convert.formats.source import adapter_config_path
 
 _SLOT = re.compile(r"^(?P<module>.*)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
@@ -80,9 +81,13 @@ def lint(adapter: str | Path, consumer: str, revision: str | None = None) -> lis
     names = tuple(store.infos)
     if not names:
         raise AdaptError(f"{location.origin}: holds no tensors")
+    if profile.layout == "diffusers" and all(re.match(PROFILES["kohya"].keys, name) for name in names):
+        return list(_kohya_in_diffusers(store, profile, remedy))
     foreign = [name for name in names if not re.match(profile.keys, name)]
     if foreign:
         effect: Literal["refused", "lost"] = "lost" if profile.layout == "diffusers" else "refused"
+        if foreign[0].startswith(PREFIX) and profile.layout != "peft":
+            remedy = f"{profile.title} runs diffusion models alone; if this adapts one, {remedy}"
         return [Finding(effect, f"{profile.title} knows no tensor {foreign[0]}{_more(foreign)}", remedy)]
     if profile.layout != "peft":
         return []
@@ -105,8 +110,18 @@ def _weights(location: Location, profile: Profile) -> list[Path]:
     found = [location.directory / profile.weights] if profile.weights else sorted(location.directory.glob("*.safetensors"))
     found = [path for path in found if path.is_file()]
     if not found:
-        return weight_files(location)
+        only = lora_file(location) or next(iter(sorted(location.directory.glob("*.safetensors"))), None)
+        return [only] if only else weight_files(location)
     return found
+
+
+def _kohya_in_diffusers(store: TensorStore, profile: Profile, remedy: str) -> Iterator[Finding]:
+    """Kohya's names, which diffusers translates; of several alphas it gives some attention matrices those of others."""
+    keys = [name for name in store.infos if name.endswith(".alpha") and math.prod(store.infos[name].shape) == 1]
+    alphas = sorted({float(store.read(name)) for name in keys})
+    if len(alphas) > 1:
+        what = f"alphas from {alphas[0]:g} to {alphas[-1]:g}, of which {profile.title} {profile.version} hands some modules those of others"
+        yield Finding("wrong", what, remedy)
 
 
 def _read(config: Mapping[str, Any], store: TensorStore) -> _Adapter:

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,14 @@ def changes_base(config: Mapping[str, Any]) -> bool:
     return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
 
 
-def read_lora(location: Location, experts: Experts | None = None) -> Source:
-    """Open a PEFT LoRA directory; alpha, rsLoRA and both patterns are folded into `B`. Reads headers only.
+def read_lora(
+    location: Location, experts: Experts | None = None, is_of_base: Callable[[str, TensorStore, str], bool] | None = None
+) -> Source:
+    """Open a PEFT LoRA directory; alpha, rsLoRA and both patterns are folded into `B`. Reads headers, and tables beside a LoRA.
 
-    `experts` are those of the base, whose stacks an adapter may name; each becomes one part for each expert.
+    `experts` are those of the base, whose stacks an adapter may name; each becomes one part for each expert. `is_of_base(parameter,
+    store, key)` says whether a tensor has the base's own value: PEFT saves the whole table beside a LoRA of an embedding or a head,
+    whether it was resized or not, and only a table of another value is a change. Without it every such table counts as one.
 
     Raises `AdaptError` for another PEFT method, a variant such as DoRA, a missing half of a factor pair or contradicting shapes.
     """
@@ -80,6 +84,9 @@ def read_lora(location: Location, experts: Experts | None = None) -> Source:
         else:
             parts[name] = whole_part(store, name, key)
     for module, slot in slots.items():
+        table = slot.get("base_layer.weight")
+        if table and is_of_base and is_of_base(f"{module}.weight", store, table):
+            ignored[slot.pop("base_layer.weight")] = "the base's own value, which PEFT saves beside a LoRA of a table"
         read = _module_parts
         if experts and (stack := stack_of(module, config.get("target_parameters") or [], experts)):
             read = functools.partial(_stack_parts, stack, experts)

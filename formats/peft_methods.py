@@ -8,6 +8,7 @@ what is left of two nearly equal numbers still has the digits of a float32, and 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
@@ -61,6 +62,7 @@ def read_method(location: Location, base: Checkpoint, parameters: Mapping[str, s
 
 def _check_mergeable(location: Location, config: Mapping[str, Any]) -> None:
     method = config.get("peft_type")
+    quiet_bitsandbytes()
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     except ImportError:
@@ -79,6 +81,11 @@ def _check_mergeable(location: Location, config: Mapping[str, Any]) -> None:
     for key in ("target_parameters", "layer_replication"):
         if config.get(key):
             raise AdaptError(f"{location.origin}: has {key}, which is not supported for {method}")
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep bitsandbytes, which `peft` imports where it is installed, from warning of an optional kernel for 4-bit weights."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _tuner_prefix(method: str) -> str:

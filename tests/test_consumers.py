@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
-from adapt_convert import AdaptError, batch, convert, inspect, lint
+from adapt_convert import AdaptError, batch, convert, inspect, lint, merge
 from adapt_convert.cli import main
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.convert.fitting import _padded
@@ -232,3 +232,46 @@ def test_a_batch_writes_for_consumers_too(pairs: Any, tmp_path: Path) -> None:
     assert all(row["skipped"] for row in again["jobs"])
     with pytest.raises(AdaptError, match="nowhere: unknown consumer"):
         batch({"defaults": {"base": str(pair.base)}, "jobs": [{"source": str(pair.ft), "profile": "nowhere"}]}, tmp_path / "more")
+
+
+def test_the_table_that_peft_saves_beside_a_lora_of_it_is_the_bases(pairs: Any, tmp_path: Path) -> None:
+    """`save_pretrained` writes it whether or not it was resized; only one of another value is a change of its own."""
+    pair = pairs("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+        peft.get_peft_model(pair.load(pair.base), config).save_pretrained(tmp_path / "lora")
+    path, key = tmp_path / "lora" / "adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}  # the file is written over
+    expected = {name: d.T if name.endswith("embed_tokens") else d for name, d in peft_deltas(pair, tmp_path / "lora").items()}
+    for case, table in {"as saved": tensors[key], "in half precision": tensors[key].bfloat16()}.items():
+        save_file(tensors | {key: table}, path, metadata={"format": "pt"})
+        conversion = convert(pair.base, tmp_path / "lora", profile="vllm")
+        assert conversion.report["tensors"]["model.embed_tokens.weight"]["status"] == "factored"
+        conversion.save(tmp_path / case)
+        assert_same(SERVERS["vllm"](tmp_path / case, "llama"), expected)
+    resized = torch.cat([tensors[key], torch.ones(2, tensors[key].shape[1])])
+    save_file(tensors | {key: resized, **_rows_added(tensors)}, path, metadata={"format": "pt"})
+    report = convert(pair.base, tmp_path / "lora").report
+    assert report["tensors"]["model.embed_tokens.weight"]["status"] == "exact"
+    changed = tensors[key].clone()
+    changed[5] += 1
+    save_file(tensors | {key: changed}, path, metadata={"format": "pt"})
+    merge(pair.base, tmp_path / "lora", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(merged.double(), changed.double() + expected["model.embed_tokens"].T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_predicted_size_counts_padding(pairs: Any, tmp_path: Path) -> None:
+    """Ranks differ with the matrices' sizes, and one server wants them equal."""
+    pair = pairs("llama")
+    planned = inspect(pair.base, pair.ft, profile="sglang", energy=1.0)["predicted_bytes"]
+    written = convert(pair.base, pair.ft, profile="sglang", energy=1.0).save(tmp_path / "out") / "adapter_model.safetensors"
+    assert planned == pytest.approx(written.stat().st_size, rel=0.1)
+
+
+def _rows_added(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first factor of the embedding for two more tokens."""
+    key = "base_model.model.model.embed_tokens.lora_embedding_A"
+    return {key: torch.cat([tensors[key], torch.ones(len(tensors[key]), 2)], dim=1)}

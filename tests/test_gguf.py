@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     import peft
     import transformers
 
-from adapt_convert import AdaptError, convert, lint
+from adapt_convert import AdaptError, convert, inspect, lint, merge
 from adapt_convert.cli import main
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.formats.gguf_adapter import GgufAdapter
@@ -115,6 +115,27 @@ def test_an_embedding_of_its_own_is_factored(tmp_path: Path) -> None:
     torch.testing.assert_close(adapted.first, llama_cpp.run(tmp_path / "ft.gguf").first, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("target_modules", ["all-linear", "all-linear,wpe"])
+def test_learned_positions_are_left_out(target_modules: str, tmp_path: Path) -> None:
+    """llama.cpp looks the table up without its LoRA, and says nothing: what it runs is the fine-tune with the base's positions."""
+    model = model_of("gpt2")
+    model.save_pretrained(tmp_path / "base")
+    write_model(model, tmp_path / "base.gguf")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "wte" not in name and "wpe" not in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    write_model(model, tmp_path / "rest.gguf")
+    model.transformer.wpe.weight.data += 0.05 * torch.randn_like(model.transformer.wpe.weight)
+    model.save_pretrained(tmp_path / "ft")
+    conversion = convert(tmp_path / "base", tmp_path / "ft", profile="llama.cpp", rank=64, target_modules=target_modules)
+    conversion.save(tmp_path / "out")
+    row = conversion.report["tensors"]["transformer.wpe.weight"]
+    assert row["status"] == "dropped"
+    assert row["reason"] in ("llama.cpp loads no whole tensors", "llama.cpp adapts no embedding but that of the tokens")
+    adapted = llama_cpp.run(tmp_path / "base.gguf", tmp_path / "out" / "adapter_model.gguf")
+    torch.testing.assert_close(adapted.first, llama_cpp.run(tmp_path / "rest.gguf").first, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("source", ["checkpoint", "lora"])
 def test_a_shared_table_is_left_out_and_the_rest_runs(source: str, tmp_path: Path) -> None:
     """A LoRA of it would end the process: llama.cpp multiplies the output by the factors of the input."""
@@ -205,6 +226,22 @@ def test_lint_reads_gguf_files(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(AdaptError, match="damaged or not a GGUF file"):
             lint(path, "llama.cpp")
+
+
+def test_an_adapter_is_described_and_not_read_back(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    golden().write(tmp_path / "out")
+    model_of("llama").save_pretrained(tmp_path / "base")
+    for place in (tmp_path / "out", tmp_path / "out" / "adapter_model.gguf"):
+        described = inspect(place)
+        assert (described["kind"], described["modules"], described["parameters"]) == ("GGUF adapter", 2, 256)
+        assert CliRunner().invoke(main, ["inspect", str(place)]).exit_code == 0
+        for refuse in (
+            lambda place=place: convert(tmp_path / "base", place),
+            lambda place=place: merge(tmp_path / "base", place, tmp_path / "m"),
+        ):
+            with pytest.raises(AdaptError, match="a GGUF adapter is not read back; convert the PEFT adapter"):
+                refuse()
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ EDITS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "vllm",
         "refused: rank 600 is above vLLM's largest, 512; convert it: .* --for vllm --rank 512",
     ),
-    "PEFT for Diffusers": (lambda directory: None, "diffusers", "lost: Diffusers knows no tensor base_model.model"),
+    "PEFT for Diffusers": (lambda directory: None, "diffusers", "lost: .* base_model.model.*runs diffusion models alone"),
     "PEFT for Kohya": (lambda directory: None, "kohya", "refused: kohya's form knows no tensor base_model.model"),
     "PEFT for llama.cpp": (lambda directory: None, "llama.cpp", "refused: llama.cpp loads GGUF files, and there is none; convert it: "),
 }  # fmt: skip
@@ -182,3 +182,19 @@ def test_the_remedy_works(case: str, pairs: Any, tmp_path: Path) -> None:
         convert(pair.base, adapter, profile=server).save(tmp_path / server)
         assert lint(tmp_path / server, server) == []
         assert_same(load(tmp_path / server, "llama"), expected)
+
+
+def test_kohya_files_under_diffusers(tmp_path: Path) -> None:
+    def write(*alphas: float) -> None:
+        tensors = {}
+        for number, alpha in enumerate(alphas):
+            name = f"lora_unet_down_blocks_{number}_attentions_0_proj_in"
+            tensors |= {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
+            tensors |= {f"{name}.alpha": torch.tensor(alpha)}
+        save_file(tensors, tmp_path / "lora.safetensors")
+
+    write(2.0, 2.0)
+    assert lint(tmp_path, "diffusers") == lint(tmp_path, "kohya") == lint(tmp_path / "lora.safetensors", "diffusers") == []
+    write(2.0, 1.0)
+    assert "wrong: alphas from 1 to 2" in str(lint(tmp_path, "diffusers")[0])
+    assert lint(tmp_path, "kohya") == []

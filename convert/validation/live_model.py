@@ -14,6 +14,7 @@ from torch import nn
 
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
+from adapt_convert.formats.peft_methods import quiet_bitsandbytes
 
 Task = Literal["causal", "masked", "seq2seq", "classes", "features"]
 _TASKS: tuple[tuple[str, Task], ...] = (
@@ -29,6 +30,7 @@ _LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 
 def require_run_extra(who: str = "validation runs the models") -> None:
     """Refuse when `transformers` or `peft`, which run models, are not installed; `who` begins the line that says so."""
+    quiet_bitsandbytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
