@@ -22,7 +22,7 @@ from adapt_convert.convert.architectures import is_embedding
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
-from adapt_convert.formats.peft import CONFIG, PREFIX, changes_base
+from adapt_convert.formats.peft import CONFIG, PREFIX, changes_base, check_patterns
 from adapt_convert.formats.source import WITHOUT_MAGNITUDE, Part, Source, whole_part
 
 # `peft` draws, and we overwrite, first values from torch's global generator; and it builds one model at a time.
@@ -43,6 +43,7 @@ def read_method(location: Location, base: Checkpoint, parameters: Mapping[str, s
     """
     config = read_json(location.directory / CONFIG)
     _check_mergeable(location, config)
+    check_patterns(location, config)  # peft matches them without a limit of time
     store = TensorStore(weight_files(location))
     if not store.infos:
         raise AdaptError(f"{location.origin}: holds no tensors")
