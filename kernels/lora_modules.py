@@ -29,10 +29,7 @@ class GroupedLora(WrappedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        ids = self.tasks.ids_for(x)
-        if ids is None:  # a single LoRA, and every row its own
-            ids = torch.ones(len(x), dtype=torch.long, device=x.device)
-        return grouped_lora_add(y, x, self.A, self.B, ids)
+        return grouped_lora_add(y, x, self.A, self.B, self.tasks.rows_of(x))
 
 
 def load_loras(model: nn.Module, sources: Sequence[Source]) -> nn.Module:

@@ -29,11 +29,8 @@ class SharedLoraLayer(WrappedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        ids = self.tasks.ids_for(x)
-        if ids is None:  # a single task, and every row its own
-            ids = torch.ones(len(x), dtype=torch.long, device=x.device)
         rows = functional.linear(x, self.V).reshape(len(x), -1, self.V.shape[0])
-        own = torch.bmm(rows, self.cores[ids].mT)
+        own = torch.bmm(rows, self.cores[self.tasks.rows_of(x)].mT)
         return y + functional.linear(own, self.U).view(y.shape)
 
 

@@ -36,6 +36,11 @@ class Tasks:
             return _spread(self.ids, x)
         return None if self.count == 1 else torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The ids for all rows, also those of a single adapter: every row is of the first task."""
+        ids = self.ids_for(x)
+        return torch.ones(x.shape[0], dtype=torch.long, device=x.device) if ids is None else ids
+
 
 def _spread(rows: Tensor, x: Tensor) -> Tensor:
     """One entry for each row of x: some models flatten (batch, tokens) to one dim before the MLP."""

@@ -37,14 +37,8 @@ def save_loras(case: Any, targets: list[Any], directory: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-@pytest.mark.parametrize("name", TARGETS)
-def test_every_row_equals_its_own_lora_in_peft(name: str, tmp_path: Path) -> None:
-    case, ids = save_planted(tmp_path, name), [2, 0, 3, 1, 2]
-    paths = save_loras(case, TARGETS[name], tmp_path)
-    inputs, model = batch(rows=len(ids)), case.model()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    adapt_convert.load(model, paths)
+def check_rows_and_unload(case: Any, model: Any, before: dict[str, Any], inputs: dict[str, Any], ids: list[int], paths: list[Path]) -> None:
+    """Every row of the batch equals the base, or what `peft` computes with its LoRA alone; then the model is as `before`, bit for bit."""
     generation = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with adapt_convert.task_ids(model, ids), torch.no_grad():
         mixed, written = model(**inputs).logits, model.generate(**inputs, **generation)
@@ -57,6 +51,17 @@ def test_every_row_equals_its_own_lora_in_peft(name: str, tmp_path: Path) -> Non
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_row_equals_its_own_lora_in_peft(name: str, tmp_path: Path) -> None:
+    case, ids = save_planted(tmp_path, name), [2, 0, 3, 1, 2]
+    paths = save_loras(case, TARGETS[name], tmp_path)
+    inputs, model = batch(rows=len(ids)), case.model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    adapt_convert.load(model, paths)
+    check_rows_and_unload(case, model, before, inputs, ids, paths)
 
 
 def test_a_list_of_one_is_that_lora_on_every_row_and_more_are_the_base_until_tasks_are_chosen(tmp_path: Path) -> None:

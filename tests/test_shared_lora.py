@@ -19,7 +19,7 @@ from adapt_convert.convert.shared_lora.subspace import joint_subspaces
 from adapt_convert.formats.errors import AdaptError
 
 from .test_latte import batch, logits, save_planted
-from .test_lora_modules import TARGETS, save_loras
+from .test_lora_modules import TARGETS, check_rows_and_unload, save_loras
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),  # of peft's own making
@@ -122,18 +122,7 @@ def test_every_row_of_a_mixed_batch_equals_its_own_lora_in_peft(name: str, tmp_p
     plain = logits(model, inputs)
     adapt_convert.load(model, tmp_path / "shared")
     torch.testing.assert_close(logits(model, inputs), plain, atol=0, rtol=0)  # several adapters and no ids: the base
-    generation = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    with adapt_convert.task_ids(model, ids), torch.no_grad():
-        mixed, written = model(**inputs).logits, model.generate(**inputs, **generation)
-    for row, task in enumerate(ids):
-        own = peft.PeftModel.from_pretrained(case.model(), paths[task - 1]).eval() if task else case.model()
-        one = {key: value[row : row + 1] for key, value in inputs.items()}
-        torch.testing.assert_close(mixed[row][one["attention_mask"][0].bool()], logits(own, one), atol=1e-4, rtol=0)
-        assert torch.equal(written[row], own.generate(**one, **generation)[0])
-    adapt_convert.unload(model)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    check_rows_and_unload(case, model, before, inputs, ids, paths)
 
 
 def test_fine_tunes_are_bundled_by_their_matrices(make_pair: Any, tmp_path: Path) -> None:
