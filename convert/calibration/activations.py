@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,24 @@ from torch import Tensor, nn
 from adapt_convert.convert.validation.outputs import Batch, call
 from adapt_convert.formats.errors import AdaptError
 
+Item = TypeVar("Item")
+
 
 class _Enough(Exception):  # noqa: N818 - no error: it ends a forward pass of which the rest is not needed
     pass
+
+
+def groups_within(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """The items in order, as many together as have at most `limit` bytes between them; one that alone has more stands alone."""
+    group, held = list[Item](), 0
+    for item in items:
+        if group and held + size(item) > limit:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size(item)
+    if group:
+        yield group
 
 
 def live_module(model: nn.Module, name: str) -> nn.Module:

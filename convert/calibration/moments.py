@@ -6,9 +6,10 @@ share its moments. They wait in the cache under the hashes of the weights and of
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapt_convert.convert.calibration.activations import captured_inputs, live_module
+from adapt_convert.convert.calibration.activations import captured_inputs, groups_within, live_module
 from adapt_convert.convert.calibration.cache import cache_path
 from adapt_convert.convert.calibration.texts import CalibrationText
 from adapt_convert.convert.families import NormKind
@@ -70,7 +71,7 @@ def moments_of(
     missing = [module for module in (*modules, *norms) if module not in files]
     if missing:
         stage.show(stage.fine_tune)
-    for group in _groups(stage, missing):
+    for group in groups_within(missing, functools.partial(_moment_bytes, stage), _AT_A_TIME):
         files |= _summed(stage, group, norms, text, progress, directory)
         fresh = index.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(files, indent=1), encoding="utf-8")
@@ -89,19 +90,10 @@ def _readable(directory: Path, index: Path) -> dict[str, str]:
     return dict(files)
 
 
-def _groups(stage: Stage, modules: Sequence[str]) -> Iterator[list[str]]:
-    group, size = list[str](), 0
-    for module in modules:
-        live: Any = live_module(stage.root, module)
-        conv1d = type(live).__name__ == "Conv1D"
-        own = 4 * live.weight.shape[0 if conv1d else -1] ** 2
-        if group and size + own > _AT_A_TIME:
-            yield group
-            group, size = [], 0
-        group.append(module)
-        size += own
-    if group:
-        yield group
+def _moment_bytes(stage: Stage, module: str) -> int:
+    """What the second moments of a module's inputs take, `(in, in)` float32."""
+    live: Any = live_module(stage.root, module)
+    return 4 * int(live.weight.shape[0 if type(live).__name__ == "Conv1D" else -1]) ** 2
 
 
 def _summed(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.calibration.activations import captured_inputs
+from adapt_convert.convert.calibration.activations import captured_inputs, groups_within
 from adapt_convert.convert.calibration.judge import Judge
 from adapt_convert.convert.loda.fit import Activations
 from adapt_convert.convert.preflight import Entry
@@ -27,7 +27,7 @@ def activations_of(judge: Judge, entries: Sequence[Entry]) -> Iterator[tuple[Ent
     stage, text = judge.stage, judge.text
     fitted = _first(text.fit, _MOST_FITTED)
     tokens = sum(batch.rows * batch.length for batch in (*fitted, *text.heldout))
-    for group in _groups(entries, tokens):
+    for group in groups_within(entries, lambda entry: 4 * tokens * entry.matrix_shape[1], _HELD):
         stage.show(stage.fine_tune)
         modules = [entry.module for entry in group]
         fit = _inputs(stage.root, modules, fitted, stage.device)
@@ -44,20 +44,6 @@ def _first(batches: Sequence[Batch], tokens: int) -> list[Batch]:
         if tokens <= 0:
             break
     return kept
-
-
-def _groups(entries: Sequence[Entry], tokens: int) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
-    held = 0
-    for entry in entries:
-        size = 4 * tokens * entry.matrix_shape[1]
-        if group and held + size > _HELD:
-            yield group
-            group, held = [], 0
-        group.append(entry)
-        held += size
-    if group:
-        yield group
 
 
 def _inputs(model: Any, modules: Sequence[str], batches: Sequence[Batch], device: torch.device) -> dict[str, Tensor]:
