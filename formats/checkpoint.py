@@ -52,6 +52,7 @@ class TensorStore:
         self._owner: dict[str, tuple[SafetensorsFile | PickleFile | DequantisedFile, str]] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.splits: dict[str, Split] = {}
+        self._wholes: dict[str, str] = {}  # of the parts, the tensor of the file that holds each
         self.noise: Mapping[str, float] = {}  # of the tensors that were dequantised: the expected energy of what that added
         self._digests: dict[str, str] = {}
         self._read: list[str] = []  # a list, as several threads read
@@ -99,7 +100,7 @@ class TensorStore:
         self.splits[name] = Split(tuple(parts), self.infos.pop(name).shape)
         owner.split(stored, parts, shape)
         for part in parts:
-            self._owner[part], self.infos[part] = (owner, part), owner.infos[part]
+            self._owner[part], self.infos[part], self._wholes[part] = (owner, part), owner.infos[part], name
 
     def replace(self, names: Iterable[str], owner: DequantisedFile) -> None:
         """Let tensors appear as the ones that `owner` makes of them."""
@@ -123,8 +124,7 @@ class TensorStore:
 
     def stored_names(self, names: Iterable[str]) -> list[str]:
         """The tensors of the files that hold the named ones."""
-        wholes = {part: name for name, split in self.splits.items() for part in split.parts}
-        return list(dict.fromkeys(wholes.get(name, name) for name in names))
+        return list(dict.fromkeys(self._wholes.get(name, name) for name in names))
 
     def content_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""
