@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from adapt_convert.convert.architectures import family_of, module_names, without_prefix
 from adapt_convert.convert.experts import split_stacks
@@ -45,7 +47,6 @@ def refuse_latte(source: Location) -> None:
 def open_source(base: Checkpoint, source: str | Path, revision: str | None = None, task: str | None = None) -> Source:
     """Open a fine-tune or an adapter of `base` from headers; of a shared LoRA one `task`, by name or number."""
     location = locate(source, revision)
-    config_path = adapter_config_path(location)
     refuse_latte(location)
     if shared_lora_config_path(location) is not None:
         from adapt_convert.formats.shared_lora import open_shared_lora
@@ -53,18 +54,22 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
         return open_shared_lora(location).source(task)
     if task is not None:
         raise AdaptError(f"--task {task}: {source} is no shared LoRA, it holds one adapter alone")
-    path = lora_file(location) if config_path is None else None
-    if path:
+    if config_path := adapter_config_path(location):
+        return _open_adapter(base, location, read_json(config_path))
+    if path := lora_file(location):
         from adapt_convert.formats.lora_file import read_lora_file
 
         return read_lora_file(location, path, base, _parameters(base))
-    if config_path is None and gguf_adapter(location):
+    if gguf_adapter(location):
         raise AdaptError(f"{location.origin}: a GGUF adapter is not read back; convert the PEFT adapter that it was made from")
-    if config_path is None:
-        checkpoint = Checkpoint(location)
-        split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))
-        return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
-    peft_type = read_json(config_path).get("peft_type")
+    checkpoint = Checkpoint(location)
+    split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))
+    return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
+
+
+def _open_adapter(base: Checkpoint, location: Location, config: Mapping[str, Any]) -> Source:
+    """Open a directory that has an `adapter_config.json`."""
+    peft_type = config.get("peft_type")
     if peft_type == LODA:
         raise AdaptError(f"{location.origin}: is a LoDA, which is no change of weights: it can be neither merged nor converted, only run")
     if peft_type == "LORTA":
@@ -76,7 +81,7 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
     from adapt_convert.formats.peft_methods import read_method
 
     family = family_of(base.config)
-    if is_plain_lora(read_json(config_path)):
+    if is_plain_lora(config):
         by_short = {without_prefix(name, family): key for name, key in _parameters(base).items()}
 
         def is_of_base(parameter: str, store: TensorStore, key: str) -> bool:

@@ -6,7 +6,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +148,7 @@ class Options:
 
     def with_budget_in_bytes(self, whole: int) -> Options:
         """The same options with a budget that is a share of `whole` bytes turned into bytes."""
-        return replace(self, budget=max(1, int(self.budget * whole))) if isinstance(self.budget, float) else self
+        return self.changed(budget=max(1, int(self.budget * whole))) if isinstance(self.budget, float) else self
 
     def _check_loda(self) -> None:
         for name, prefix in (("base_rank", "r-loda"), ("keep", "s-loda")):
@@ -170,6 +170,10 @@ class Options:
     def takes_any_matrix(self) -> bool:
         """Whether the target adapts every two-dimensional weight on its own, and not only those of a known place in a known family."""
         return self.to == "lora" or self.to in LODA_VARIANTS
+
+    def changed(self, **fields: Any) -> Options:
+        """The same options but for some `fields`; a rank that nobody asked for stays one, which `dataclasses.replace` would not know."""
+        return Options(**self.as_given() | fields)
 
     def as_given(self) -> dict[str, Any]:
         """The options that make the same once more: all fields, but without a rank where none was asked for."""

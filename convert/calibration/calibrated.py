@@ -129,7 +129,7 @@ def _smallest(work: Work, judge: Judge, options: Options, target: float) -> tupl
     found: dict[int, tuple[Candidate, dict[str, Any]]] = {}
 
     def within(rank: int) -> bool:
-        found[rank] = _best(work, judge, replace(options, rank=rank, target_kl=None))
+        found[rank] = _best(work, judge, options.changed(rank=rank, target_kl=None))
         return found[rank][0].kl <= target
 
     low, high = 0, 1

@@ -57,7 +57,7 @@ def solve_whitened_lora(
     """`solve_lora` with every error weighed by the inputs; the records say what is held of the deltas themselves."""
     pairs, plan, progress = work.pairs, work.plan, work.progress
     whitened = WhitenedPairs(pairs, find_moments([entry.module for entry in plan.having("factor") if entry.kind == "matrix"], {}))
-    adapter, records = solve_lora(whitened, plan, replace(options, dtype="float32"), work.stored, progress)
+    adapter, records = solve_lora(whitened, plan, options.changed(dtype="float32"), work.stored, progress)
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     entries = [record.entry for record in records if record.status == "factored"]
     found: dict[Entry, Record] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,4 +143,4 @@ def _frontiers(
 def _options_of(name: str, options: Options) -> Options:
     """A LoRTA holds the attention alone unless told otherwise; here it is held against targets that hold every matrix."""
     modules = options.target_modules or (("all-linear",) if name == "lorta" else ())
-    return replace(options, to=name, target_modules=modules)
+    return options.changed(to=name, target_modules=modules)

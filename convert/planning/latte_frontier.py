@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def latte_frontier(
     ranks = [rank for rank in RANKS if rank <= effective.width] or [effective.width]
     layers = effective.layers
     for count in [layers] if effective.layout.post_norms else sorted({1, math.isqrt(layers), layers}):
-        segments, _ = find_segments([effective], replace(options, rank=ranks[-1], segments=count), progress)
+        segments, _ = find_segments([effective], options.changed(rank=ranks[-1], segments=count), progress)
         kept = _measure(effective, segments, progress)
         if not any(own.energy > 0 for own in kept.values()):
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from adapt_convert.convert.lorta.solver import solve_lorta
 from adapt_convert.convert.options import Options
@@ -34,5 +33,5 @@ def lorta_frontier(
     for rank in RANKS:
         if seconds == 0 or (rank > RANKS[0] and time.monotonic() > deadline):
             return
-        adapter, records = solve_lorta(pairs, plan, replace(options, rank=rank), stored, progress)
+        adapter, records = solve_lorta(pairs, plan, options.changed(rank=rank), stored, progress)
         yield candidate(f"--rank {rank}", options, adapter, records, rest)
