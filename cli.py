@@ -29,6 +29,7 @@ from adapt_convert.terminal import (
 from adapt_convert.validate_cli import validate
 
 if TYPE_CHECKING:
+    from adapt_convert.convert.conversion import Conversion
     from adapt_convert.convert.validation.result import Validation
 
 
@@ -80,7 +81,6 @@ def delta(
       adapt-convert delta ./base ./ft --to lorta --rank 16
     """
     from adapt_convert.convert.conversion import convert, default_name
-    from adapt_convert.convert.inspection import describe_plan
     from adapt_convert.convert.inspection import inspect as inspect_paths
     from adapt_convert.convert.options import Options
     from adapt_convert.formats.atomic import check_destination
@@ -106,25 +106,14 @@ def delta(
 
         check_login(repo)
 
-    def announce(*plan: Any) -> None:
-        if not as_json:
-            print_plan(describe_plan(*plan), console(stderr=True))
-
+    announced: dict[str, Any] = {} if as_json else {"on_plan": _announce}
     with progress(quiet=as_json) as track:
-        conversion = convert(base, source, **where, progress=track, on_plan=announce, **options)
+        conversion = convert(base, source, **where, progress=track, **announced, **options)
         conversion.save(directory, overwrite)
     if not as_json:
         print_summary(conversion, directory)
     result = _validate_conversion(base, source, directory, as_json, (base_revision, revision)) if rerun else None
-    # One that failed its validation stays here; `push --force` is there for whoever wants it published all the same.
-    pushed = _push(directory, repo) if repo and (result is None or result.passed) else None
-    if as_json:
-        extra = {"validation": result.to_json()} if result else {}
-        emit({"output": str(directory), **conversion.report} | extra | ({"push": pushed} if pushed else {}), True)
-    elif pushed:
-        print_push(pushed)
-    if result:
-        report_validation(result, as_table=not as_json)
+    _deliver(conversion, directory, result, repo, as_json)
 
 
 @main.command()
@@ -338,6 +327,26 @@ def _validate_conversion(base: str, source: str, directory: Path, as_json: bool,
     result.save(directory)
     result.update_cards()
     return result
+
+
+def _announce(*plan: Any) -> None:
+    """What a conversion is about to do."""
+    from adapt_convert.convert.inspection import describe_plan
+
+    print_plan(describe_plan(*plan), console(stderr=True))
+
+
+def _deliver(conversion: Conversion, directory: Path, result: Validation | None, repo: str | None, as_json: bool) -> None:
+    """Publish a written conversion if asked to, say what became of it, and exit with the verdict of its validation."""
+    # One that failed its validation stays here; `push --force` is there for whoever wants it published all the same.
+    pushed = _push(directory, repo) if repo and (result is None or result.passed) else None
+    if as_json:
+        extra = {"validation": result.to_json()} if result else {}
+        emit({"output": str(directory), **conversion.report} | extra | ({"push": pushed} if pushed else {}), True)
+    elif pushed:
+        print_push(pushed)
+    if result:
+        report_validation(result, as_table=not as_json)
 
 
 def _push(directory: Path, repo: str) -> dict[str, Any]:

@@ -68,6 +68,15 @@ class Commands(click.Group):
             raise
 
 
+# Of what runs the models on text.
+_CALIBRATION = [
+    click.option("--target-kl", metavar="F", help="With --calib: the smallest rank whose KL on held-out text is at most this."),
+    click.option("--calib", metavar="FILE", help="Text or token ids (.jsonl) to weigh errors by, or self: text from the fine-tune."),
+    click.option("--calib-tokens", metavar="N", default="32768", show_default=True, help="Tokens taken from --calib."),
+    click.option("--refine", metavar="N", help="With --calib: N steps of distilling the fine-tune's outputs into the adapter."),
+]
+
+
 def conversion_options(
     command: Callable[..., Any],
     to: str = "lora",
@@ -88,10 +97,7 @@ def conversion_options(
         click.option(
             "--budget", metavar="SIZE", help="One budget for all factors, like 20MB or 0.1% of the base, spent where it captures most."
         ),
-        click.option("--target-kl", metavar="F", help="With --calib: the smallest rank whose KL on held-out text is at most this."),
-        click.option("--calib", metavar="FILE", help="Text or token ids (.jsonl) to weigh errors by, or self: text from the fine-tune."),
-        click.option("--calib-tokens", metavar="N", default="32768", show_default=True, help="Tokens taken from --calib."),
-        click.option("--refine", metavar="N", help="With --calib: N steps of distilling the fine-tune's outputs into the adapter."),
+        *_CALIBRATION,
         click.option(
             "--target-modules",
             multiple=True,

@@ -61,7 +61,7 @@ class _Adapter:
 
 
 def lint(adapter: str | Path, consumer: str, revision: str | None = None) -> list[Finding]:
-    """What keeps `adapter` (a directory, a file or a Hub id) from running in `consumer` as it runs in PEFT; headers only.
+    """What keeps `adapter` (a directory, a file or a Hub id) from running in `consumer` as it runs in PEFT: by headers and alphas.
 
     An empty list means that nothing was found. Raises `AdaptError` for an unknown consumer, or when there is no adapter.
     """
