@@ -355,3 +355,9 @@ def test_a_matrix_that_takes_no_part_is_one_line(pairs: Callable[[str], Pair]) -
     for name, line in (("idle", "idle: takes no part when the model runs"), ("gone", "gone: is no module of the model")):
         with pytest.raises(AdaptError, match=f"{line}.*--exclude"):
             list(captured_inputs(model, ["model.layers.0.self_attn.q_proj", name], [batch], torch.device("cpu")))
+
+
+def test_changed_options_still_know_that_no_rank_was_asked_for() -> None:
+    """A LoRA keeps its rank then, also where the whitened solver changes an option."""
+    assert Options().changed(dtype="float32").keeps(20)
+    assert not Options(rank=16).changed(dtype="float32").keeps(20)
