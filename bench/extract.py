@@ -2,11 +2,11 @@
 
     pip install -c constraints.txt '.[bench]' && python bench/extract.py --sizes 576 2048 4096 --json extract.json
 
-For every hidden size a random bfloat16 Llama of few layers, and a fine-tune of it: a decaying spectrum and noise on every targeted
-matrix. The tools take turns, each run a process of its own, from start to exit. What they wrote is loaded by `peft` and
+For every hidden size a random bfloat16 Llama of few layers, and a fine-tune of it: a decaying spectrum and noise on all matrices of a
+layer. The tools take turns, each run a process of its own, from start to exit. What they wrote is loaded by `peft` and
 compared with the fine-tune: captured energy of the targeted matrices, and the error of the logits as a share of the base's.
 PEFT converts only what is an adapter already, so the difference goes into a full-rank LoRA (A is the identity) first.
-The peers take full SVDs: about a minute a matrix at 4096 on two cores, which is why the models are so small.
+The peers take full SVDs: a minute or two a matrix at 4096 on two cores, which is why the models are so small.
 """
 
 from __future__ import annotations
@@ -22,27 +22,25 @@ from typing import Any
 import measuring
 import torch
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all matrices of a layer: changed and extracted
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 BASELINE = "adapt-convert"
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of a small Llama: those of a known model, but for the number of layers. `modules` are changed and extracted."""
+    """Shapes of a small Llama: those of a known model, but for the number of layers."""
 
     layers: int
     intermediate: int
     heads: int
     kv_heads: int
-    modules: tuple[str, ...]
 
 
 SIZES = {
-    576: Size(4, 1536, 9, 3, ATTENTION + MLP),  # SmolLM2-135M
-    2048: Size(1, 5632, 32, 4, ATTENTION),  # TinyLlama-1.1B
-    4096: Size(1, 14336, 32, 8, ATTENTION),  # Llama-3-8B
+    576: Size(4, 1536, 9, 3),  # SmolLM2-135M
+    2048: Size(1, 5632, 32, 4),  # TinyLlama-1.1B
+    4096: Size(1, 14336, 32, 8),  # Llama-3-8B
 }
 
 
@@ -63,7 +61,7 @@ def make_pair(directory: Path, hidden: int) -> None:
     model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory / "base")
     for name, weight in model.named_parameters():
-        if name.split(".")[-2] in size.modules:
+        if name.split(".")[-2] in MODULES:
             weight.data.copy_(weight.data.float() + random_delta(*weight.shape))
     model.save_pretrained(directory / "ft")
 
@@ -76,16 +74,16 @@ def random_delta(rows: int, columns: int) -> torch.Tensor:
     return 2e-3 * (low / low.norm() + noise / noise.norm()) * (rows * columns) ** 0.5
 
 
-def command_of(tool: str, directory: Path, output: Path, hidden: int, rank: int) -> list[str]:
-    base, ft, modules = str(directory / "base"), str(directory / "ft"), SIZES[hidden].modules
+def command_of(tool: str, directory: Path, output: Path, rank: int) -> list[str]:
+    base, ft = str(directory / "base"), str(directory / "ft")
     if tool == "adapt-convert":
-        options = ["--rank", str(rank), "--target-modules", ",".join(modules), "-o", str(output), "--overwrite"]
+        options = ["--rank", str(rank), "--target-modules", ",".join(MODULES), "-o", str(output), "--overwrite"]
         return [_script("adapt-convert"), "delta", base, ft, *options]
     if tool == "mergekit":
         options = ["--model", ft, "--base-model", base, "--out-path", str(output), "--max-rank", str(rank)]
-        left_out = [f"--exclude-regex={module}" for module in (*ATTENTION, *MLP, "embed_tokens", "lm_head") if module not in modules]
+        left_out = [f"--exclude-regex={module}" for module in ("embed_tokens", "lm_head")]
         return [_script("mergekit-extract-lora"), *options, *left_out, "--no-write-model-card", "--no-copy-tokenizer"]
-    return [sys.executable, __file__, "--peft", base, ft, str(output), "--rank", str(rank), "--modules", *modules]
+    return [sys.executable, __file__, "--peft", base, ft, str(output), "--rank", str(rank)]
 
 
 def _script(name: str) -> str:
@@ -93,16 +91,16 @@ def _script(name: str) -> str:
 
 
 @torch.no_grad()
-def run_peft(base: str, ft: str, output: str, rank: int, modules: list[str]) -> None:
+def run_peft(base: str, ft: str, output: str, rank: int) -> None:
     """The whole of what a user of `convert_to_lora` has to write for a pair of checkpoints."""
     from peft import LoraConfig, get_peft_model, save_as_lora
     from transformers import AutoModelForCausalLM
 
     tuned = dict(AutoModelForCausalLM.from_pretrained(ft).named_parameters())
     model: Any = AutoModelForCausalLM.from_pretrained(base)
-    shapes = {name.removesuffix(".weight"): weight.shape for name, weight in tuned.items() if name.split(".")[-2] in modules}
+    shapes = {name.removesuffix(".weight"): weight.shape for name, weight in tuned.items() if name.split(".")[-2] in MODULES}
     ranks = {name: min(shape) for name, shape in shapes.items()}
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=modules, rank_pattern=ranks, alpha_pattern=ranks)
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(MODULES), rank_pattern=ranks, alpha_pattern=ranks)
     adapted: Any = get_peft_model(model, config)
     for name, shape in shapes.items():
         layer = adapted.get_submodule(f"base_model.model.{name}")
@@ -115,7 +113,7 @@ def run_peft(base: str, ft: str, output: str, rank: int, modules: list[str]) -> 
 
 
 @torch.no_grad()
-def fidelity(directory: Path, adapters: dict[str, Path], hidden: int) -> dict[str, dict[str, float]]:
+def fidelity(directory: Path, adapters: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Captured energy of the targeted matrices and error of the logits, of the adapters as `peft` loads them."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -134,7 +132,7 @@ def fidelity(directory: Path, adapters: dict[str, Path], hidden: int) -> dict[st
         merged = dict(model.merge_and_unload().named_parameters())
         energy = missed = 0.0
         for name, weight in tuned.named_parameters():
-            if name.split(".")[-2] in SIZES[hidden].modules:
+            if name.split(".")[-2] in MODULES:
                 energy += float((weight - old[name]).double().square().sum())
                 missed += float((weight - merged[name]).double().square().sum())
         error = float((logits - expected).norm() / (start - expected).norm())
@@ -150,9 +148,9 @@ def measure(hidden: int, tools: list[str], rank: int, runs: int) -> dict[str, An
         times: dict[str, list[measuring.Run]] = {tool: [] for tool in tools}
         for _ in range(runs):
             for tool in tools:
-                times[tool].append(measuring.run(command_of(tool, directory, adapters[tool], hidden, rank), OFFLINE))
+                times[tool].append(measuring.run(command_of(tool, directory, adapters[tool], rank), OFFLINE))
                 print(f"{hidden}: {tool} {times[tool][-1].seconds:.2f} s", file=sys.stderr, flush=True)
-        kept = fidelity(directory, adapters, hidden)
+        kept = fidelity(directory, adapters)
     rows = {}
     for tool in tools:
         ratios = [other.seconds / own.seconds for other, own in zip(times[tool], times[BASELINE], strict=True)]
@@ -163,8 +161,7 @@ def measure(hidden: int, tools: list[str], rank: int, runs: int) -> dict[str, An
             "times_slower": statistics.median(ratios),
             **kept[tool],
         }
-    size = SIZES[hidden]
-    return {"hidden": hidden, "layers": size.layers, "modules": size.modules, "runs": runs, "tools": rows}
+    return {"hidden": hidden, "layers": SIZES[hidden].layers, "runs": runs, "tools": rows}
 
 
 def main() -> None:
@@ -175,17 +172,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peft", nargs=3, help=argparse.SUPPRESS)  # base, fine-tune and output of one run, in its own process
-    parser.add_argument("--modules", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peft:
-        run_peft(*args.peft, args.rank, args.modules)
+        run_peft(*args.peft, args.rank)
         return
     if BASELINE not in args.tools:
         parser.error(f"--tools: {BASELINE} is what the others are compared with")
     results = [measure(hidden, args.tools, args.rank, args.runs) for hidden in args.sizes]
     rows = [
         [
-            f"{result['hidden']} ({result['layers']} layers, {len(result['modules'])} matrices each)",
+            f"{result['hidden']} ({result['layers']} layers)",
             tool,
             f"{row['seconds']:.2f}",
             f"{row['times_slower']:.1f}",

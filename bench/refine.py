@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--pair", choices=("smollm2", "demo"), default="smollm2")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--steps", type=int, default=75)
-    parser.add_argument("--tokens", type=int, default=24576)
+    parser.add_argument("--tokens", type=int, default=40960)
     parser.add_argument("--fine-tune-steps", type=int, default=40)
     arguments = parser.parse_args()
     arguments.directory = arguments.directory.resolve()

@@ -46,6 +46,7 @@ def _made_from(judge: Judge, options: Options, pairs: Pairs) -> dict[str, Any]:
         "base": pairs.base.store.content_hash(),
         "source": pairs.source.store.content_hash(),
         "text": judge.text.digest,
+        "rate": RECIPES[options.to].rate,
         "options": asdict(options) | {"calib": None},
         "torch": torch.__version__,
     }

@@ -22,7 +22,7 @@ from adapt_convert.convert.validation.outputs import Batch, call, predictions_of
 from adapt_convert.formats.errors import AdaptError
 
 _EVALUATIONS = 8  # of the held-out batches in a whole run
-_PATIENCE = 3  # evaluations without a gain after which a run ends
+_PATIENCE = 4  # evaluations without a gain, each with half the step of the one before, after which a run ends
 _LEAST_SCALE = 1e-3  # as in Adafactor: a tensor of zeros has to be able to leave them
 _WARM_UP = 0.1  # of all steps: Adam's first steps know nothing of the gradients' scale
 
@@ -51,11 +51,12 @@ class Lesson:
 @dataclass
 class Course:
     """How far a run is. `heldout` are the steps at which the held-out batches were measured, with their divergence; `best` and
-    `best_kl` are the values with the least of them."""
+    `best_kl` are the values with the least of them. `caution` is the share of the planned step sizes that is taken."""
 
     step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
     best_kl: float = math.inf
+    caution: float = 1.0
     heldout: list[tuple[int, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -72,7 +73,8 @@ def distil(trainable: Trainable, lesson: Lesson, steps: int, rate: float, seed: 
     """Train for `steps` steps, or until the held-out divergence stops falling, and leave the best values in the parameters.
 
     `rate` is the step size at its peak as a share of each tensor's root mean square at the start (the relative step size of Adafactor,
-    Shazeer and Stern 2018): how large the factors are depends on the fine-tune and differs from factor to factor.
+    Shazeer and Stern 2018): how large the factors are depends on the fine-tune and differs from factor to factor. Where the held-out
+    divergence has risen, training goes on from the best values with steps of half the size.
     What is needed to go on is written to `state` whenever the held-out batches have been measured, and read from there: a run that
     was killed ends with the values of one that was not. The file stays. Raises `AdaptError` when the loss is not finite.
     """
@@ -91,6 +93,9 @@ def distil(trainable: Trainable, lesson: Lesson, steps: int, rate: float, seed: 
         if found < course.best_kl:
             course.best_kl = found
             course.best = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+        elif course.best:
+            course.caution /= 2
+            _back_to_best(course, parameters)
         _save(state, course, parameters, optimiser)
 
     if not course.heldout:
@@ -100,16 +105,22 @@ def distil(trainable: Trainable, lesson: Lesson, steps: int, rate: float, seed: 
         if course.gave_up:
             break
         for group, own in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = own * _schedule(step, steps)
+            group["lr"] = own * course.caution * _schedule(step, steps)
         course.losses.append(_train(trainable, lesson, _batch_of(step, len(lesson.batches), seed), optimiser, device))
         course.step = step + 1
         if course.step % every == 0 or course.step == steps:
             measure()
-    with torch.no_grad():
-        for name, value in parameters.items():
-            value.requires_grad_(False).copy_(course.best[name])
+    for value in parameters.values():
+        value.requires_grad_(False)
+    _back_to_best(course, parameters)
     trainable.refresh()
     return course
+
+
+def _back_to_best(course: Course, parameters: Mapping[str, nn.Parameter]) -> None:
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(course.best[name])
 
 
 def _train(trainable: Trainable, lesson: Lesson, number: int, optimiser: torch.optim.Optimizer, device: torch.device) -> float:
