@@ -113,7 +113,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe(trainable_lora, 0.15),
-    "lorta": Recipe(trainable_lorta, 0.1),
+    "lorta": Recipe(trainable_lorta, 0.2),
     "latte": Recipe(trainable_latte, 0.03),
     **dict.fromkeys(VARIANTS, Recipe(trainable_loda, 0.06)),
 }
