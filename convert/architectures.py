@@ -9,6 +9,7 @@ from typing import Any
 
 from adapt_convert.convert.families import BY_MODEL_TYPE
 from adapt_convert.convert.family import Family
+from adapt_convert.convert.loading import loaded_name
 
 # A module of this last name is an embedding table, in known and unknown architectures alike.
 _EMBEDDING = re.compile(
@@ -45,7 +46,7 @@ def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, st
     with_head = not architecture.endswith("Model") or architecture.endswith(_MODELS_WITH_HEAD)
     names = {}
     for key in keys:
-        name = in_memory(key, family)
+        name = in_memory(key, family) if family else loaded_name(key, str(config.get("model_type"))) or key
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)  # checkpoints from before 2020
         names[key] = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
     if prefix and with_head and config and not any(name.startswith(prefix) for name in names.values()):

@@ -51,6 +51,8 @@ _LINEAR = (
         for name, size in {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 8, "value_head_dim": 8, "conv_kernel_dim": 4}.items()
     }
 )
+_ANY_MOE = {name: size for name, size in _DEEPSEEK.items() if "lora" not in name and "head_dim" not in name}
+_ANY_MOE |= _HEAD | {"num_key_value_heads": 2, "num_experts": 4, "num_local_experts": 4}
 _MAMBA = _TEXT | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "tie_word_embeddings": False}
 _GPT = _TEXT | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
@@ -74,6 +76,12 @@ CAUSAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("olmoe", "flex_olmo"), _MOE | {"num_experts": 4}),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _DEEPSEEK | {"head_dim": 4}),
     **dict.fromkeys(("dots1", "glm4_moe"), _DEEPSEEK | _HEAD),
+    **dict.fromkeys(("afmoe", "beam", "cohere2_moe", "mellum", "solar_open"), _ANY_MOE),
+    "hunyuan_v1_moe": _ANY_MOE | {"moe_topk": 2},
+    "minimax": _ANY_MOE | {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": _MOE
+    | {"num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False},
     "exaone_moe": _QWEN_MOE | _HEAD | {"num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
     "ernie4_5_moe": _GQA | _HEAD | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
     "granitemoe": _MOE | {"num_local_experts": 4},

@@ -12,6 +12,7 @@ ATTENTION = {**QKV, "o": "self_attn.o_proj"}
 MLP = {role: f"mlp.{role}_proj" for role in MLP_ROLES}
 LATENT = "queries, keys and values of each head come from a latent vector, so no matrix of theirs reads the residual stream"
 LINEAR = "most of its layers have linear attention, and in the others queries share a weight with a gate"
+LINEAR_ALONE = "most of its layers have linear attention"
 _UP_DOWN = {role: MLP[role] for role in ("up", "down")}
 _LLAMA_NORMS = {"input_layernorm": ("q", "k", "v"), "post_attention_layernorm": ("gate", "up")}
 _POST_NORMS = "it normalises what its writers add, and that norm depends on more than the carried dims"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adapt_convert.convert.family import Block, Experts, Family
-from adapt_convert.convert.table.decoders import ATTENTION, HEAD, LATENT, LINEAR
+from adapt_convert.convert.table.decoders import ATTENTION, HEAD, LATENT, LINEAR, LINEAR_ALONE
 
 MIXTURE = Family(  # the entries below say which
     model_types=(),
@@ -37,13 +37,23 @@ LLAMA4_EXPERTS = Experts("feed_forward.experts", "feed_forward.router", paramete
 MIXTURES: tuple[Family, ...] = (
     _MIXTRAL,
     replace(_MIXTRAL, model_types=("minimax_m2",)),
+    replace(_MIXTRAL, model_types=("minimax",), blocks=(), why_no_lorta=LINEAR_ALONE),
     replace(
         _MIXTRAL,
         model_types=("phimoe",),
         renames=((r"\.block_sparse_moe\.gate\.", ".mlp.router."),),
         experts=replace(_W123, router="mlp.router", by_parameter=True),
     ),
-    replace(MIXTURE, model_types=("qwen3_moe", "olmoe", "dots1", "glm4_moe", "flex_olmo"), experts=_BY_EXPERT),
+    replace(
+        MIXTURE,
+        model_types=(
+            *("qwen3_moe", "olmoe", "dots1", "glm4_moe", "flex_olmo"),
+            *("beam", "cohere2_moe", "mellum", "solar_open"),
+        ),
+        experts=_BY_EXPERT,
+    ),
+    replace(MIXTURE, model_types=("hunyuan_v1_moe",), experts=replace(_BY_EXPERT, router="mlp.gate.wg")),
+    replace(MIXTURE, model_types=("afmoe",), experts=replace(_BY_EXPERT, router="mlp.router.gate")),
     replace(
         MIXTURE,
         model_types=("exaone_moe",),
@@ -64,6 +74,18 @@ MIXTURES: tuple[Family, ...] = (
         blocks=(),
         experts=_BY_EXPERT,
         why_no_lorta=LATENT,
+    ),
+    replace(
+        MIXTURE,
+        model_types=("jamba",),
+        experts=replace(
+            _BY_EXPERT,
+            stacked="feed_forward.experts",
+            router="feed_forward.router",
+            path="model.layers.{}.feed_forward.experts.{}",
+            by_parameter=True,
+        ),
+        whole=("mamba.dt_proj",),
     ),
     replace(MIXTURE, model_types=("llama4_text",), experts=LLAMA4_EXPERTS),
     replace(
