@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapt_convert.convert.families import BY_MODEL_TYPE, Family
+from adapt_convert.convert.families import BY_MODEL_TYPE
+from adapt_convert.convert.family import Family
+from adapt_convert.convert.loading import loaded_name
 
 # A module of this last name is an embedding table, in known and unknown architectures alike.
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe|shared|embeddings?|word_embeddings|position_embeddings?|token_embedding"
-    r"|token_type_embeddings|relative_attention_bias)$"
+    r"(^|\.)(\w*embed(ding)?s?|embed_tokens|embed_positions|embed_in|wte|wpe|shared|relative_attention_bias)(_per_layer)?$"
 )
 
 
@@ -26,8 +27,10 @@ def is_embedding(module: str) -> bool:
 
 
 def is_mixture(config: Mapping[str, Any]) -> bool:
-    """Whether `config.json` describes a mixture of experts."""
-    return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+    """Whether `config.json` describes a mixture of experts, also one beside a vision tower."""
+    nested = config.get("text_config")
+    named = any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
+    return named or (isinstance(nested, dict) and is_mixture(nested))
 
 
 def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -38,15 +41,12 @@ def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, st
     """
     keys = list(keys)
     family = family_of(config)
-    renames = [(re.compile(a), b) for a, b in family.renames] if family else []
     prefix = f"{family.prefix}." if family and family.prefix else ""
     architecture = str((config.get("architectures") or [""])[0])
-    with_head = not architecture.endswith("Model") or architecture.endswith(("HeadModel", "HeadsModel"))  # GPT2LMHeadModel
+    with_head = not architecture.endswith("Model") or architecture.endswith(_MODELS_WITH_HEAD)
     names = {}
     for key in keys:
-        name = key
-        for pattern, replacement in renames:
-            name = pattern.sub(replacement, name)
+        name = in_memory(key, family) if family else loaded_name(key, str(config.get("model_type"))) or key
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)  # checkpoints from before 2020
         names[key] = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
     if prefix and with_head and config and not any(name.startswith(prefix) for name in names.values()):
@@ -54,15 +54,24 @@ def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, st
     return names
 
 
+def in_memory(name: str, family: Family | None) -> str:
+    """A name as releases of the model class have it today, by the renames of its family."""
+    for pattern, replacement in family.renames if family else ():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def is_head(name: str) -> bool:
-    """Whether a parameter lies outside the backbone."""
-    return name.split(".")[0] in (
-        *("lm_head", "classifier", "score", "cls", "qa_outputs", "pooler", "embed_out"),
-        *("vocab_projector", "vocab_transform", "vocab_layer_norm", "pre_classifier", "final_logits_bias"),
+    """Whether a parameter, or a module, lies outside the backbone."""
+    return name.removesuffix(".weight").removesuffix(".bias") == "decoder" or name.split(".")[0] in (
+        *("lm_head", "classifier", "score", "cls", "qa_outputs", "pooler", "embed_out", "head", "predictions", "proj_out"),
+        *("vocab_projector", "vocab_transform", "vocab_layer_norm", "pre_classifier", "final_logits_bias", "output_projection"),
+        *("generator_predictions", "generator_lm_head", "discriminator_predictions"),
     )
 
 
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+_MODELS_WITH_HEAD = ("HeadModel", "HeadsModel", "MTModel")  # GPT2LMHeadModel, MarianMTModel
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining", "MTModel")
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
@@ -128,4 +137,5 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
     if not query:
         return None
     size = first("head_dim", "d_kv") or (hidden // query if hidden else None)
-    return Heads(query, first("num_key_value_heads") or query, size) if size else None
+    one = config.get("multi_query") and not config.get("new_decoder_architecture")  # Falcon's second form overrules its first
+    return Heads(query, 1 if one else first("num_key_value_heads", "num_kv_heads") or query, size) if size else None

@@ -185,11 +185,12 @@ _TASKS = {
 def task_type(plan: Plan) -> str | None:
     """PEFT's task type, from the model class in `config.json`.
 
-    A classifier gets none: with one, PEFT would expect its head among the saved modules, whether it changed or not.
+    A classifier gets none: with one, PEFT would expect its head among the saved modules, whether it changed or not. Nor does a model
+    of speech, whose input PEFT would not hand on.
     """
     architecture = str((plan.config.get("architectures") or [""])[0])
-    if architecture.endswith("ForConditionalGeneration") and not plan.config.get("is_encoder_decoder"):
-        return None  # a language model that also sees
+    if architecture.endswith("ForConditionalGeneration") and (not plan.config.get("is_encoder_decoder") or plan.config.get("num_mel_bins")):
+        return None  # a language model that also sees, or one that listens
     return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
 
 

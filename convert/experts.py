@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-from adapt_convert.convert.families import Experts, Family
+from adapt_convert.convert.architectures import in_memory
+from adapt_convert.convert.family import Experts, Family
 from adapt_convert.formats.checkpoint import TensorStore
 from adapt_convert.formats.errors import AdaptError
 
@@ -19,16 +20,16 @@ def split_stacks(store: TensorStore, origin: str, family: Family | None) -> None
         return
     experts = family.experts
     for name in list(store.infos):
-        layer = _layer_of_stack(name, experts)
-        if layer is None:
+        stack = in_memory(name, family)
+        if _layer_of_stack(stack, experts) is None:
             continue
-        parameter, shape = name.rpartition(".")[2], store.infos[name].shape
+        parameter, shape = stack.rpartition(".")[2], store.infos[name].shape
         if parameter.endswith("_bias"):
-            store.split(name, [f"{name}.weight"], shape)  # one row for each expert
+            store.split(name, [f"{stack}.weight"], shape)  # one row for each expert
             continue
         if len(shape) != 3 or 0 in shape or (experts.modules and parameter == "gate_up_proj" and shape[1] % 2):
             raise AdaptError(f"{origin}: {name} is {list(shape)}, expected a stack of matrices, one for each expert")
-        parts = parts_of_stack(name, parameter, shape[0], experts)
+        parts = parts_of_stack(stack, parameter, shape[0], experts)
         rows = shape[1] // (len(parts) // shape[0])
         store.split(name, parts, (rows, shape[2]))
 

@@ -26,8 +26,9 @@ from adapt_convert.convert.architectures import (
 )
 from adapt_convert.convert.consumers import consumer_of, restrict
 from adapt_convert.convert.experts import is_expert, is_router
-from adapt_convert.convert.families import ATTENTION_ROLES, FUSED, Family
+from adapt_convert.convert.family import ATTENTION_ROLES, FUSED, Family
 from adapt_convert.convert.latte.layout import check_latte
+from adapt_convert.convert.loading import loaded_name
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.dtypes import FLOATS
@@ -188,7 +189,8 @@ def _check_same_architecture(base: Checkpoint, source: Source) -> None:
 def _nothing_to_factor(entries: Iterable[Entry], family: Family | None, base: Checkpoint, options: Options) -> str:
     if not options.takes_any_matrix and (family is None or not family.blocks):
         model_type = base.config.get("model_type", "of no stated model_type")
-        return f"--to {options.to} needs to know the layers of {base.origin}, and {model_type} is not listed; use --to lora"
+        why = f"{model_type} has none that it could hold: {family.why_no_lorta}" if family else f"{model_type} is not listed"
+        return f"--to {options.to} needs to know the layers of {base.origin}, and {why}; use --to lora"
     return f"no matrix is left to convert; --target-modules and --exclude choose among {_module_list(entries)}"
 
 
@@ -267,10 +269,20 @@ class _Planner:
                 return "store", "chooses among experts", True
             if self.options.to != "lora":
                 return "drop", "part of a mixture of experts, which no LoRTA or LatTE holds", True
+        if (
+            self.family is None
+            and self.source.kind == "checkpoint"
+            and loaded_name(part.keys[0], str(self.config.get("model_type"))) is None
+        ):
+            return "drop", "joined, cut or turned when transformers loads it, which is not known for this architecture", True
         if kind == "embedding" and self.family is None and self._shares_unknown_head(part):
             return "drop", "shared with an output head whose name is not known for this architecture", True
+        if kind == "matrix" and self.family is None and self._may_be_a_table(part, module):
+            return "store", "has a row for every token, and may be a table", True
         if key is None:
             return "store", "new in the fine-tune", True
+        if self.options.to == "lora" and self.family and any(module.endswith(f".{name}") for name in self.family.whole):
+            return "store", "PEFT takes no LoRA of it", True
         saved_whole = self.source.kind != "checkpoint" and part.kind == "replace" and part.rank is None
         if saved_whole and self.options.takes_any_matrix and not self.options.target_modules:
             return "store", "stored whole in the source", True  # `modules_to_save`: its author found a LoRA too little for it
@@ -285,10 +297,17 @@ class _Planner:
             return "drop", _untargeted_reason(self.options), True
         return "store", "", True
 
+    def _may_be_a_table(self, part: Part, module: str) -> bool:
+        """Whether a weight of an unlisted architecture could be an embedding under a name that is not known: PEFT ignores factors of
+        a matrix for one in silence, and takes it whole in either case."""
+        return (
+            part.kind == "replace" and part.shape[0] == _vocabulary(self.config) and not is_head(module) and not self.options.target_modules
+        )
+
     def _shares_unknown_head(self, part: Part) -> bool:
         """Whether storing this embedding alone would leave a tied head of an unlisted architecture behind, in silence."""
         config = self.config
-        if not is_language_model(config) or part.shape[0] != config.get("vocab_size") or not config.get("tie_word_embeddings", True):
+        if not is_language_model(config) or part.shape[0] != _vocabulary(config) or not config.get("tie_word_embeddings", True):
             return False
         return not any(other.shape == part.shape and other.name != part.name for other in self.source.parts.values())
 
@@ -311,7 +330,13 @@ def _kind(part: Part, module: str, transposed: bool, convolutions: bool) -> Lite
     is_matrix = len(part.shape) == 2 or (len(part.shape) in (3, 4, 5) and (convolutions or part.kind != "replace"))
     if not is_matrix or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
         return "other"
-    return "embedding" if is_embedding(module) and not transposed else "matrix"
+    return "embedding" if is_embedding(module) and len(part.shape) == 2 and not transposed else "matrix"
+
+
+def _vocabulary(config: Mapping[str, Any]) -> Any:
+    """The number of tokens, by `config.json`."""
+    nested = config.get("text_config")
+    return config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
 
 
 def _untargeted_reason(options: Options) -> str:

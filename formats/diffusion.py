@@ -15,13 +15,14 @@ from adapt_convert.formats.checkpoint import PIPELINE, Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.lora_names import plain_name
+from adapt_convert.formats.original_unet import UNET, diffusers_path, layers_per_block
 
 Layout = Literal["pipeline", "component", "single file", "other"]
 
 # Of the original Stable Diffusion checkpoints: where in the file a component lies. OpenCLIP's text encoders (SD 2, the second of SDXL)
 # are not among them: their fused q, k and v are three modules in every LoRA file.
 _SINGLE_FILE = (
-    ("model.diffusion_model.", "unet"),
+    (UNET, "unet"),
     ("cond_stage_model.transformer.", "text_encoder"),
     ("conditioner.embedders.0.transformer.", "text_encoder"),
 )
@@ -39,11 +40,13 @@ _KOHYA = {
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the base: its `path` there, the pipeline's `component` (empty if unknown) and the path `inside` that."""
+    """A module of the base: its `path` there, the pipeline's `component` (empty if unknown) and the path `inside` that, under which a
+    LoRA is written; `other` is a second path inside that LoRA files know it by."""
 
     path: str
     component: str
     inside: str
+    other: str | None = None
 
 
 def refuse_rerun(location: Location) -> None:
@@ -74,9 +77,19 @@ def located(path: str, base: Checkpoint, layout: Layout) -> Module:
     if layout == "single file":
         for prefix, component in _SINGLE_FILE:
             if path.startswith(prefix):
-                return Module(path, component, path.removeprefix(prefix))
+                inside = path.removeprefix(prefix)
+                return _of_original_unet(path, inside, base) if component == "unet" else Module(path, component, inside)
         return Module(path, "vae" if path.startswith("first_stage_model.") else "other", path)
     return Module(path, "", path)
+
+
+def _of_original_unet(path: str, inside: str, base: Checkpoint) -> Module:
+    """kohya's scripts name LoRAs of SD 1 and 2 after diffusers' UNet, and those of SDXL, which alone has `label_emb`, after the original:
+    diffusers translates the latter, but takes block 1 of the longer rows of SD 1 for block 10."""
+    theirs = diffusers_path(inside, layers_per_block(base.infos))
+    if theirs is None or f"{UNET}label_emb.0.0.weight" in base.infos:
+        return Module(path, "unet", inside, theirs)
+    return Module(path, "unet", theirs, inside)
 
 
 def spellings(base: Checkpoint, paths: Iterable[str]) -> dict[str, list[str]]:
@@ -91,7 +104,7 @@ def spellings(base: Checkpoint, paths: Iterable[str]) -> dict[str, list[str]]:
 
 def _spelled(module: Module) -> Iterable[str]:
     yield module.path
-    for inside in {module.inside, *_older(module)}:
+    for inside in {module.inside, *_older(module)} | ({module.other} if module.other else set()):
         if module.component:
             yield f"{module.component}.{inside}"
         if module.component in DENOISERS:

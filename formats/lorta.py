@@ -36,7 +36,7 @@ class Slot:
     """One slice of the tensor: rows `start:stop` of a module's `(out, in)` weight, the whole of it when they are None.
 
     `transposed` says that the residual side is the matrix's input side, so that the weight is the slice transposed. With a `stride`
-    `start:stop` are the rows of the first head, and those of each next head come `stride` rows later: q, k and v in turn.
+    `start:stop` are the rows in the first group of heads, and those in each next group come `stride` rows later: q, k and v in turn.
     """
 
     module: str
@@ -54,8 +54,8 @@ class Slot:
         first = torch.arange(self.start, self.stop)
         if self.stride is None:
             return first
-        heads = torch.arange(count // len(first))
-        return (heads[:, None] * self.stride + first).flatten()
+        groups = torch.arange(count // len(first))
+        return (groups[:, None] * self.stride + first).flatten()
 
 
 @dataclass(frozen=True)

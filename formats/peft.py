@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.convert.experts import stack_pattern
-from adapt_convert.convert.families import Experts
+from adapt_convert.convert.family import Experts
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json

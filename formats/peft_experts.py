@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.convert.experts import expert_pattern, parts_of_stack, stack_pattern
-from adapt_convert.convert.families import Experts
+from adapt_convert.convert.family import Experts
 from adapt_convert.formats.checkpoint import TensorStore
 from adapt_convert.formats.source import Part
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.families import NormKind
+from adapt_convert.convert.family import NormKind
 from adapt_convert.kernels.dispatch import runs_on_triton
 
 

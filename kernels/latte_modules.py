@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapt_convert.convert.families import NormKind
+from adapt_convert.convert.family import NormKind
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.kernels.expanded_norm import NormShape, by_row, expanded_norm
 from adapt_convert.kernels.tasks import Tasks

@@ -97,7 +97,9 @@ def _inputs(config: Any) -> dict[str, torch.Tensor]:
     if config.model_type == "vit":
         return {"pixel_values": torch.randn(2, 3, config.image_size, config.image_size)}
     ids = torch.randint(3, config.get_text_config().vocab_size, (2, 9))
-    return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if config.model_type in ("t5", "mt5") else {})
+    if config.model_type == "whisper":
+        return {"input_features": torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions), "decoder_input_ids": ids}
+    return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if config.is_encoder_decoder and config.model_type != "bart" else {})
 
 
 @pytest.fixture(scope="session")

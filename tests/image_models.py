@@ -12,10 +12,18 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import diffusers
-    from diffusers import AutoencoderKL, DDIMScheduler, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DiffusionPipeline,
+        FluxTransformer2DModel,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-__all__ = ["UNET", "FluxTransformer2DModel", "UNet2DConditionModel", "image", "load_pipeline", "pipeline_base"]
+__all__ = ["UNET", "FluxTransformer2DModel", "UNet2DConditionModel", "image", "load_pipeline", "pipeline_base", "xl_pipeline_base"]
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
@@ -41,22 +49,41 @@ VAE = {
 }
 
 
-def pipeline_base(directory: Path) -> Path:
-    """A Stable Diffusion pipeline with random weights, in `directory`."""
-    torch.manual_seed(0)
+XL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "cross_attention_dim": 64,  # of both text encoders
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+}
+
+
+def _tokenizer(directory: Path) -> Any:
     vocabulary = {
         token: number for number, token in enumerate(["a", "b", "c", "a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"])
     }
     files = directory.parent / "tokenizer-files"
-    files.mkdir()
+    files.mkdir(exist_ok=True)
     (files / "vocab.json").write_text(json.dumps(vocabulary))
     (files / "merges.txt").write_text("#version: 0.2\n")
-    clip = CLIPTextConfig(**CLIP, max_position_embeddings=77, bos_token_id=6, eos_token_id=7, pad_token_id=7)
+    return CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77)
+
+
+def _clip() -> Any:
+    return CLIPTextConfig(**CLIP, max_position_embeddings=77, bos_token_id=6, eos_token_id=7, pad_token_id=7, projection_dim=32)
+
+
+def pipeline_base(directory: Path, **unet: Any) -> Path:
+    """A Stable Diffusion pipeline with random weights, in `directory`; `unet` overrides sizes of its UNet."""
+    torch.manual_seed(0)
     pipe = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**UNET),
-        text_encoder=CLIPTextModel(clip),
+        unet=UNet2DConditionModel(**UNET | unet),
+        text_encoder=CLIPTextModel(_clip()),
         vae=AutoencoderKL(**VAE),
-        tokenizer=CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77),
+        tokenizer=_tokenizer(directory),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
@@ -66,10 +93,27 @@ def pipeline_base(directory: Path) -> Path:
     return directory
 
 
+def xl_pipeline_base(directory: Path, **unet: Any) -> Path:
+    """A Stable Diffusion XL pipeline with random weights, in `directory`; `unet` overrides sizes of its UNet."""
+    torch.manual_seed(0)
+    pipe = StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel(**UNET | XL | unet),
+        text_encoder=CLIPTextModel(_clip()),
+        text_encoder_2=CLIPTextModelWithProjection(_clip()),
+        vae=AutoencoderKL(**VAE),
+        tokenizer=_tokenizer(directory),
+        tokenizer_2=_tokenizer(directory),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        add_watermarker=False,
+    )
+    pipe.save_pretrained(directory)
+    return directory
+
+
 def load_pipeline(directory: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = StableDiffusionPipeline.from_pretrained(directory)
+        pipe = DiffusionPipeline.from_pretrained(directory)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

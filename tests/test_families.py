@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import adapt_convert
 from adapt_convert import AdaptError
 from adapt_convert.convert.architectures import place_of
-from adapt_convert.convert.families import BY_MODEL_TYPE, FUSED
+from adapt_convert.convert.families import BY_MODEL_TYPE
+from adapt_convert.convert.family import FUSED
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,23 @@ def family_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-_UNHELD = ("sinks", "class_embedding", "vision_tower.head")  # bare parameters beside modules that are factored
+# Bare parameters beside modules that are factored.
+_UNHELD = (
+    "sinks",
+    "class_embedding",
+    "cls_token",
+    "mask_token",
+    "lambda_",
+    "vision_tower.head",
+    "image_newline",
+    "embedding_vlm",
+    "gate_bias",
+    "expert_bias",
+    "A_log",
+    "mixer.D",
+    "dt_bias",
+    "mamba.D",
+)
 
 
 def _what_peft_can_hold(model: Any) -> None:
@@ -40,8 +58,11 @@ def _what_peft_can_hold(model: Any) -> None:
             parameter += 0.05 * torch.randn_like(parameter)
 
 
-def test_every_entry_has_a_tiny_model() -> None:
+def test_every_entry_has_a_tiny_model_and_is_documented() -> None:
     assert set(TINY) == set(BY_MODEL_TYPE)
+    page = (Path(__file__).parent.parent / "docs" / "sources.md").read_text()
+    rows = re.findall(r"^\| [a-z -]+ \| ([a-z][a-z0-9_, -]+) \|$", page.split("| listed |")[1], re.MULTILINE)
+    assert sorted(name for row in rows for name in row.split(", ")) == sorted(BY_MODEL_TYPE)
 
 
 @pytest.mark.parametrize("model_type", TINY)
@@ -52,7 +73,8 @@ def test_the_table_names_what_the_model_class_has(model_type: str) -> None:
     family = BY_MODEL_TYPE[model_type]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert not family.prefix or hasattr(model, family.prefix)
-    assert model.base_model_prefix in (family.prefix, "transformer")  # T5 has its backbone's parts on the model itself
+    if hasattr(model, model.base_model_prefix):  # T5 has its backbone's parts on the model itself
+        assert family.prefix == model.base_model_prefix
     found = {(place.block, place.role) for name in parameters if (place := place_of(name.removesuffix(".weight"), family))}
     assert found == {
         (number, role)
@@ -69,9 +91,11 @@ def test_the_table_names_what_the_model_class_has(model_type: str) -> None:
             block.get_submodule(norm)
         model.get_submodule(family.stream.final)
     if family.experts:
-        stacked = model.get_submodule(f"{family.blocks[0].path.format(1)}.{family.experts.stacked}")
-        names = [name for name, _ in stacked.named_parameters(recurse=False)]
+        stacked = [module for name, module in model.named_modules() if name.endswith(f".1.{family.experts.stacked}")]
+        names = [name for name, _ in stacked[0].named_parameters(recurse=False)]
         assert names == list(family.experts.parameters or ("gate_up_proj", "down_proj"))
+    for name in family.whole:
+        assert any(module.endswith(f".{name}") for module, _ in model.named_modules())
 
 
 _OPTIONAL = ("gate",)  # T5 has it in its gated variants alone
@@ -103,14 +127,22 @@ def test_names_of_another_release_convert_alike(family_pair: Any, tmp_path: Path
         assert (out / name).read_bytes() == (expected / name).read_bytes()
 
 
-_FUSED = [name for name, family in BY_MODEL_TYPE.items() for block in family.blocks if set(block.roles) & set(FUSED)]
+_QKV = {"qkv", "qkv_groups"} & set(FUSED)
+_FUSED = [(name, {}) for name, family in BY_MODEL_TYPE.items() for block in family.blocks if set(block.roles) & _QKV]
+_FUSED += [
+    ("falcon", {"multi_query": False}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("gpt_bigcode", {"multi_query": False}),
+]
 
 
 def _plant(model: Any) -> None:
     """Add one tensor of rank 2 to q, k, v and o of all layers, each cut from its weight as the model class cuts it."""
     config, d, size = model.config, model.config.hidden_size, 8
     heads = config.num_attention_heads
-    counts = (heads, getattr(config, "num_key_value_heads", heads), getattr(config, "num_key_value_heads", heads), heads)
+    fused, output = _attention_of(_layers(model)[0])
+    of_keys = (max(fused.weight.shape) // size - heads) // 2  # what is left of the rows is two times the heads of keys
+    counts = (heads, of_keys, of_keys, heads)
     A, B = torch.randn(d, 2), torch.randn(size, 2)
     by_head = {count: torch.randn(count, 2) for count in set(counts)}
     by_layer, by_matrix = torch.randn(config.num_hidden_layers, 2), torch.randn(4, 2)
@@ -119,42 +151,60 @@ def _plant(model: Any) -> None:
             0.3 * torch.einsum("dr,jr,hr,r->hjd", A, B, by_head[count], by_layer[layer] * by_matrix[number])
             for number, count in enumerate(counts)
         )
-        modules = dict(block.named_modules())
-        fused, output = next((modules[a], modules[b]) for a, b in _NAMES if a in modules)
-        if config.model_type == "gpt2":
+        fused, output = _attention_of(block)
+        if type(fused).__name__ == "Conv1D":
             fused.weight += torch.cat([q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)]).T
             output.weight += o.flatten(0, 1)
-        elif config.model_type == "phi3":
+        elif config.model_type in ("phi3", "mpt", "modernbert"):
             fused.weight += torch.cat([q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)])
             output.weight += o.flatten(0, 1).T
-        else:  # head by head, its q, k and v
-            fused.weight += torch.stack([q, k, v], dim=1).flatten(0, 2)
+        else:  # of every head of keys: the queries that share it, that head, its values
+            groups = torch.cat([q.unflatten(0, (of_keys, -1)), k[:, None], v[:, None]], dim=1)
+            fused.weight += groups.flatten(0, 2)
             output.weight += o.flatten(0, 1).T
 
 
 _NAMES = (
     ("attn.c_attn", "attn.c_proj"),
+    ("attn.Wqkv", "attn.out_proj"),
+    ("attn.Wqkv", "attn.Wo"),
     ("self_attn.qkv_proj", "self_attn.o_proj"),
+    ("self_attn.query_key_value", "self_attn.dense"),
     ("attention.query_key_value", "attention.dense"),
     ("self_attention.query_key_value", "self_attention.dense"),
 )
 
 
+def _attention_of(block: Any) -> tuple[Any, Any]:
+    """The fused q, k and v, and the output, of one layer."""
+    modules = dict(block.named_modules())
+    return next((modules[a], modules[b]) for a, b in _NAMES if a in modules and b in modules)
+
+
 def _layers(model: Any) -> Any:
     backbone = getattr(model, model.base_model_prefix)
-    return backbone.h if hasattr(backbone, "h") else backbone.layers
+    return next(getattr(backbone, name) for name in ("h", "layers", "blocks") if hasattr(backbone, name))
 
 
-@pytest.mark.parametrize("model_type", _FUSED)
-def test_a_lorta_of_fused_matrices(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize(("model_type", "variant"), _FUSED)
+def test_a_lorta_of_fused_matrices(tmp_path: Path, model_type: str, variant: dict[str, Any]) -> None:
     """A tensor of rank 2 over the logical matrices is found whole, so they were cut in the right rows; and it runs as it merges."""
-    pair = save_pair(tmp_path, *tiny(model_type), _plant)
+    pair = save_pair(tmp_path, *tiny(model_type, **variant), _plant)
     out = adapt_convert.convert(pair.base, pair.ft, to="lorta", rank=2).save(tmp_path / "lorta")
     assert json.loads((out / "conversion.json").read_text())["captured_energy_of_all_changes"] > 1 - 1e-6
     adapt_convert.merge(pair.base, out, tmp_path / "merged")
     for model in (pair.load(tmp_path / "merged"), adapt_convert.load(pair.load(pair.base), out)):
         torch.testing.assert_close(pair.logits(model), pair.logits(pair.load(pair.ft)), atol=2e-3, rtol=2e-3)
     assert (pair.logits(pair.load(pair.ft)) - pair.logits(pair.load(pair.base))).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in BY_MODEL_TYPE.items() if not family.blocks])
+def test_what_no_lorta_holds_is_refused_with_the_reason(family_pair: Any, model_type: str) -> None:
+    pair, reason = family_pair(model_type), BY_MODEL_TYPE[model_type].why_no_lorta
+    with pytest.raises(AdaptError, match=f"^--to lorta .*{model_type} has none that it could hold: {reason}; use --to lora$"):
+        adapt_convert.convert(pair.base, pair.ft, to="lorta", rank=1)
+    with pytest.raises(AdaptError, match=f"LatTE does not support {model_type}; .*use --to lora$"):
+        adapt_convert.convert(pair.base, pair.ft, to="latte", rank=1)
 
 
 def test_a_lorta_of_gate_and_up_in_one_weight(tmp_path: Path) -> None:

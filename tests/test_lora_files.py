@@ -332,7 +332,7 @@ def test_forms_that_do_not_fit_the_base(pairs, base, tmp_path: Path) -> None:
         adapt_convert.convert(pairs("llama").base, pairs("llama").ft, profile="kohya")
 
 
-def test_a_single_file_keeps_the_names_of_the_original(tmp_path: Path) -> None:
+def test_parts_of_a_single_file(tmp_path: Path) -> None:
     shapes = {
         "model.diffusion_model.input_blocks.1.1.proj_in.weight": (6, 8),
         "model.diffusion_model.middle_block.0.in_layers.2.weight": (5, 4, 3, 3),
@@ -347,8 +347,8 @@ def test_a_single_file_keeps_the_names_of_the_original(tmp_path: Path) -> None:
     conversion = adapt_convert.convert(write(tmp_path / "base.safetensors", base), write(tmp_path / "ft.safetensors", ft), rank=9)
     written = load_file(conversion.save(tmp_path / "out") / "lora.safetensors")
     assert {name.partition(".")[0] for name in written} == {
-        "lora_unet_input_blocks_1_1_proj_in",
-        "lora_unet_middle_block_0_in_layers_2",
+        "lora_unet_down_blocks_0_attentions_0_proj_in",
+        "lora_unet_mid_block_resnets_0_conv1",
         "lora_te_text_model_encoder_layers_0_mlp_fc1",
     }
     rows = conversion.report["tensors"]

@@ -22,7 +22,7 @@ from torch.nn import functional
 from adapt_convert.convert.calibration.activations import captured_inputs, groups_within, live_module
 from adapt_convert.convert.calibration.cache import cache_path
 from adapt_convert.convert.calibration.texts import CalibrationText
-from adapt_convert.convert.families import NormKind
+from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.candidates import Stage

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapt_convert.convert.families import BY_MODEL_TYPE, WRITERS, Family, NormKind
+from adapt_convert.convert.families import BY_MODEL_TYPE
+from adapt_convert.convert.family import WRITERS, Family, NormKind
 from adapt_convert.formats.errors import AdaptError
 
 

@@ -10,7 +10,7 @@ import torch
 
 from adapt_convert.convert.architectures import Heads, family_of, heads_of, place_of
 from adapt_convert.convert.delta import Delta, residual_energy
-from adapt_convert.convert.families import ATTENTION_ROLES, FUSED, MLP_ROLES, WRITERS
+from adapt_convert.convert.family import ATTENTION_ROLES, FUSED, MLP_ROLES, WRITERS
 from adapt_convert.convert.lora import lazy_value
 from adapt_convert.convert.lorta.cp import fit_cp
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
@@ -72,12 +72,12 @@ def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orien
         assert entry.place is not None
         layer = blocks.index((entry.place.block, entry.place.layer))
         parts = _parts(entry.place.role)
-        by_head = entry.place.role == "qkv_heads"  # q, k and v of one head after the other, so each starts within the first head's
-        row, stride = 0, len(parts) * geometry.size if by_head else None
+        groups = geometry.key_value if entry.place.role == "qkv_groups" else None  # one after the other, and each part within the first
+        row, stride = 0, (geometry.query // groups + 2) * geometry.size if groups else None
         for part in parts:
             heads = geometry.key_value if part in ("k", "v") else geometry.query
             fused = len(parts) > 1
-            stop = row + (1 if by_head else heads) * geometry.size
+            stop = row + heads // (groups or 1) * geometry.size
             writes = part in WRITERS or orientation == "reference"
             slot = Slot(entry.module, layer, present.index(part), not writes, *((row, stop, stride) if fused else (None, None)))
             slices.append(_Slice(entry, slot, heads))

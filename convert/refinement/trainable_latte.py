@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapt_convert.convert.families import NormKind
+from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.latte.layout import Layout, layout_of
 from adapt_convert.convert.refinement.training import Trainable
 from adapt_convert.convert.validation.candidates import Contender, Stage
