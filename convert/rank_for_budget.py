@@ -49,7 +49,7 @@ def settle_budget(plan: Plan, base: Checkpoint, source: Source, options: Options
         options = options.changed(dtype=options.dtype or "float32")
     size = functools.cache(_sizes(plan, base, source, options))
     if size(1) > budget:
-        raise AdaptError(f"--budget {budget} bytes: the smallest {options.to}, of rank 1, takes {size(1)}")
+        raise AdaptError(f"--budget {budget} bytes: the smallest {options.to}, of rank 1, takes up to {size(1)}")
     low, high = 1, most + 1  # the rank `low` is within the budget, `high` is not or is none
     while high - low > 1:
         middle = (low + high) // 2

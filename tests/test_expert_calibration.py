@@ -152,3 +152,13 @@ def test_refinement_of_experts_is_refused_and_the_advice_runs(named_pair: tuple[
             run(pair.base, pair.ft, **options)
     about = adapt_convert.convert(pair.base, pair.ft, rank=4, exclude=parts, **options).report["calibration"]
     assert set(about["candidates"]) == {"data-free", "whitened", "refined"}
+
+
+def test_other_commands_on_a_mixture_and_a_text(named_pair: tuple[str, Pair], tmp_path: Path) -> None:
+    """The plan weighs experts too; a LoDA leaves them out, and is fitted to the rest."""
+    _, pair = named_pair
+    options: dict[str, Any] = {"calib": token_file(tmp_path / "ids.jsonl"), "calib_tokens": 512}
+    on_inputs = adapt_convert.plan(pair.base, pair.ft, fit_seconds=0, **options).data["on_inputs"]
+    assert on_inputs["kinds"]["other"]["share"] > 0
+    loda = adapt_convert.convert(pair.base, pair.ft, to="loda", rank=2, **options)
+    assert "fitted" in loda.report["calibration"]["candidates"]
