@@ -144,9 +144,12 @@ def test_solutions_know_what_experts_read(named_pair: tuple[str, Pair], tmp_path
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_experts_are_refined(tmp_path: Path, name: str) -> None:
     """What was best in training is what the written file gives when `peft` has loaded it; gate and up have no part in each other."""
-    pair = save_pair(
-        tmp_path, *tiny(name), lambda model: [p.add_(0.1 * torch.randn_like(p)) for n, p in model.named_parameters() if "experts" in n]
-    )
+
+    def change(model: Any) -> None:
+        for parameter in (value for key, value in model.named_parameters() if "expert" in key):
+            parameter += 0.1 * torch.randn_like(parameter)
+
+    pair = save_pair(tmp_path, *tiny(name), change)
     text = token_file(tmp_path / "ids.jsonl")
     conversion = adapt_convert.convert(pair.base, pair.ft, rank=2, calib=text, calib_tokens=900, refine=12)
     about = conversion.report["calibration"]
