@@ -16,6 +16,7 @@ from adapt_convert.terminal import (
     emit,
     fail,
     print_batch,
+    print_bundles,
     print_demo,
     print_merge,
     print_plan,
@@ -209,8 +210,9 @@ def merge(
 @functools.partial(conversion_options, to="latte", targets="latte or shared-lora.")
 @OUT
 @OVERWRITE
+@click.option("--dry-run", is_flag=True, help="Say what bundles of ranks 4 to 128, or of the given --rank, would hold; write none.")
 @JSON
-def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: bool, as_json: bool, **options: Any) -> None:
+def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Put several fine-tunes or adapters of BASE into one LatTE or shared LoRA whose tasks can be mixed in one batch, row by row.
 
     Task k is the k-th SOURCE, 0 the base itself: adapt_convert.task_ids(model, [1, 0, 2]). They share one basis of --rank dims
@@ -222,8 +224,14 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
       adapt-convert bundle ./base ./adapter-a ./adapter-b --to latte --rank 32 -o ./bundle
     """
     from adapt_convert.convert.bundle import bundle as make_bundle
+    from adapt_convert.convert.bundle import foresee_bundles
     from adapt_convert.formats.atomic import check_destination
 
+    if dry_run:
+        with progress(quiet=as_json) as track:
+            rows = list(foresee_bundles(base, sources, progress=track, **options))
+        emit({"candidates": rows}, True) if as_json else print_bundles(rows)
+        return
     directory = output or Path(f"bundle-of-{len(sources)}-{options['to']}")
     check_destination(directory, overwrite, (base, *sources))
     with progress(quiet=as_json) as track:

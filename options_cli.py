@@ -95,7 +95,10 @@ def conversion_options(
         click.option("--rank", metavar="N", help="Rank of every factor pair (16 if nothing is said; a LoRA keeps its own)."),
         click.option("--energy", metavar="F", help="Per matrix: the least rank that captures this share."),
         click.option(
-            "--budget", metavar="SIZE", help="One budget for all factors, like 20MB or 0.1% of the base, spent where it captures most."
+            "--budget",
+            metavar="SIZE",
+            help="One budget for all factors, like 20MB or 0.1% of the base: a LoRA's is spent where it captures most, others get the "
+            "largest rank that fits.",
         ),
         *_CALIBRATION,
         click.option(

@@ -176,6 +176,17 @@ def print_forecast(data: dict[str, Any]) -> None:
     terminal.print(data["recommendation"]["sentence"], highlight=False, markup=False, soft_wrap=True)
 
 
+def print_bundles(rows: list[dict[str, Any]]) -> None:
+    """What bundles of several sizes would take, in all and for each adapter, and hold of each."""
+    from rich.table import Table
+
+    table = Table("options", "size", "for each", *rows[0]["tasks"], title="captured energy of each adapter, in one bundle of all")
+    for row in rows:
+        shares = [f"{share:.2%}" for share in row["tasks"].values()]
+        table.add_row(row["options"], size_text(row["bytes"]), size_text(row["bytes"] // len(shares)), *shares)
+    console().print(table)
+
+
 def print_push(result: dict[str, Any]) -> None:
     """What was sent, or would be; the card of a dry run last."""
     for name, size in result["files"].items():

@@ -25,6 +25,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Pieces
 from adapt_convert.convert.preflight import COMPUTED, Entry, Plan, make_plan, require_factors
 from adapt_convert.convert.progress import Progress, silent
+from adapt_convert.convert.rank_for_budget import settle_budget
 from adapt_convert.convert.report import Record, build_report, dropped, unchanged
 from adapt_convert.formats.atomic import atomic_directory
 from adapt_convert.formats.card import model_card
@@ -100,9 +101,9 @@ def convert(
     chosen = Options(**options)
     chosen.require_text()
     opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
-    chosen = chosen.with_budget_in_bytes(opened_base.store.nbytes)
     plan = make_plan(opened_base, opened_source, chosen)
     require_factors(plan, opened_base, chosen)
+    plan, chosen = settle_budget(plan, opened_base, opened_source, chosen)
     on_plan(plan, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)

@@ -7,6 +7,7 @@ form of memory). A stack is no copy but a view: its experts are consecutive byte
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from adapt_convert.convert.architectures import in_memory
 from adapt_convert.convert.family import Experts, Family
@@ -62,6 +63,49 @@ def is_expert(module: str, family: Family | None) -> bool:
         return False
     pattern = expert_pattern if family.experts.modules else stack_pattern
     return re.fullmatch(pattern(family.experts), module) is not None
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where an expert's matrix lies in the live model: at `number` of the stack `parameter` of the module `owner`; None for biases, which
+    are one matrix of all experts."""
+
+    owner: str
+    parameter: str
+    number: int | None
+
+    @property
+    def is_down(self) -> bool:
+        return self.parameter.startswith("down_proj")
+
+
+def seat_of(module: str, family: Family | None) -> Seat | None:
+    """The seat of a module as `split_stacks` names it; None of one that is no expert's."""
+    if family is None or family.experts is None:
+        return None
+    experts = family.experts
+    if experts.modules is None:
+        found = re.fullmatch(stack_pattern(experts), module)
+        return Seat(found["owner"], found["parameter"], int(found["number"]) if found["number"] else None) if found else None
+    if re.fullmatch(expert_pattern(experts), module) is None:
+        return None
+    owner = re.sub(r"(layers\.\d+)\..*", rf"\1.{experts.stacked}", module)
+    head, _, name = module.rpartition(".")
+    return Seat(owner, "down_proj" if name == experts.modules[2] else "gate_up_proj", int(head.rpartition(".")[2]))
+
+
+def stored_together(module: str, family: Family | None) -> tuple[str, str] | None:
+    """Of an expert's matrix: what names all those to which PEFT gives one rank, and what those that are stored if any of them is.
+
+    Experts under names of their own have one rank everywhere, gate beside up; experts in a stack that of their stack.
+    """
+    seat = seat_of(module, family)
+    if seat is None:
+        return None
+    assert family is not None
+    assert family.experts is not None
+    stack = f"{seat.owner}.{seat.parameter}"
+    return ("experts", seat.parameter) if family.experts.modules else (stack, stack)
 
 
 def expert_pattern(experts: Experts) -> str:

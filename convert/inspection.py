@@ -13,6 +13,7 @@ from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan, require_factors
+from adapt_convert.convert.rank_for_budget import settle_budget
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.gguf_header import gguf_adapter
 from adapt_convert.formats.location import locate, read_json
@@ -40,9 +41,9 @@ def inspect(
     chosen = Options(**options)
     chosen.require_text()
     base, source = open_pair(path, other, revision, base_revision, task)
-    chosen = chosen.with_budget_in_bytes(base.store.nbytes)
     plan = make_plan(base, source, chosen)
     require_factors(plan, base, chosen)
+    plan, chosen = settle_budget(plan, base, source, chosen)
     refuse_certain_losses(plan, chosen)
     return describe_plan(plan, source, chosen)
 

@@ -16,7 +16,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.pieces import Piece
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
-from adapt_convert.convert.ranks import spend_budget
+from adapt_convert.convert.ranks import spend_budget, units_of
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
 from adapt_convert.convert.svd import factorise, factorise_for_energy
 from adapt_convert.formats.dtypes import torch_dtype
@@ -65,7 +65,7 @@ def _refuse_biases_beside_embeddings(plan: Plan, stored: dict[Entry, float]) -> 
 def _solved(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> Iterable[tuple[Entry, Piece]]:
     """Every matrix of the plan with what `_solve` makes of it: several at a time, or one by one where pieces are kept."""
     entries = plan.having("factor")
-    ranks = _ranks_for_budget(pairs, entries, options) if options.budget is not None else {}
+    ranks = _ranks_for_budget(pairs, plan, options) if options.budget is not None else {}
     waiting = progress(entries, "factoring")
     if pairs.pieces is None:
         return pairs.each(waiting, lambda entry, delta: _solve(pairs, entry, delta, options, ranks.get(entry.name)))
@@ -86,26 +86,26 @@ def prepare(pairs: Pairs, plan: Plan, entry: Entry, options: Options) -> None:
         pairs.difference(entry)
 
 
-def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> dict[str, int]:
+def _ranks_for_budget(pairs: Pairs, plan: Plan, options: Options) -> dict[str, int]:
     """A first pass over the matrices that keeps singular values alone; a matrix whose known values are all spent is redone
     with twice as many, until none is."""
     assert isinstance(options.budget, int)
+    entries, units = plan.having("factor"), units_of(plan, pairs.base)
     item = torch_dtype(options.dtype or output_dtype(pairs.source)).itemsize
-    costs = {entry.name: sum(entry.matrix_shape) * item for entry in entries}
-    average = max(1, options.budget // sum(costs.values()))
+    average = max(1, options.budget // (item * sum(units.numbers.values())))
     known = {entry.name: min(4 * average + 8, *entry.matrix_shape) for entry in entries}
     spectra: dict[str, Tensor] = {}
     pending = entries
     while pending:
         for entry, values in pairs.each(pending, functools.partial(_spectrum, known, options.seed)):
             spectra[entry.name] = values
-        ranks = spend_budget(spectra, costs, options.budget)
+        ranks = spend_budget(spectra, units, item, options.budget)
         pending = [
-            entry for entry in entries if ranks[entry.name] == len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
+            entry for entry in entries if ranks[entry.name] >= len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
         ]
         known |= {entry.name: min(2 * known[entry.name], *entry.matrix_shape) for entry in pending}
     if not any(ranks.values()):
-        raise AdaptError(f"--budget {options.budget} bytes: the cheapest rank of any matrix needs {min(costs.values())}")
+        raise AdaptError(f"--budget {options.budget} bytes: the cheapest rank of any matrix needs {item * min(units.numbers.values())}")
     return ranks
 
 

@@ -35,7 +35,8 @@ class Options:
     """Options of `adapt-convert delta`, by the same names; text as on the command line is understood too.
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]), `budget` (for all factors together: bytes, or a float below 1 as
-    a share of the base's bytes, "0.1%" as text) and `target_kl` (nats per token) is given; without any the rank is 16, or that of a source
+    a share of the base's bytes, "0.1%" as text; with one rank for all matrices it gives the largest that fits) and `target_kl` (nats per
+    token) is given; without any the rank is 16, or that of a source
     in factors. `calib` (a file, or `self` for text that the fine-tune writes) gives `calib_tokens` tokens to fit to; `refine` counts steps
     of distillation. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model), `construction`
     and `heads` are LatTE's, `base_rank` and `keep` those of R- and S-LoDA; `profile` is what a LoRA is written for (`--for`). Raises
@@ -90,8 +91,8 @@ class Options:
         self._check_calibration()
         self._check_loda()
         self._check_profile()
-        if self.to == "lorta" and self.rank is None and self.target_kl is None:
-            raise AdaptError(f"--{given[0]} works for --to lora; a LoRTA has one rank for all matrices: give --rank")
+        if self.to == "lorta" and self.energy is not None:
+            raise AdaptError("--energy works for --to lora; a LoRTA has one rank for all matrices: give --rank or --budget")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise AdaptError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if self.orientation not in ("paper", "reference"):
@@ -115,8 +116,8 @@ class Options:
             raise AdaptError(f"--segments {self.segments}: must be auto or a whole number of at least 1")
         if self.segments == "auto" and self.energy is None:
             raise AdaptError("--segments auto looks for the cheapest segments of a given captured energy: give --energy")
-        if self.to == "latte" and self.budget is not None:
-            raise AdaptError("--budget works for --to lora; a LatTE takes --rank or --energy")
+        if self.budget is not None and self.construction == "score":
+            raise AdaptError("--budget works for --construction residual: the score construction is exact or refused")
 
     def _check_calibration(self) -> None:
         if self.calib_tokens < 64:
@@ -161,8 +162,8 @@ class Options:
             raise AdaptError(f"--base-rank {self.base_rank}: must be a whole number of at least 1")
         if self.keep is not None and not 0 < self.keep < 1:
             raise AdaptError(f"--keep {self.keep}: must be a share of the entries, above 0 and below 1")
-        if self.to in LODA_VARIANTS and self.rank is None and self.target_kl is None:
-            raise AdaptError(f"--to {self.to} takes --rank: its maps are fitted at one rank")
+        if self.to in LODA_VARIANTS and self.energy is not None:
+            raise AdaptError(f"--to {self.to} takes --rank or --budget: its maps are fitted at one rank")
         if self.to in LODA_VARIANTS and self.calib is None:
             raise AdaptError(f"--to {self.to} is fitted to activations: give --calib FILE, or --calib self; without text use --to lora")
 

@@ -140,19 +140,12 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
 
 
 def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:
-    """Raise `AdaptError` when the options leave no matrix to factor, name modules that do not exist, or weigh experts by text."""
+    """Raise `AdaptError` when the options leave no matrix to factor or name modules that do not exist."""
     for name in options.target_modules:
         if name not in TARGET_WORDS and not any(matches(entry.module, name) for entry in plan.entries):
             raise AdaptError(f"--target-modules {name}: no module is called so; there are {_module_list(plan.entries)}")
     if not plan.having("factor"):
         raise AdaptError(_nothing_to_factor(plan.entries, plan.family, base, options))
-    experts = [entry.module for entry in plan.having("factor") if is_expert(entry.module, plan.family)]
-    if options.calib is not None and experts:
-        names = ",".join(sorted({module.rpartition(".")[2] for module in experts}))
-        raise AdaptError(
-            f"--calib: the experts of {base.origin} run as one stack in the model; leave them out with --exclude {names}, "
-            "or convert without --calib"
-        )
 
 
 def _module_list(entries: Iterable[Entry]) -> str:

@@ -28,11 +28,11 @@ from adapt_convert.formats.loda_config import EPSILON, PEFT_TYPE, SLOPE, VERSION
 from adapt_convert.formats.peft import CONFIG, PREFIX, WEIGHTS
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 
-_A, _B, _KEEP = "lora_A.weight", "lora_B.weight", "loda_keep"
+_A, _B, KEEP = "lora_A.weight", "lora_B.weight", "loda_keep"
 _F1_IN, _F1_OUT, _F2 = "loda_f1_in.weight", "loda_f1_out.weight", "loda_f2.weight"
 _BASE_A, _BASE_B = "loda_base_A.weight", "loda_base_B.weight"
 _PAIRS = ((_A, _B), (_F1_IN, _F1_OUT), (_BASE_A, _BASE_B))
-_OWN = (*(name for pair in _PAIRS for name in pair), _F2, _KEEP)
+_OWN = (*(name for pair in _PAIRS for name in pair), _F2, KEEP)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LodaMatrix:
         if self.base is not None:
             held |= {_BASE_A: self.base.A, _BASE_B: self.base.B}
         rounded = {name: tensor.to("cpu", dtype) for name, tensor in held.items()}
-        return rounded if self.keep is None else rounded | {_KEEP: pack_bits(self.keep)}
+        return rounded if self.keep is None else rounded | {KEEP: pack_bits(self.keep)}
 
     def rounded(self, dtype: torch.dtype) -> LodaMatrix:
         """As it will be read back: rounded to the dtype on disk, in float32 on the CPU."""
@@ -144,6 +144,18 @@ class LodaAdapter:
         return write_safetensors(directory / WEIGHTS, self.tensors(), {"format": "pt"})
 
 
+def stored_shapes(shape: tuple[int, int], rank: int, plus: bool, base_rank: int | None, masked: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is stored for a matrix of `shape (out, in)`, by the last part of their names: with `plus` also f1 and f2,
+    with a `base_rank` a low-rank weight, and if `masked` one bit for each entry in `KEEP`."""
+    rows, columns = shape
+    held: dict[str, tuple[int, ...]] = {_A: (rank, columns), _B: (rows, rank)}
+    if plus:
+        held |= {_F1_IN: (rank, rank), _F1_OUT: (rank, rank), _F2: (rows,)}
+    if base_rank is not None:
+        held |= {_BASE_A: (base_rank, columns), _BASE_B: (rows, base_rank)}
+    return held | {KEEP: ((rows * columns + 7) // 8,)} if masked else held
+
+
 def pack_bits(keep: Tensor) -> Tensor:
     """A boolean matrix as `uint8 (ceil(n / 8),)`: entry i, counted row by row, is bit `i % 8` of byte `i // 8`."""
     return torch.from_numpy(np.packbits(keep.cpu().numpy().reshape(-1), bitorder="little"))
@@ -153,10 +165,10 @@ def unpack_bits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """The boolean matrix again. Raises `ValueError` for another number of bytes or bits set beyond the matrix."""
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != ((count + 7) // 8,):
-        raise ValueError(f"{_KEEP} is {list(packed.shape)} of {packed.dtype}, expected [{(count + 7) // 8}] of torch.uint8")
+        raise ValueError(f"{KEEP} is {list(packed.shape)} of {packed.dtype}, expected [{(count + 7) // 8}] of torch.uint8")
     bits = np.unpackbits(packed.numpy(), bitorder="little")
     if bits[count:].any():
-        raise ValueError(f"{_KEEP} has bits beyond the {count} entries of the matrix")
+        raise ValueError(f"{KEEP} has bits beyond the {count} entries of the matrix")
     return torch.from_numpy(bits[:count].astype(bool)).reshape(shape)
 
 
@@ -210,7 +222,7 @@ def _lazy(store: TensorStore, key: str) -> LazyTensor:
 
 
 def _read(store: TensorStore, key: str, name: str) -> Tensor:
-    if name == _KEEP:
+    if name == KEEP:
         return store.read(key)
     if not store.infos[key].is_float:
         raise ValueError(f"{name} is stored as {store.infos[key].dtype}, expected floating-point numbers")
@@ -232,5 +244,5 @@ def _matrix(held: Mapping[str, Tensor]) -> LodaMatrix:
     if base is not None and (base.A.ndim != 2 or base.B.ndim != 2 or base.A.shape[0] != base.B.shape[1]):
         raise ValueError(f"{_BASE_A} {list(base.A.shape)} and {_BASE_B} {list(base.B.shape)} do not multiply")
     shape = (B.shape[0], A.shape[-1]) if A.ndim == B.ndim == 2 else (0, 0)
-    keep = unpack_bits(held[_KEEP], shape) if _KEEP in held else None
+    keep = unpack_bits(held[KEEP], shape) if KEEP in held else None
     return LodaMatrix(A, B, f1, held.get(_F2), base, keep)

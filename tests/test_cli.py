@@ -126,7 +126,7 @@ def test_lists_split_at_commas_and_repeats_add_up(here: Path) -> None:
         ["--budget", "0MB"],
         ["--rank", 4, "--energy", 0.5],
         ["--to", "dora"],
-        ["--to", "lorta", "--budget", "1MB"],
+        ["--to", "lorta", "--energy", "0.5"],
         ["--dtype", "int8"],
         ["--device", "quantum"],
         ["--device", "cuda:7"],

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import token_file
 from conftest import Pair, save_pair
 from families import tiny
 from peft import LoraConfig, get_peft_model
@@ -192,21 +191,3 @@ def test_the_validator_runs_them(mixture: Any, tmp_path: Path, name: str) -> Non
     result = adapt_convert.validate(pair.base, pair.ft, out, token_ids=[list(range(5, 25))], attribution=False, speed=False)
     ignored = [f"{out}: peft ignores tensors of the adapter: base_model.model.x.lora_A.weight"]
     assert list(result.failures) == (ignored if name == "mixtral" else [])
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"), [("mixtral", "w1,w2,w3"), ("gpt_oss", "down_proj,down_proj_bias,gate_up_proj,gate_up_proj_bias")]
-)
-def test_text_does_not_weigh_experts_and_the_advice_runs(name: str, parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pair = save_pair(tmp_path, *tiny(name), lambda model: [p.add_(0.05 * torch.randn_like(p)) for p in model.parameters()])
-    text = token_file(tmp_path / "ids.jsonl", vocabulary=pair.load(pair.base).config.vocab_size)
-    for run in (adapt_convert.convert, adapt_convert.plan, adapt_convert.inspect):
-        with pytest.raises(AdaptError, match=rf"^--calib: the experts of .* run as one stack .* --exclude {parts}, or convert without"):
-            run(pair.base, pair.ft, calib=text)
-    options = {"calib": text, "calib_tokens": 512, "exclude": parts}
-    about = adapt_convert.convert(pair.base, pair.ft, rank=4, refine=2, **options).report["calibration"]
-    assert set(about["candidates"]) == {"data-free", "whitened", "refined"}
-    assert adapt_convert.plan(pair.base, pair.ft, fit_seconds=0, **options).data["on_inputs"]["kl_of_base"] > 0
-    loda = adapt_convert.convert(pair.base, pair.ft, to="loda", rank=2, calib=text, calib_tokens=512)
-    assert "fitted" in loda.report["calibration"]["candidates"]

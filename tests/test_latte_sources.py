@@ -191,7 +191,7 @@ def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(monkeypa
     [
         ({"segments": 0}, r"--segments 0: must be auto or a whole number"),
         ({"construction": "spectral"}, r"--construction spectral: choose one of residual, score"),
-        ({"budget": 1000}, r"a LatTE takes --rank or --energy"),
+        ({"budget": 1000, "construction": "score"}, r"--budget works for --construction residual"),
         ({"to": "lora", "segments": 2}, r"--segments is an option of --to latte"),
     ],
 )

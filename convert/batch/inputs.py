@@ -11,6 +11,7 @@ from adapt_convert.convert.batch.state import Identity, JobState, files_of, sett
 from adapt_convert.convert.opening import open_source, refuse_latte
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import make_plan, require_factors
+from adapt_convert.convert.rank_for_budget import settle_budget
 from adapt_convert.convert.validation.live_model import require_run_extra, vocabulary_of
 from adapt_convert.convert.validation.texts import has_tokenizer
 from adapt_convert.formats.checkpoint import Checkpoint
@@ -47,7 +48,8 @@ def foresee(found: Found, base: Checkpoint) -> tuple[int, int]:
     source = open_source(base, found.job.source, found.job.revision)
     plan = make_plan(base, source, found.job.options)
     require_factors(plan, base, found.job.options)
-    return predict(plan, source, found.job.options)
+    plan, options = settle_budget(plan, base, source, found.job.options)
+    return predict(plan, source, options)
 
 
 def _check_validation(found: Found, base: Checkpoint) -> None:

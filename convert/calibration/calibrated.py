@@ -17,6 +17,7 @@ from adapt_convert.convert.calibration.work import Solved, Work
 from adapt_convert.convert.loda.solver import measured_again, solve_loda
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
+from adapt_convert.convert.rank_for_budget import largest_rank
 from adapt_convert.convert.refinement.refine import refine
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.errors import AdaptError
@@ -125,7 +126,7 @@ def _smallest(work: Work, judge: Judge, options: Options, target: float) -> tupl
 
     That takes the divergence to fall with the rank; the rank that is returned was measured, whatever lies below it.
     """
-    most = max(min(entry.matrix_shape) for entry in work.plan.having("factor"))
+    most = largest_rank(work.plan, options)
     found: dict[int, tuple[Candidate, dict[str, Any]]] = {}
 
     def within(rank: int) -> bool:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapt_convert.convert.calibration.activations import captured_inputs, groups_within, live_module
+from adapt_convert.convert.calibration.activations import captured_inputs, groups_within, live_module, seats_of
 from adapt_convert.convert.calibration.cache import cache_path
+from adapt_convert.convert.calibration.expert_inputs import innermost, width_of
 from adapt_convert.convert.calibration.texts import CalibrationText
 from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.pairs import Pairs
@@ -44,6 +45,15 @@ class Moments:
         C = load_file(self._directory / self._files[module])["C"]
         C.diagonal().add_(_RIDGE * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
         return C
+
+    def knows(self, module: str) -> bool:
+        """Whether there are moments of a module: not of tables, which have no input."""
+        return module in self._files
+
+    def is_reached(self, module: str) -> bool:
+        """Whether the module was given anything: the experts of a mixture that no token was sent to were not."""
+        with safe_open(self._directory / self._files[module], "pt") as file:
+            return "rows" not in file.keys() or int(file.get_tensor("rows")) > 0  # noqa: SIM118 - no mapping
 
     def name(self, module: str) -> str:
         """What the moments of a module are called: modules with the same input have the same."""
@@ -92,6 +102,8 @@ def _readable(directory: Path, index: Path) -> dict[str, str]:
 
 def _moment_bytes(stage: Stage, module: str) -> int:
     """What the second moments of a module's inputs take, `(in, in)` float32."""
+    if seat := seats_of(stage.root, [module]).get(module):
+        return 4 * width_of(innermost(live_module(stage.root, seat.owner)), seat) ** 2
     live: Any = live_module(stage.root, module)
     return 4 * int(live.weight.shape[0 if type(live).__name__ == "Conv1D" else -1]) ** 2
 
@@ -102,19 +114,30 @@ def _summed(
     """One pass over the text: the moments of some modules, written to the directory. Returns the file of each module."""
     sums: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
-    tokens = 0
+    rows = dict.fromkeys(modules, 0)
     for inputs in captured_inputs(stage.root, modules, progress(text.fit, "moments"), stage.device):
         if not owner:
-            first: dict[tuple[int, ...], str] = {}
-            owner = {name: name if name in norms else first.setdefault((x.data_ptr(), *x.shape), name) for name, x in inputs.items()}
+            owner = _owners(inputs, norms)
         for name in dict.fromkeys(owner.values()):
             x = inputs[name].float()
             x = _normalised(x, stage.root.get_submodule(name), norms[name]) if name in norms else x
             sums[name] = sums.get(name, 0) + x.T @ x
-        tokens += len(next(iter(inputs.values())))
+            rows[name] += len(x)
+    experts = seats_of(stage.root, modules)
+    positions = sum(batch.rows * batch.length for batch in text.fit)
     for name, total in sums.items():
-        save_file({"C": (total / tokens).cpu().contiguous()}, directory / f"{name}.safetensors")
+        # An expert counts as often as it is reached, which is what a budget has to know; one that never is keeps the plain solution.
+        C = total / (positions if name in experts else rows[name]) if rows[name] else _RIDGE * torch.eye(len(total))
+        save_file({"C": C.cpu().contiguous(), "rows": torch.tensor(rows[name])}, directory / f"{name}.safetensors")
     return {module: f"{owner[module]}.safetensors" for module in modules}
+
+
+def _owners(inputs: Mapping[str, Tensor], norms: Mapping[str, NormKind]) -> dict[str, str]:
+    """Whose moments each module has: those of the first that is given the same tensor. A norm has its own, and so have experts that
+    this batch does not reach."""
+    first: dict[tuple[int, ...], str] = {}
+    alone = {name for name, x in inputs.items() if name in norms or not len(x)}
+    return {name: name if name in alone else first.setdefault((x.data_ptr(), *x.shape), name) for name, x in inputs.items()}
 
 
 def _normalised(x: Tensor, norm: nn.Module, kind: NormKind) -> Tensor:

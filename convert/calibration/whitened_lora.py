@@ -15,20 +15,23 @@ from torch import Tensor
 from adapt_convert.convert.calibration.moments import FindMoments, Moments
 from adapt_convert.convert.calibration.work import Work
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, residual_energy
+from adapt_convert.convert.experts import seat_of
 from adapt_convert.convert.lora import solve_lora
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.preflight import Entry, output_dtype
+from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.peft import LoraAdapter
+
+UNREACHED = "no token of the calibration text was sent to this expert: solved as without text"
 
 
 class WhitenedPairs(Pairs):
     """The same two sides, their deltas as `D L`: what a solver captures of those is captured of the outputs.
 
-    So is what it spends a budget on. A row of an embedding is read as often as its token comes: on average once in as many tokens
-    as there are, which is the weight that each row gets.
+    So is what it spends a budget on. A row of an embedding is read as often as its token comes, one of the biases of experts as often as
+    its expert is chosen: on average once in as many as there are, which is the weight that each row gets.
     """
 
     def __init__(self, pairs: Pairs, moments: Moments) -> None:
@@ -37,11 +40,15 @@ class WhitenedPairs(Pairs):
 
     def passing_delta(self, entry: Entry) -> Delta:
         delta = super().passing_delta(entry)
-        if entry.kind == "embedding":
-            root: Tensor | float = 1 / math.sqrt(delta.shape[0])
-        else:
-            root = self._moments.root(entry.module).to(self.device)
-        return times(delta, root)
+        if self._moments.knows(entry.module):
+            return times(delta, self._moments.root(entry.module).to(self.device))
+        return times(delta, 1 / math.sqrt(delta.shape[0]))
+
+
+def modules_with_inputs(plan: Plan) -> list[str]:
+    """The matrices of a plan that multiply an input: all but tables of which rows are read."""
+    seats = {entry: seat_of(entry.module, plan.family) for entry in plan.having("factor") if entry.kind == "matrix"}
+    return [entry.module for entry, seat in seats.items() if seat is None or seat.number is not None]
 
 
 def times(delta: Delta, right: Tensor | float) -> Delta:
@@ -56,9 +63,12 @@ def solve_whitened_lora(
 ) -> tuple[LoraAdapter, list[Record]]:
     """`solve_lora` with every error weighed by the inputs; the records say what is held of the deltas themselves."""
     pairs, plan, progress = work.pairs, work.plan, work.progress
-    whitened = WhitenedPairs(pairs, find_moments([entry.module for entry in plan.having("factor") if entry.kind == "matrix"], {}))
-    adapter, records = solve_lora(whitened, plan, options.changed(dtype="float32"), work.stored, progress)
+    moments = find_moments(modules_with_inputs(plan), {})
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    budget = int(options.budget) * torch.float32.itemsize // dtype.itemsize if options.budget else None  # as many numbers
+    adapter, records = solve_lora(
+        WhitenedPairs(pairs, moments), plan, options.changed(dtype="float32", budget=budget), work.stored, progress
+    )
     entries = [record.entry for record in records if record.status == "factored"]
     found: dict[Entry, Record] = {}
     by_alias = {e: [a.removesuffix(".weight") for a in plan.aliases(e.name)] for e in entries if e.kind == "embedding"}
@@ -73,7 +83,8 @@ def solve_whitened_lora(
     for entry, (factors, energy, residual) in pairs.each(progress(entries, "factoring on inputs"), project):
         for module in (entry.module, *by_alias.get(entry, [])):
             (adapter.embeddings if module in adapter.embeddings else adapter.factors)[module] = factors
-        found[entry] = Record(entry, "factored", energy, residual, rank=factors.rank)
+        reached = not moments.knows(entry.module) or moments.is_reached(entry.module)
+        found[entry] = Record(entry, "factored", energy, residual, "" if reached else UNREACHED, factors.rank)
     return adapter, [found.get(record.entry) or _in_own_units(record, pairs) for record in records]
 
 

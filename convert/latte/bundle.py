@@ -54,6 +54,8 @@ def bundle(
         raise AdaptError(f"--to {chosen.to}: of bundles only --to latte and --to shared-lora can mix tasks in one batch")
     if chosen.construction == "score":
         raise AdaptError("--construction score: its wider heads belong to one task; a bundle takes --construction residual")
+    if chosen.budget is not None:
+        raise AdaptError("--budget: the tasks of a bundle share their bases; give --rank or --energy")
     if chosen.calib is not None:
         raise AdaptError("--calib: the tasks of a bundle share a basis and are not calibrated; calibrate each adapter by itself with delta")
     if not sources:

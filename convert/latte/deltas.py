@@ -152,6 +152,16 @@ class Effective:
             return None
         return total + old if old is not None else total
 
+    def may_change(self, matrix: Matrix) -> bool:
+        """Whether the source holds something that an effective delta is made from: what `delta` says, without reading it."""
+        return matrix.entry is not None or f"{matrix.norm}.weight" in self._entries
+
+    def may_need_bias(self, matrix: Matrix) -> bool:
+        """The same of `bias`."""
+        through_norm = self.layout.norm == "layer" and matrix.norm is not None
+        changed = through_norm and (matrix.entry is not None or f"{matrix.norm}.bias" in self._entries)
+        return changed or f"{matrix.module}.bias" in self._entries
+
     def _through_norm_bias(self, matrix: Matrix) -> Tensor:
         old, new = self.vector(f"{matrix.norm}.bias", new=False), self.vector(f"{matrix.norm}.bias", new=True)
         assert old is not None

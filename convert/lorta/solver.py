@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -45,10 +45,8 @@ def solve_lorta(
     """
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     adapter = LortaAdapter([], dtype, orientation=options.orientation)
-    for name, roles in (("attention", ATTENTION_ROLES), ("mlp", MLP_ROLES)):
-        slices, d_h = _slices(pairs, plan, roles, options.orientation)
-        if slices:
-            adapter.blocks.append(_fit(pairs, name, slices, d_h, options, progress))
+    for name, slices, shape in _tensors(pairs.base, plan, options.orientation):
+        adapter.blocks.append(_fit(pairs, name, slices, shape, options, progress))
     if not adapter.blocks:
         raise AdaptError(f"{pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
     if options.dtype is None and any(_rounding(block, dtype) > _ROUNDING for block in adapter.blocks):
@@ -59,14 +57,34 @@ def solve_lorta(
     return adapter, records + measure(pairs, plan, adapter, progress)
 
 
-def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orientation) -> tuple[list[_Slice], int]:
+def empty_lorta(base: Checkpoint, plan: Plan, options: Options, rank: int, dtype: torch.dtype) -> LortaAdapter:
+    """The adapter of a plan at a rank without numbers in it (on the `meta` device) and without exact parameters: for its size."""
+    adapter = LortaAdapter([], dtype, orientation=options.orientation)
+    for name, slices, shape in _tensors(base, plan, options.orientation):
+        sizes = (shape.d, shape.d_h, shape.layers, len(shape.group), *shape.heads)
+        A, B, C_l, C_m, *C_h = (torch.empty(size, rank, device="meta") for size in sizes)
+        slots = tuple(s.slot for s in slices)
+        adapter.blocks.append(LortaBlock(name, CPFactors(A, B, tuple(C_h), C_l, C_m), shape.group, slots))
+    return adapter
+
+
+def _tensors(base: Checkpoint, plan: Plan, orientation: Orientation) -> Iterator[tuple[Literal["attention", "mlp"], list[_Slice], CPShape]]:
+    """The tensors of a plan, each with its slices and its shape."""
+    kinds: tuple[tuple[Literal["attention", "mlp"], tuple[str, ...]], ...] = (("attention", ATTENTION_ROLES), ("mlp", MLP_ROLES))
+    for name, roles in kinds:
+        slices, d_h = _slices(base, plan, roles, orientation)
+        if slices:
+            yield name, slices, _shape(slices, d_h)
+
+
+def _slices(base: Checkpoint, plan: Plan, roles: tuple[str, ...], orientation: Orientation) -> tuple[list[_Slice], int]:
     """The logical matrices of one tensor, in the order of layers and roles, and the length of its `B` mode."""
     entries = [e for e in plan.having("factor") if e.place and set(_parts(e.place.role)) & set(roles)]
     if not entries:
         return [], 0
     present = sorted({part for e in entries if e.place for part in _parts(e.place.role)}, key=roles.index)
     blocks = sorted({(e.place.block, e.place.layer) for e in entries if e.place})
-    geometry = _geometry(pairs.base, entries, roles)
+    geometry = _geometry(base, entries, roles)
     slices = []
     for entry in entries:
         assert entry.place is not None
@@ -81,7 +99,7 @@ def _slices(pairs: Pairs, plan: Plan, roles: tuple[str, ...], orientation: Orien
             writes = part in WRITERS or orientation == "reference"
             slot = Slot(entry.module, layer, present.index(part), not writes, *((row, stop, stride) if fused else (None, None)))
             slices.append(_Slice(entry, slot, heads))
-            _check_slice(entry, slot, heads * geometry.size, fused, orientation, pairs.base)
+            _check_slice(entry, slot, heads * geometry.size, fused, orientation, base)
             row = stop
     return slices, geometry.size
 
@@ -116,28 +134,25 @@ def _check_slice(entry: Entry, slot: Slot, width: int, fused: bool, orientation:
         raise AdaptError(f"{entry.name} has {found} channels, but the heads in {base.origin}'s config.json make {width}")
 
 
-def _fit(
-    pairs: Pairs,
-    name: Literal["attention", "mlp"] | str,
-    slices: list[_Slice],
-    d_h: int,
-    options: Options,
-    progress: Progress,
-) -> LortaBlock:
+def _shape(slices: list[_Slice], d_h: int) -> CPShape:
     counts = list(dict.fromkeys(s.heads for s in sorted(slices, key=lambda s: s.slot.matrix)))
     group = {s.slot.matrix: counts.index(s.heads) for s in slices}
-    shape = CPShape(
+    return CPShape(
         d=_residual_width(slices),
         d_h=d_h,
         layers=max(s.slot.layer for s in slices) + 1,
         heads=tuple(counts),
         group=tuple(group[m] for m in sorted(group)),
     )
-    slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s, d_h)) for s in slices]
+
+
+def _fit(
+    pairs: Pairs, name: Literal["attention", "mlp"], slices: list[_Slice], shape: CPShape, options: Options, progress: Progress
+) -> LortaBlock:
+    slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s, shape.d_h)) for s in slices]
     assert options.rank is not None
     fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device, progress=progress)
-    block_name: Literal["attention", "mlp"] = "attention" if name == "attention" else "mlp"
-    return LortaBlock(block_name, fit.factors, shape.group, tuple(s.slot for s in slices))
+    return LortaBlock(name, fit.factors, shape.group, tuple(s.slot for s in slices))
 
 
 def _residual_width(slices: list[_Slice]) -> int:

@@ -13,7 +13,7 @@ from adapt_convert.convert.pieces import Piece
 from adapt_convert.convert.planning.candidates import Candidate, candidate
 from adapt_convert.convert.planning.change import MatrixChange
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
-from adapt_convert.convert.ranks import spend_budget
+from adapt_convert.convert.ranks import Units, spend_budget, units_of
 from adapt_convert.convert.report import Record
 from adapt_convert.formats.dtypes import torch_dtype
 
@@ -27,7 +27,7 @@ def lora_frontier(
     """One rank for all matrices, the same bytes spent by `--budget`, and `--energy`: as far as the spectra are known."""
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     changed = [change for change in changes if change.energy > 0]
-    costs = {change.entry.name: sum(change.entry.matrix_shape) * dtype.itemsize for change in changed}
+    units = units_of(plan, pairs.base)
 
     def make(how: str, ranks: Mapping[str, int]) -> Candidate:
         solved = [(change.entry, _empty_piece(change, ranks.get(change.entry.name, 0), dtype)) for change in changes]
@@ -41,8 +41,8 @@ def lora_frontier(
             break
         used = ranks
         yield make(f"--rank {rank}", ranks)
-        budget = sum(own * costs[name] for name, own in ranks.items())
-        if (spent := _spent(changed, costs, budget)) and spent != ranks:
+        budget = dtype.itemsize * sum(rank_of_unit * units.numbers[unit] for unit, rank_of_unit in _by_unit(ranks, units).items())
+        if (spent := _spent(changed, units, dtype.itemsize, budget)) and spent != ranks:
             yield make(f"--budget {budget}B", spent)
     for share in ENERGIES:
         if ranks := _ranks(changed, [change.rank_for(share) for change in changed]):
@@ -56,8 +56,16 @@ def _ranks(changed: Sequence[MatrixChange], wanted: Sequence[int | None]) -> dic
     return {change.entry.name: min(rank or 0, len(change.values)) for change, rank in zip(changed, wanted, strict=True)}
 
 
-def _spent(changed: Sequence[MatrixChange], costs: Mapping[str, int], budget: int) -> dict[str, int] | None:
-    ranks = spend_budget({change.entry.name: change.values for change in changed}, costs, budget)
+def _by_unit(ranks: Mapping[str, int], units: Units) -> dict[str, int]:
+    """The rank of each unit: the largest of its matrices, to which the others are padded."""
+    largest: dict[str, int] = {}
+    for name, rank in ranks.items():
+        largest[units.of[name]] = max(rank, largest.get(units.of[name], 0))
+    return largest
+
+
+def _spent(changed: Sequence[MatrixChange], units: Units, itemsize: int, budget: int) -> dict[str, int] | None:
+    ranks = spend_budget({change.entry.name: change.values for change in changed}, units, itemsize, budget)
     if not all(change.whole or ranks[change.entry.name] < len(change.values) for change in changed):
         return None  # the next value, which is not known, might be worth buying
     return ranks

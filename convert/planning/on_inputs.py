@@ -10,7 +10,7 @@ from typing import Any
 
 from adapt_convert.convert.calibration.judge import opened_judge
 from adapt_convert.convert.calibration.moments import moments_of
-from adapt_convert.convert.calibration.whitened_lora import WhitenedPairs
+from adapt_convert.convert.calibration.whitened_lora import WhitenedPairs, modules_with_inputs
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.planning.change import captured_by_rank, kind_of, measure_changes
@@ -24,7 +24,7 @@ def forecast_on_inputs(pairs: Pairs, plan: Plan, options: Options, progress: Pro
 
     Runs both models. Raises `AdaptError` for text or models that cannot be run.
     """
-    modules = [entry.module for entry in plan.having("factor") if entry.kind == "matrix"]
+    modules = modules_with_inputs(plan)
     with opened_judge(pairs, options, progress) as judge:
         moments = moments_of(pairs, judge.stage, judge.text, progress, modules, {})
         about = {"text": judge.text.name, "tokens": judge.text.tokens, "kl_of_base": judge.base.kl}

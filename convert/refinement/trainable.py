@@ -6,7 +6,7 @@ Refinement knows an adapter only as a `Trainable`: another kind of adapter joins
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapt_convert.convert.architectures import family_of
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.convert.lorta.cp_tensor import CPFactors
+from adapt_convert.convert.refinement.trainable_experts import ExpertPart, part_of_stack
 from adapt_convert.convert.refinement.trainable_latte import trainable_latte
 from adapt_convert.convert.refinement.trainable_loda import trainable_loda
 from adapt_convert.convert.refinement.training import Trainable
@@ -33,7 +35,13 @@ def trainable_lora(stage: Stage, contender: Contender, adapter: LoraAdapter) -> 
     """The factors of a LoRA as `peft` runs them; biases and modules stored whole stay as they are."""
     stage.show(contender)
     parameters: dict[str, nn.Parameter] = {}
-    for module in adapter.factors:
+    experts: dict[str, ExpertPart] = {}
+    family = family_of(stage.root.config.to_dict())  # type: ignore[union-attr, operator]
+    for module, delta in adapter.factors.items():
+        if part := part_of_stack(stage.root, module, family, _PEFT_NAME, delta):
+            experts[module] = part
+            parameters |= {f"{part.stack}.A": part.A, f"{part.stack}.B": part.B}
+            continue
         layer: Any = stage.root.get_submodule(module)
         parameters |= {f"{module}.A": layer.lora_A[_PEFT_NAME].weight, f"{module}.B": layer.lora_B[_PEFT_NAME].weight}
     for module in adapter.embeddings:
@@ -42,6 +50,9 @@ def trainable_lora(stage: Stage, contender: Contender, adapter: LoraAdapter) -> 
 
     def written() -> LoraAdapter:
         def factors(module: str, old: LowRankDelta, transposed: bool) -> LowRankDelta:
+            if module in experts:
+                live = experts[module].read()
+                return LowRankDelta(_stored(live.B, old.B.dtype), _stored(live.A, old.A.dtype))
             A, B = (parameters[f"{module}.{side}"].detach() for side in "AB")
             dtype = old.A.dtype
             return LowRankDelta(_stored(B.T if transposed else B, dtype), _stored(A.T if transposed else A, dtype))
@@ -50,7 +61,24 @@ def trainable_lora(stage: Stage, contender: Contender, adapter: LoraAdapter) -> 
         tables = {name: factors(name, old, True) for name, old in adapter.embeddings.items()}
         return replace(adapter, factors=linear, embeddings=tables)
 
-    yield Trainable(stage.model, parameters, written)
+    with _block_diagonal(experts.values()):
+        yield Trainable(stage.model, parameters, written)
+
+
+@contextlib.contextmanager
+def _block_diagonal(parts: Iterable[ExpertPart]) -> Iterator[None]:
+    """Keep gate and up apart while the factors that they share are trained: no gradient, and so no step, between them."""
+    fused = {part.stack: part for part in parts if part.parts > 1}
+    masks = {stack: part.mask() for stack, part in fused.items()}
+    handles = [
+        part.B.requires_grad_().register_hook(lambda gradient, mask=masks[stack]: gradient * mask)  # type: ignore[no-untyped-call]
+        for stack, part in fused.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
