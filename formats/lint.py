@@ -194,7 +194,8 @@ def _variants(config: Mapping[str, Any], profile: Profile, remedy: str) -> Itera
     for key in VARIANTS:
         if config.get(key) and key != "use_dora":
             effect: Literal["refused", "wrong"] = "refused" if key in profile.refuses else "wrong"
-            yield Finding(effect, f"{title} does not know {key}", "serve the merged model")
+            mends = "run it in PEFT" if key == "alora_invocation_tokens" else remedy  # it depends on the prompt: no matrix does the same
+            yield Finding(effect, f"{title} does not know {key}", mends)
     start = config.get("init_lora_weights")
     if profile.starts is not None and isinstance(start, str) and start.lower() not in profile.starts:
         yield Finding("refused", f"{title} does not take init_lora_weights {start!r}", remedy)

@@ -109,8 +109,12 @@ _VLLM_HEADS = (
     *("apertus", "ernie4_5", "exaone4", "falcon_h1", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hyperclovax"),
     *("jamba", "lfm2", "lfm2_moe", "llama", "llama4_text", "minicpm3", "mixtral", "nemotron", "phi3", "qwen3", "qwen3_moe"),
 )
+_VLLM_EMBEDDINGS = (  # those that list `embed_tokens` alone, as all that it runs by way of transformers do
+    *("arcee", "cohere", "cohere2", "glm", "olmo", "olmo2", "olmo3", "phi", "seed_oss", "smollm3", "starcoder2"),
+)
 _VLLM_WITHOUT = (  # those without `SupportsLoRA`
-    *("bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gpt2", "gptj", "mamba", "mamba2", "stablelm", "zamba2"),
+    *("bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gemma3n_text", "gpt2", "gpt-sw3", "gptj", "hrm_text"),
+    *("mamba", "mamba2", "mimo_v2_flash", "stablelm", "zamba2"),
 )
 _SERVED = ("r", "lora_alpha", "target_modules")
 _PEFT_KEYS = r"base_model\.model\."
@@ -144,7 +148,7 @@ PROFILES: dict[str, Profile] = {
             rslora=True,
             reads_bias=True,
             types_without=_VLLM_WITHOUT,
-            embedding_types=(*_VLLM_HEADS, "cohere", "cohere2"),
+            embedding_types=(*_VLLM_HEADS, *_VLLM_EMBEDDINGS),
             head_types=_VLLM_HEADS,
             shared_tables=True,
             experts="each",  # vllm/lora/lora_weights.py: pack_moe

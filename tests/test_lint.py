@@ -117,7 +117,7 @@ EDITS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no alpha at all": (unconfigured("lora_alpha"), "vllm", "refused: vLLM wants lora_alpha in adapter_config.json, which does not say it"),
     "PiSSA": (configured(init_lora_weights="pissa_niter_4"), "vllm", "refused: vLLM does not take init_lora_weights 'pissa_niter_4'"),
     "PiSSA elsewhere": (configured(init_lora_weights="pissa"), "sglang", "wrong: SGLang leaves in the base what init_lora_weights 'pissa'"),
-    "activated": (configured(alora_invocation_tokens=[1]), "vllm", "refused: vLLM does not know alora_invocation_tokens; serve the merged"),
+    "activated": (configured(alora_invocation_tokens=[1]), "vllm", "refused: vLLM does not know alora_invocation_tokens; run it in PEFT"),
     "activated elsewhere": (configured(alora_invocation_tokens=[1]), "sglang", "wrong: SGLang does not know alora_invocation_tokens"),
     "stacks": (configured(target_parameters=["mlp.experts.down_proj"]), "sglang", "refused: SGLang takes no stacks of experts"),
     "other names": (
@@ -165,6 +165,11 @@ def test_findings(case: str, pairs: Any, tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert all(line.startswith("FAIL ") for line in lines)
     assert any(re.search(message, line) for line in lines), lines
+
+
+def test_a_release_that_differs_is_named(pairs: Any, tmp_path: Path) -> None:
+    (finding,) = lint(make(pairs("llama"), tmp_path / "adapter", MADE["an alpha pattern"]), "vllm")
+    assert "scaled by 4, and vLLM before 0.32 takes 1" in str(finding)
 
 
 def test_the_command_in_json_and_when_nothing_is_found(pairs: Any, tmp_path: Path) -> None:
