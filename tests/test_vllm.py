@@ -11,8 +11,10 @@ import pytest
 from conftest import Pair, save_pair
 from families import tiny
 from safetensors.torch import load_file, save_file
+from servers import SERVERS
+from test_consumers import assert_same, one_expert
 from test_lint import ALL, MADE, configured, make, unconfigured
-from vllm_server import PYTHON, Answer, reference, rules, serve
+from vllm_server import PYTHON, Answer, packed_experts, reference, rules, serve
 
 from adapt_convert import convert, lint, merge
 from adapt_convert.formats.profiles import PROFILES
@@ -159,3 +161,15 @@ def test_the_profile_says_what_vllms_classes_say() -> None:
         assert [name for name in listed if name in types and table not in types[name]["tables"]] == []
     stacked = {name for name in types if types[name]["stacked"]}
     assert stacked <= set(profile.stacked_types)
+
+
+def test_experts_are_packed_by_vllms_loader(tmp_path: Path) -> None:
+    """It runs no LoRA of experts on a CPU; what it would run is what PEFT's rules say, and it refuses a layer with one expert less."""
+    pair = save_pair(tmp_path, *tiny("qwen3_moe"), one_expert)
+    whole, less = (convert(pair.base, pair.ft, profile="vllm", rank=4).save(tmp_path / name) for name in ("whole", "less"))
+    with_layers("experts.0", "experts.1", "experts.2", "experts.3.gate_proj", "experts.3.down_proj")(less)
+    found = packed_experts([whole, less], 4)
+    assert found[less] == "AssertionError"
+    expected = {name: delta for name, delta in SERVERS["vllm"](whole, "qwen3_moe").items() if ".experts." in name}
+    assert_same(found[whole], expected)
+    assert len(found[whole]) == len(expected)

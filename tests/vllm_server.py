@@ -73,6 +73,30 @@ for model_type, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
 print("ANSWER", json.dumps({"ranks": typing.get_args(MaxLoRARanks), "types": types}))
 """
 
+_EXPERTS = """
+import json, sys
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import PackedLoRALayerWeights
+from vllm.lora.peft_helper import PEFTHelper
+
+found = {}
+for path in sys.argv[2:]:
+    names = ("gate_proj", "down_proj", "up_proj")  # w1, w2 and w3
+    experts = [f"experts.{number}.{name}" for number in range(int(sys.argv[1])) for name in names]
+    try:
+        loaded = LoRAModel.from_local_checkpoint(path, {"q_proj", *experts}, PEFTHelper.from_local_dir(path, None), device="cpu")
+        for stack in sorted({name.partition(".experts.")[0] for name in loaded.loras if ".experts." in name}):
+            packed = PackedLoRALayerWeights.pack_moe([loaded.loras.get(f"{stack}.{name}") for name in experts], f"{stack}.experts")
+            packed.optimize()
+            for name, a, b in zip(names, packed.lora_a, packed.lora_b):
+                for number, delta in enumerate(torch.bmm(b, a)):
+                    found.setdefault(path, {})[f"{stack}.experts.{number}.{name}"] = delta.tolist()
+    except Exception as error:
+        found[path] = type(error).__name__
+print("ANSWER", json.dumps(found))
+"""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -105,6 +129,14 @@ def rules() -> dict[str, Any]:
     """The sizes that `--max-lora-rank` takes, and of every model type what its class says of LoRA."""
     found: dict[str, Any] = _ask(_RULES)
     return found
+
+
+def packed_experts(adapters: Iterable[Path], count: int) -> dict[Path, Any]:
+    """The changes of `count` experts as vLLM packs them, `(out, in)` float64 by module; of an adapter that it refuses the error."""
+    return {
+        Path(path): given if isinstance(given, str) else {name: torch.tensor(delta, dtype=torch.float64) for name, delta in given.items()}
+        for path, given in _ask(_EXPERTS, str(count), *map(str, adapters)).items()
+    }
 
 
 def _ask(program: str, *arguments: str) -> Any:
