@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapt_convert.convert.architectures import aliases_of, is_head
+from adapt_convert.convert.experts import is_expert
 from adapt_convert.convert.image_loras import cannot_hold, form_of, namer
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_names import GgufNames
 from adapt_convert.formats.profiles import Profile, profile_named
 
 if TYPE_CHECKING:
+    from adapt_convert.convert.families import Family
     from adapt_convert.convert.options import Options
     from adapt_convert.convert.preflight import Entry, Plan
     from adapt_convert.convert.report import Record
@@ -40,6 +42,8 @@ def restrict(plan: Plan, base: Checkpoint, profile: Profile) -> Plan:
         name_of = namer(base, profile.layout)
         return _without(plan, profile, lambda entry: cannot_hold(entry, name_of))
     model_type = str(plan.config.get("model_type"))
+    if model_type in profile.types_without:
+        raise AdaptError(f"{profile.title} has no LoRA for a {model_type}; serve the merged model")
     if not profile.conv1d and any(entry.transposed for entry in plan.having("factor")):
         raise AdaptError(f"{profile.title} has no LoRA for a {model_type}, whose matrices are stored (in, out)")
     grown = next((entry for entry in plan.entries if entry.rows_added and entry.action != "drop"), None)
@@ -72,27 +76,39 @@ def _cannot_hold(entry: Entry, plan: Plan, profile: Profile, names: GgufNames | 
     model_type = str(plan.config.get("model_type"))
     # The base as the consumer loads it decides: there a table that two modules share is one tensor, whatever the source is.
     shared = [alias for alias in aliases_of(entry.name, plan.family, plan.config) if alias not in plan.base_keys]
+    if profile.shared_tables and profile.adapts_table(model_type, head=True):
+        shared = []
     # llama.cpp's graphs look the token table up with its LoRA, and every other table without.
     passed_over = names is not None and entry.kind == "embedding" and names.tensor(entry.module) not in ("token_embd.weight", None)
-    adaptable = profile.adapts_embeddings(model_type) and not shared and not passed_over
+    head = is_head(entry.name)
+    adaptable = profile.adapts_table(model_type, head) and not shared and not passed_over
     if entry.action == "store":
         if entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
             return None if profile.biases else "has no LoRA of biases"
         if entry.kind == "embedding" and adaptable:
             return f"loads no whole tensors; --target-modules all-linear,{entry.module.rsplit('.', 1)[-1]} factors it"
         return "loads no whole tensors"
-    head = is_head(entry.name)
     if (entry.kind == "embedding" or head) and shared:
         return f"has no LoRA for a table that {shared[0]} shares"
-    if (entry.kind == "embedding" or head) and not profile.adapts_embeddings(model_type):
-        return f"adapts no embedding and no output head of a {model_type}"
+    if (entry.kind == "embedding" or head) and not profile.adapts_table(model_type, head):
+        return f"adapts no {'output head' if head else 'embedding'} of a {model_type}"
     if passed_over:
         return "adapts no embedding but that of the tokens"
     if head and entry.module != "lm_head":
         return "adapts no such head"
     if names is not None and names.tensor(entry.module) is None:
         return "has no tensor for it"
+    if profile.modules is not None and entry.module.rsplit(".", 1)[-1] not in profile.modules:
+        return "adapts no matrix of this name"
+    if profile.layout == "peft" and model_type not in profile.stacked_types and _lies_in_a_stack(entry, plan.family):
+        return f"takes no experts of a {model_type} in a stack, which is how PEFT names them"
     return None
+
+
+def _lies_in_a_stack(entry: Entry, family: Family | None) -> bool:
+    """Whether the matrix is part of a stack of experts that an adapter holds as a whole (`target_parameters`)."""
+    experts = family.experts if family else None
+    return bool(experts and (experts.by_parameter or experts.modules is None)) and is_expert(entry.module, family)
 
 
 def share_left_out(records: Iterable[Record], profile: Profile) -> float:

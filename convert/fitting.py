@@ -16,7 +16,7 @@ from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.gguf_adapter import GgufAdapter
 from adapt_convert.formats.image_lora import ImageLora
 from adapt_convert.formats.peft import LoraAdapter
-from adapt_convert.formats.profiles import Profile
+from adapt_convert.formats.profiles import EXPERT, Profile
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,12 @@ def _absent(factors: Iterable[str], plan: Plan, profile: Profile) -> list[str]:
     """The modules of the base that the consumer wants adapted beside those that are."""
     present = set(factors)
     wanted = set(present)
-    for group in profile.companions:
-        for module in present:
-            parent, _, name = module.rpartition(".")
-            wanted |= {f"{parent}.{other}" for other in group} if name in group else set()
+    for module in present:
+        wanted |= set(profile.needed_beside(module))
+    if profile.experts != "any":
+        stacks = {match[1] for module in present if (match := EXPERT.fullmatch(module))}
+        bases = (name.removesuffix(".weight") for name in plan.base_keys)
+        wanted |= {name for name in bases if (match := EXPERT.fullmatch(name)) and match[1] in stacks}
     if profile.every_layer:
         types = {_without_layer(module) for module in wanted}
         wanted |= {name.removesuffix(".weight") for name in plan.base_keys if _without_layer(name.removesuffix(".weight")) in types}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +15,15 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_header import read_gguf_header
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.lora_names import lora_file
-from adapt_convert.formats.peft import CONFIG, PREFIX, is_pattern, is_positive, lora_scaling, matching_pattern
-from adapt_convert.formats.profiles import PROFILES, Profile, profile_named
+from adapt_convert.formats.peft import CONFIG, PREFIX, VARIANTS, changes_base, is_pattern, is_positive, lora_scaling, matching_pattern
+from adapt_convert.formats.profiles import EXPERT, PROFILES, Profile, profile_named
 from adapt_convert.formats.source import adapter_config_path
 
 _SLOT = re.compile(r"^(?P<module>.*)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
 _DORA, _BIAS = re.compile(r"\.lora_magnitude_vector(\.weight)?$"), re.compile(r"\.(lora_B|base_layer)\.bias$")
 _TOKENS = re.compile(r"\.(token_adapter\.|trainable_tokens)")
+_TABLES = ("lm_head", "embed_tokens")
+_EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))  # what experts' matrices are called where they lie one by one
 _TABLE = re.compile(r"\.base_layer\.weight$")  # PEFT puts the base's own table beside a LoRA of it, and every consumer skips it
 
 
@@ -157,7 +159,7 @@ def _malformed(config: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
-def _more(names: list[str]) -> str:
+def _more(names: Sequence[Any]) -> str:
     return f" (and {len(names) - 1} more such)" if len(names) > 1 else ""
 
 
@@ -168,14 +170,41 @@ def _forms(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Finding
         yield Finding("refused", f"{title} does not run DoRA", remedy)
     if config.get("fan_in_fan_out") and not profile.conv1d:
         yield Finding("refused", f"{title} has no LoRA for matrices stored (in, out) (fan_in_fan_out)", "serve the merged model")
-    for key in ("layer_replication", "target_parameters", "trainable_token_indices"):
-        if config.get(key) and profile.name != "peft":
-            yield Finding("refused", f"{title} does not know {key}", remedy)
+    for key in profile.required:
+        if key not in config:
+            yield Finding("refused", f"{title} wants {key} in {CONFIG}, which does not say it", "write the adapter again")
+    if profile.name != "peft":
+        yield from _variants(config, profile, remedy)
     targets = config.get("target_modules")
-    if profile.companions and isinstance(targets, str) and targets != "all-linear":
+    if profile.name == "sglang" and isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Finding("refused", f"{title} takes target_modules as a list, and it is the expression {targets!r}", remedy)
     for module in adapter.halves[:1]:
         yield Finding("refused", f"{module} has only one half of its factor pair{_more(list(adapter.halves))}", "write the adapter again")
+
+
+def _variants(config: Mapping[str, Any], profile: Profile, remedy: str) -> Iterator[Finding]:
+    """Settings by which PEFT runs something else than the base and `B A`; `profile` is not PEFT's."""
+    title, model_type = profile.title, _model_type(config)
+    for key in ("layer_replication", "trainable_token_indices"):
+        if config.get(key):
+            yield Finding("refused", f"{title} does not know {key}", remedy)
+    undecided = model_type is None and profile.stacked_types
+    if config.get("target_parameters") and not undecided and model_type not in profile.stacked_types:
+        yield Finding("refused", f"{title} takes no stacks of experts (target_parameters){_of(model_type)}", remedy)
+    for key in VARIANTS:
+        if config.get(key) and key != "use_dora":
+            effect: Literal["refused", "wrong"] = "refused" if key in profile.refuses else "wrong"
+            mends = "run it in PEFT" if key == "alora_invocation_tokens" else remedy  # it depends on the prompt: no matrix does the same
+            yield Finding(effect, f"{title} does not know {key}", mends)
+    start = config.get("init_lora_weights")
+    if profile.starts is not None and isinstance(start, str) and start.lower() not in profile.starts:
+        yield Finding("refused", f"{title} does not take init_lora_weights {start!r}", remedy)
+    elif profile.starts is None and changes_base(config) and str(start).lower() != "lora_ga":  # which does so in training alone
+        yield Finding("wrong", f"{title} leaves in the base what init_lora_weights {start!r} takes out of it in PEFT", remedy)
+
+
+def _of(model_type: str | None) -> str:
+    return f" of a {model_type}" if model_type else ""
 
 
 def _whole_tensors(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Finding]:
@@ -231,25 +260,59 @@ def _scales(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Findin
             divisor = math.sqrt(divisor)
         given = float(adapter.alpha) / divisor
         if not math.isclose(meant, given, rel_tol=1e-6):
-            what = f"{module} is meant to be scaled by {meant:.6g}, and {profile.title} takes {given:.6g}"
+            title = f"{profile.title} before {profile.modules_since}" if profile.modules_since else profile.title
+            what = f"{module} is meant to be scaled by {meant:.6g}, and {title} takes {given:.6g}"
             yield Finding("wrong", f"{what} (lora_alpha, patterns, rsLoRA)", remedy)
             return
 
 
 def _modules(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Finding]:
     """Matrices that the consumer does not adapt, or not without others."""
-    outer = [module for module in adapter.ranks if module in adapter.embeddings or module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens")]
     model_type = _model_type(adapter.config)
-    if outer and (profile.embedding_types == () or (model_type and not profile.adapts_embeddings(model_type))):
-        effect: Literal["lost", "refused"] = "lost" if profile.embedding_types == () else "refused"
-        yield Finding(effect, f"{profile.title} adapts no {outer[0]}{f' of a {model_type}' if model_type else ''}", remedy)
-    for group in profile.companions:
-        for module in adapter.ranks:
-            parent, _, name = module.rpartition(".")
-            absent = [other for other in group if name in group and f"{parent}.{other}" not in adapter.ranks]
-            if absent:
-                yield Finding("refused", f"{profile.title} wants {', '.join(absent)} adapted beside {module}", remedy)
-                break
+    if model_type in profile.types_without:
+        yield Finding("refused", f"{profile.title} has no LoRA for a {model_type}", "serve the merged model")
+        return
+    tables = {module: name == "lm_head" for module, name in _named(adapter) if module in adapter.embeddings or name in _TABLES}
+    for module, head in tables.items():
+        never = (profile.head_types if head else profile.embedding_types) == ()
+        if never or (model_type and not profile.adapts_table(model_type, head)):
+            yield Finding("lost" if never else "refused", f"{profile.title} adapts no {module}{_of(model_type)}", remedy)
+            break
+    unknown = [module for module, name in _named(adapter) if module not in tables and profile.modules and name not in profile.modules]
+    if unknown:
+        yield Finding("refused", f"{profile.title} adapts no matrix of the name of {unknown[0]}{_more(unknown)}", remedy)
+    for module in adapter.ranks:
+        absent = [name.rsplit(".", 1)[-1] for name in profile.needed_beside(module) if name not in adapter.ranks]
+        if absent:
+            yield Finding("refused", f"{profile.title} wants {', '.join(absent)} adapted beside {module}", remedy)
+            break
+    yield from _experts(adapter, profile, remedy)
+
+
+def _named(adapter: _Adapter) -> list[tuple[str, str]]:
+    """Every module with the last part of its name."""
+    return [(module, module.rsplit(".", 1)[-1]) for module in adapter.ranks]
+
+
+def _experts(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Finding]:
+    """Experts that are adapted in part; how many there are the highest number tells."""
+    found = [match for match in map(EXPERT.fullmatch, adapter.ranks) if match]
+    if profile.experts == "any" or not found:
+        return
+    gate, up, down = next((names for names in _EXPERTS if found[0][3] in names), _EXPERTS[0])
+    if profile.experts == "kinds":
+        present = {name for _, name in _named(adapter)}
+        missing = [name for name in (gate, down) if name not in present]
+        if missing:
+            yield Finding("lost", f"{profile.title} adapts no experts without {missing[0]}, and so not {found[0][0]}{_more(found)}", remedy)
+        return
+    count = 1 + max(int(match[2]) for match in found)
+    for stack in dict.fromkeys(match[1] for match in found):
+        wanted = [f"{stack}.{number}.{name}" for number in range(count) for name in (gate, up, down)]
+        absent = [module for module in wanted if module not in adapter.ranks]
+        if absent:
+            yield Finding("refused", f"{profile.title} wants all experts of a layer adapted, and not {absent[0]}{_more(absent)}", remedy)
+            return
 
 
 def _model_type(config: Mapping[str, Any]) -> str | None:

@@ -39,12 +39,12 @@ _SUFFIXES = re.compile(
 _FOREIGN = re.compile(r"(^|\.)(lora_[^.]*|token_adapter|trainable_tokens[^.]*)(\.|$)")
 # A LoRA that starts so is trained against another base.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-_VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens")
+VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens")
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
     """Whether `B A` and its scale say all: LoRA, no variant such as DoRA, and no start that changes the base."""
-    return config.get("peft_type") == "LORA" and not changes_base(config) and not any(config.get(name) for name in _VARIANTS)
+    return config.get("peft_type") == "LORA" and not changes_base(config) and not any(config.get(name) for name in VARIANTS)
 
 
 def changes_base(config: Mapping[str, Any]) -> bool:

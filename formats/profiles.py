@@ -7,13 +7,15 @@ does not know, or scales by `alpha / r` where the adapter says otherwise.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from adapt_convert.formats.errors import AdaptError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 GGUF_WEIGHTS = "adapter_model.gguf"
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")  # one matrix of an expert: the stack, its number, its name
 IMAGE_FORMS = ("diffusers", "kohya")  # layouts of diffusion models, for each the profile of the same name
 
 
@@ -25,13 +27,21 @@ class Profile:
       every tensor name in it matches.
     - `max_rank`: the largest rank, None without a limit; `ranks` the sizes that its buffers can be set to.
     - `scale`: what it multiplies `B A` by. `modules`: PEFT's own rule, patterns and rsLoRA included; `r`: `alpha / r` of the
-      config for every matrix, so ranks have to be uniform; `rank`: `alpha` over the matrix's own rank.
+      config for every matrix, so ranks have to be uniform; `rank`: `alpha` over the matrix's own rank. `modules_since` is the
+      release from which on it is PEFT's rule, where it was another before.
     - `equal_ranks`: every matrix has to be of rank `r`; a smaller one will do otherwise.
     - `rslora`, `dora`, `biases`, `conv1d`: whether it takes them; `reads_bias`: whether it refuses a config that speaks of biases,
       though there are none. `exact`: whether it takes whole tensors (`modules_to_save`).
-    - `embedding_types`: the `model_type`s in which it adapts input embeddings and output head, None for all.
-    - `companions`: matrices that have to be adapted together in a layer, if any of them is.
-    - `every_layer`: a type of matrix is adapted in every layer, or in none.
+    - `modules`: the names of the matrices that it adapts, None where the model decides. `types_without`: the `model_type`s in which
+      it adapts nothing.
+    - `embedding_types`, `head_types`: the `model_type`s in which it adapts input embeddings, or the output head, None for all;
+      `shared_tables`: in these also a table that both share, by a LoRA of each.
+    - `needs`: the names that have to be adapted in a layer beside a name, if that is. `experts`: whether any matrix of an expert may
+      be adapted by itself; or `kinds` of them, gate and down, somewhere; or `each` of all experts of the layer. `every_layer`: a type
+      of matrix is adapted in every layer, or in none.
+    - `stacked_types`: the `model_type`s in which it takes the factors of a whole stack of experts (PEFT's `target_parameters`).
+    - `refuses`: settings of the config that it refuses; of those that change what an adapter does it runs any other without a word.
+      `starts`: the `init_lora_weights` that it takes, None for all. `required`: what the config has to say.
     - `serve`: how to start it, with `{rank}` for the rank and `{size}` for the smallest of `ranks` that holds it.
     """
 
@@ -51,9 +61,19 @@ class Profile:
     reads_bias: bool = False
     conv1d: bool = False
     exact: bool = False
+    modules_since: str = ""
+    modules: tuple[str, ...] | None = None
+    types_without: tuple[str, ...] = ()
     embedding_types: tuple[str, ...] | None = None
-    companions: tuple[tuple[str, ...], ...] = ()
+    head_types: tuple[str, ...] | None = None
+    shared_tables: bool = False
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: Literal["any", "kinds", "each"] = "any"
     every_layer: bool = False
+    stacked_types: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
+    starts: tuple[str, ...] | None = None
+    required: tuple[str, ...] = ()
     serve: str = ""
 
     def __post_init__(self) -> None:
@@ -68,9 +88,15 @@ class Profile:
         """Whether all matrices have to be of one rank."""
         return self.scale != "modules" and self.layout not in IMAGE_FORMS  # where each matrix can have an alpha of its own
 
-    def adapts_embeddings(self, model_type: str) -> bool:
-        """Whether it applies a LoRA of the embeddings or the output head in models of this type."""
-        return self.embedding_types is None or model_type in self.embedding_types
+    def adapts_table(self, model_type: str, head: bool) -> bool:
+        """Whether it applies a LoRA of the embeddings, or of the output head, in models of this type."""
+        types = self.head_types if head else self.embedding_types
+        return types is None or model_type in types
+
+    def needed_beside(self, module: str) -> list[str]:
+        """The modules that have to be adapted in the same layer if `module` is."""
+        parent, _, name = module.rpartition(".")
+        return [f"{parent}.{other}" for other in self.needs.get(name, ())]
 
     def how_to_serve(self, rank: int) -> str:
         """What to start it with for an adapter of this rank; empty where there is nothing to say."""
@@ -78,7 +104,19 @@ class Profile:
         return self.serve.format(rank=rank, size=size)
 
 
-_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+# The classes of vLLM 0.32 that list `lm_head` in `embedding_modules`; Mistral's and Qwen2's are among those that do not.
+_VLLM_HEADS = (
+    *("apertus", "ernie4_5", "exaone4", "falcon_h1", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hyperclovax"),
+    *("jamba", "lfm2", "lfm2_moe", "llama", "llama4_text", "minicpm3", "mixtral", "nemotron", "phi3", "qwen3", "qwen3_moe"),
+)
+_VLLM_EMBEDDINGS = (  # those that list `embed_tokens` alone, as all that it runs by way of transformers do
+    *("arcee", "cohere", "cohere2", "glm", "olmo", "olmo2", "olmo3", "phi", "seed_oss", "smollm3", "starcoder2"),
+)
+_VLLM_WITHOUT = (  # those without `SupportsLoRA`
+    *("bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gemma3n_text", "gpt2", "gpt-sw3", "gptj", "hrm_text"),
+    *("mamba", "mamba2", "mimo_v2_flash", "stablelm", "zamba2"),
+)
+_SERVED = ("r", "lora_alpha", "target_modules")
 _PEFT_KEYS = r"base_model\.model\."
 PROFILES: dict[str, Profile] = {
     profile.name: profile
@@ -105,12 +143,19 @@ PROFILES: dict[str, Profile] = {
             _PEFT_KEYS,
             max_rank=512,
             ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # MaxLoRARanks in vllm/config/lora.py
-            scale="r",  # newer releases read patterns, older ones do not and say nothing
+            scale="r",
+            modules_since="0.32",  # PEFTHelper reads no patterns before, and says nothing
             rslora=True,
             reads_bias=True,
-            # The model classes that list `embedding_modules`; others, Qwen among them, refuse (vllm issue 32599).
-            embedding_types=("llama", "mistral", "mixtral", "granite"),
-            every_layer=True,
+            types_without=_VLLM_WITHOUT,
+            embedding_types=(*_VLLM_HEADS, *_VLLM_EMBEDDINGS),
+            head_types=_VLLM_HEADS,
+            shared_tables=True,
+            experts="each",  # vllm/lora/lora_weights.py: pack_moe
+            stacked_types=("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe"),  # is_3d_moe_weight
+            refuses=("alora_invocation_tokens", "use_bdlora", "use_qalora"),
+            starts=("gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+            required=_SERVED,
             serve="--enable-lora --max-lora-rank {size}",
         ),
         Profile(
@@ -122,9 +167,16 @@ PROFILES: dict[str, Profile] = {
             _PEFT_KEYS,
             scale="r",  # srt/lora/lora.py: scaling = lora_alpha / r
             equal_ranks=True,
-            companions=(_QKV, _GATE_UP),  # stacked into one matrix; a missing v_proj is a KeyError
+            modules=(
+                *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+                *("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "in_proj", "embed_tokens", "lm_head"),
+            ),  # srt/lora/utils.py: get_default_hidden_dim knows no other
+            # srt/lora/lora.py: stacked into one matrix, for which it makes up zeros for k, and for up
+            needs={"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",), "up_proj": ("gate_proj",)},
+            experts="kinds",  # srt/lora/lora_manager.py: experts are wrapped where gate and down are targets
             every_layer=True,
-            serve="--enable-lora --max-lora-rank {rank}",
+            required=_SERVED,
+            serve="--enable-lora --max-lora-rank {rank} --lora-paths NAME=DIRECTORY",
         ),
         Profile(
             "llama.cpp",
@@ -146,8 +198,11 @@ PROFILES: dict[str, Profile] = {
             _PEFT_KEYS,
             scale="rank",  # lora_manager.py: lora_alpha / effective_rank
             rslora=True,
+            modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"),
             embedding_types=(),  # keys of no numbered layer are passed over
+            head_types=(),
             every_layer=True,
+            required=("r", "lora_alpha"),
             serve="max_lora_rank={rank} in LoraConfig",
         ),
         Profile(

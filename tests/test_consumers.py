@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import save_pair
+from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -107,7 +109,7 @@ def test_matrices_that_belong_together_come_together(make_pair: Any, tmp_path: P
         written[consumer] = (conversion.report["profile"]["filled_with_zeros"], config["target_modules"], config["rank_pattern"])
     assert written["peft"][:1] == (0,)  # an unchanged matrix has no factors
     assert len(written["peft"][2]) == 1  # of the matrix that changed by rank 1
-    assert written["vllm"] == (3, ["k_proj", "q_proj", "up_proj"], {})  # each type in both layers
+    assert written["vllm"][::2] == (0, {})  # it takes a matrix by itself
     assert written["sglang"] == (7, ["gate_proj", "k_proj", "q_proj", "up_proj", "v_proj"], {})
     expected = peft_deltas(pair, tmp_path / "peft")
     assert_same(SERVERS["vllm"](tmp_path / "vllm", "llama"), expected)
@@ -115,6 +117,59 @@ def test_matrices_that_belong_together_come_together(make_pair: Any, tmp_path: P
     with pytest.raises(Refused, match="v_proj"):
         SERVERS["sglang"](tmp_path / "vllm", "llama")
     assert any("v_proj adapted beside" in str(finding) for finding in lint(tmp_path / "vllm", "sglang"))
+
+
+def one_expert(model: Any) -> None:
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj[2] += 0.1 * torch.randn_like(experts.down_proj[2])
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight += 0.01 * torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_all_experts_of_a_layer_come_together(server: str, tmp_path: Path) -> None:
+    """And those that PEFT knows in a stack alone are left out, with what they had changed."""
+    pair = save_pair(tmp_path, *tiny("qwen3_moe"), one_expert)
+    conversion = convert(pair.base, pair.ft, profile=server, rank=4)
+    conversion.save(tmp_path / "out")
+    held = SERVERS[server](tmp_path / "out", "qwen3_moe")
+    assert {name for name in held if ".experts." in name} >= {
+        f"model.layers.1.mlp.experts.{number}.{name}" for number in range(4) for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    base, ft = (load_file(path / "model.safetensors") for path in (pair.base, pair.ft))
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    change = (ft[f"{name}.weight"] - base[f"{name}.weight"]).double()
+    error = float((change - held[name]).square().sum() / change.square().sum())
+    assert conversion.report["tensors"][f"{name}.weight"]["captured_energy"] == pytest.approx(1 - error, abs=1e-5)
+    assert lint(tmp_path / "out", server) == []
+    tensors = {key: value.clone() for key, value in load_file(tmp_path / "out" / "adapter_model.safetensors").items()}
+    less = "experts.3.up" if server == "vllm" else "gate_proj"
+    save_file({key: value for key, value in tensors.items() if less not in key}, tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(Refused):
+        SERVERS[server](tmp_path / "out", "qwen3_moe")
+    said = "wants all experts of a layer adapted, and not model" if server == "vllm" else "adapts no experts without gate_proj, and so not"
+    assert any(said in str(finding) for finding in lint(tmp_path / "out", server))
+    stacked = save_pair(tmp_path / "stacked", *tiny("qwen2_moe"), one_expert)
+    with pytest.raises(AdaptError, match=r"takes no experts of a qwen2_moe in a stack.*layers\.1\.mlp\.experts\.2\.down_proj"):
+        convert(stacked.base, stacked.ft, profile=server, rank=4)
+
+
+def test_tables_go_where_the_server_looks_for_them(pairs: Any, tmp_path: Path) -> None:
+    """vLLM's Mistral adapts none, though its Llama does; there a shared one is held twice, for the input and for the output."""
+    for name, held in (("llama", ["embed_tokens", "lm_head"]), ("llama-tied", ["embed_tokens", "lm_head"]), ("mistral", [])):
+        pair = pairs(name)
+        conversion = convert(pair.base, pair.ft, profile="vllm", rank=32, target_modules="all-linear,embed_tokens")
+        conversion.save(tmp_path / name)
+        given = SERVERS["vllm"](tmp_path / name, name.removesuffix("-tied"))
+        assert [table for table in ("embed_tokens", "lm_head") if any(module.endswith(table) for module in given)] == held
+        assert lint(tmp_path / name, "vllm") == []
+        if held:
+            base, ft = (load_file(path / "model.safetensors") for path in (pair.base, pair.ft))
+            change = (ft["model.embed_tokens.weight"] - base["model.embed_tokens.weight"]).double()
+            torch.testing.assert_close(given["model.embed_tokens"], change.T, rtol=1e-4, atol=1e-4)
+            if name == "llama-tied":
+                torch.testing.assert_close(given["lm_head"], change, rtol=1e-4, atol=1e-4)
+                assert conversion.report["captured_energy_of_all_changes"] > 0.99
 
 
 @settings(max_examples=30, deadline=None)
@@ -142,7 +197,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no LoRA": ("llama", {"profile": "vllm", "to": "lorta"}, "--for vllm: vLLM takes a LoRA; use --to lora"),
     "budget": ("llama", {"profile": "sglang", "budget": "1MB"}, "SGLang wants one for all: give --rank"),
     "rank": ("llama", {"profile": "vllm", "rank": 513}, "--rank 513: vLLM takes at most 512"),
-    "conv1d": ("gpt2", {"profile": "vllm"}, r"vLLM has no LoRA for a gpt2, whose matrices are stored \(in, out\)"),
+    "conv1d": ("gpt2", {"profile": "sglang"}, r"SGLang has no LoRA for a gpt2, whose matrices are stored \(in, out\)"),
+    "a type without": ("gpt2", {"profile": "vllm"}, "vLLM has no LoRA for a gpt2; serve the merged model"),
+    "other names": ("bert", {"profile": "sglang"}, "no matrix is left to convert"),
     "nothing left": ("llama", {"profile": "tensorrt-llm", "target_modules": "lm_head"}, "no matrix is left to convert"),
     "mostly left out": (
         "llama",
@@ -208,7 +265,7 @@ def test_the_command_says_what_it_left_out(pairs: Any, tmp_path: Path, monkeypat
     (tmp_path / "base").symlink_to(pair.base)
     (tmp_path / "ft").symlink_to(pair.ft)
     dry = CliRunner().invoke(main, ["delta", "base", "ft", "--for", "vllm", "--dry-run"])
-    assert "note: vLLM adapts no embedding and no output head of a qwen2: lm_head.weight" in dry.stdout
+    assert "note: vLLM adapts no output head of a qwen2: lm_head.weight" in dry.stdout
     done = CliRunner().invoke(main, ["delta", "base", "ft", "--for", "vllm", "--rank", "12"])
     assert done.exit_code == 0, done.output
     assert "written to ft-lora-r12-vllm" in done.stdout

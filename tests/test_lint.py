@@ -101,11 +101,30 @@ def with_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[
     return edit
 
 
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
+def unconfigured(key: str) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+
+    return edit
+
+
+Q, MLP = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.0.mlp"
 EDITS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "another method": (configured(peft_type="VERA"), "vllm", "refused: vLLM loads LoRA alone, and this is VERA; convert it"),
     "rank": (configured(r=4), "peft", "refused: .*_proj has rank 8 where PEFT expects r = 4"),
     "no alpha": (configured(lora_alpha=0), "vllm", "refused: adapter_config.json has lora_alpha = 0, which makes no sense"),
+    "no alpha at all": (unconfigured("lora_alpha"), "vllm", "refused: vLLM wants lora_alpha in adapter_config.json, which does not say it"),
+    "PiSSA": (configured(init_lora_weights="pissa_niter_4"), "vllm", "refused: vLLM does not take init_lora_weights 'pissa_niter_4'"),
+    "PiSSA elsewhere": (configured(init_lora_weights="pissa"), "sglang", "wrong: SGLang leaves in the base what init_lora_weights 'pissa'"),
+    "activated": (configured(alora_invocation_tokens=[1]), "vllm", "refused: vLLM does not know alora_invocation_tokens; run it in PEFT"),
+    "activated elsewhere": (configured(alora_invocation_tokens=[1]), "sglang", "wrong: SGLang does not know alora_invocation_tokens"),
+    "stacks": (configured(target_parameters=["mlp.experts.down_proj"]), "sglang", "refused: SGLang takes no stacks of experts"),
+    "other names": (
+        with_tensors(lambda t: t.update({f"{MLP}.fc1.lora_A.weight": torch.ones(8, 32), f"{MLP}.fc1.lora_B.weight": torch.ones(32, 8)})),
+        "tensorrt-llm",
+        "refused: TensorRT-LLM adapts no matrix of the name of model.layers.0.mlp.fc1",
+    ),
     "layers twice": (configured(layer_replication=[[0, 1]]), "sglang", "refused: SGLang does not know layer_replication"),
     "Conv1D": (configured(fan_in_fan_out=True), "vllm", "refused: vLLM has no LoRA for matrices stored"),
     "one half": (with_tensors(lambda t: t.pop(f"{Q}.lora_B.weight")), "vllm", "refused: model.layers.0.self_attn.q_proj has only one half"),
@@ -148,6 +167,11 @@ def test_findings(case: str, pairs: Any, tmp_path: Path) -> None:
     assert any(re.search(message, line) for line in lines), lines
 
 
+def test_a_release_that_differs_is_named(pairs: Any, tmp_path: Path) -> None:
+    (finding,) = lint(make(pairs("llama"), tmp_path / "adapter", MADE["an alpha pattern"]), "vllm")
+    assert "scaled by 4, and vLLM before 0.32 takes 1" in str(finding)
+
+
 def test_the_command_in_json_and_when_nothing_is_found(pairs: Any, tmp_path: Path) -> None:
     adapter = make(pairs("llama"), tmp_path / "adapter", MADE["q alone"])
     clean = CliRunner().invoke(main, ["lint", str(adapter), "--for", "vllm", "--json"])
@@ -158,7 +182,7 @@ def test_the_command_in_json_and_when_nothing_is_found(pairs: Any, tmp_path: Pat
     assert found.exit_code == 1
     (finding,) = json.loads(found.stdout)["findings"]
     assert finding["effect"] == "refused"
-    assert finding["what"] == "SGLang wants k_proj, v_proj adapted beside model.layers.0.self_attn.q_proj"
+    assert finding["what"] == "SGLang wants v_proj adapted beside model.layers.0.self_attn.q_proj"
 
 
 def test_what_is_no_adapter_is_refused(pairs: Any, tmp_path: Path) -> None:
