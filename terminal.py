@@ -76,7 +76,8 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
     if "loda" in report:  # no change of weights: a share of what is measured on activations
         table.add_row("captured energy", f"{report['captured_energy']:.4%} of the outputs of the adapted matrices")
     else:
-        table.add_row("captured energy", f"{report['captured_energy']:.4%} of the factored matrices")
+        share = report["captured_energy"]
+        table.add_row("captured energy", f"{share:.4%} of the factored matrices" if share is not None else "nothing to factor had changed")
         table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
     if "captured_energy_without_magnitude" in report:
         table.add_row("", f"{report['captured_energy_without_magnitude']:.4%} in the DoRA's factors without its magnitudes")

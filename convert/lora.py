@@ -104,7 +104,7 @@ def _ranks_for_budget(pairs: Pairs, entries: list[Entry], options: Options) -> d
             entry for entry in entries if ranks[entry.name] == len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
         ]
         known |= {entry.name: min(2 * known[entry.name], *entry.matrix_shape) for entry in pending}
-    if not any(ranks.values()):
+    if not any(ranks.values()) and any(len(values) for values in spectra.values()):
         raise AdaptError(f"--budget {options.budget} bytes: the cheapest rank of any matrix needs {min(costs.values())}")
     return ranks
 
