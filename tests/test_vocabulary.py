@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,11 @@ from click.testing import CliRunner
 from conftest import MODELS, Pair, save_pair
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
+from vocabulary import ADDED, load_as_the_card_says, with_tokens
 
 import adapt_convert
 from adapt_convert import AdaptError
 from adapt_convert.cli import main
-
-ADDED = 104
-
-
-def with_tokens(directory: Path, name: str, change: bool = True) -> Pair:
-    """A pair whose fine-tune `transformers` has resized by 8 tokens; all of it has changed, or nothing but the new rows."""
-    model_class, config = MODELS[name]
-    pair = save_pair(directory, model_class, config)
-    model = pair.load(pair.ft if change else pair.base)
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.resize_token_embeddings(ADDED)
-    with torch.no_grad():
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            table.weight[96:] = torch.randn(8, table.weight.shape[1])
-    model.save_pretrained(pair.ft)
-    return Pair(pair.base, pair.ft, model_class, {"input_ids": torch.tensor([[5, 99, 7, 103, 96]])})
-
-
-def load_as_the_card_says(out: Path, **names: Any) -> Any:
-    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1].replace("path/of/this/directory", str(out))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exec(code, names)
-    return names["model"].eval()
 
 
 @pytest.mark.parametrize("to", ["lora", "lorta", "latte"])
@@ -81,8 +55,14 @@ def test_merging_enlarges_the_base(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), pair.logits(pair.load(pair.ft)), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("size", [{"rank": 4}, {"energy": 0.9}, {"budget": 2000}, {"profile": "peft"}], ids=str)
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, {"rank": 4}) for name in ("llama", "llama-tied", "gpt2")),
+        *(("llama", size) for size in ({"energy": 0.9}, {"budget": 2000}, {"profile": "peft"})),
+    ],
+    ids=str,
+)
 def test_tokens_alone_are_stored(tmp_path: Path, name: str, size: dict[str, Any]) -> None:
     """Nothing but the rows is new: PEFT loads an adapter without factors, and merging it enlarges the base."""
     pair = with_tokens(tmp_path, name, change=False)
