@@ -172,12 +172,13 @@ class Checkpoint:
     """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only.
 
     Of a diffusers pipeline it holds all components, as `unet.<parameter>`, `text_encoder.<parameter>` and so on.
-    With `dequantised` its quantised weights appear in float32, where that is possible, and `quantisation` names their format.
+    With `dequantised` its quantised weights appear in float32, where that is possible, and `quantisation` names their format; with
+    `as_stored` they appear as they are. Without either a quantised checkpoint is refused.
     """
 
     kind = "checkpoint"
 
-    def __init__(self, location: Location, dequantised: bool = False) -> None:
+    def __init__(self, location: Location, dequantised: bool = False, as_stored: bool = False) -> None:
         refuse_unconsolidated(location)
         self.location = location
         self.origin = location.origin
@@ -197,7 +198,7 @@ class Checkpoint:
             raise AdaptError(f"{self.origin}: holds no tensors")
         if dequantised:
             self.quantisation = dequantise(self.origin, self.config, self.store)
-        else:
+        elif not as_stored:
             refuse_quantised(self.origin, self.config, self.store.infos)
 
     def _open_gguf(self, path: Path) -> None:
