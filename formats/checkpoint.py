@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _SINGLE = (
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"),
     "diffusion_pytorch_model.bin",
 )
+_USUAL = {*_INDEXES, *_SINGLE}
 PIPELINE = "model_index.json"
 
 
@@ -188,7 +190,7 @@ class Checkpoint:
             self._open_gguf(gguf)
             return
         config = location.directory / "config.json"
-        self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        self.config: dict[str, Any] = read_json(config) if config.is_file() or config.is_symlink() else {}
         _check_config(config, self.config)
         prefixes = _component_files(location) if self.is_pipeline else dict.fromkeys(weight_files(location), "")
         self.store = TensorStore(list(prefixes), prefixes)
@@ -260,6 +262,9 @@ def weight_files(location: Location) -> list[Path]:
     for name in _SINGLE:
         if (location.directory / name).is_file():
             return [location.directory / name]
+    broken = next((path for path in sorted(location.directory.iterdir()) if path.name in _USUAL and not path.exists()), None)
+    if broken:
+        raise AdaptError(f"{broken}: is a link to {os.readlink(broken)}, where nothing is; fetch it again")
     found = ", ".join(sorted(p.name for p in location.directory.iterdir())[:6]) or "nothing"
     raise AdaptError(f"{location.origin}: no model.safetensors, pytorch_model.bin or index of shards in it (found: {found})")
 
