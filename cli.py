@@ -91,22 +91,20 @@ def delta(
     located = locate(source, revision)
     directory = output or Path(default_name(located, parsed, task))
     where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
-    if rerun:
-        parsed.refuse_rerun()
-    if dry_run:
-        planned = inspect_paths(base, source, **where, **options)
-        emit(planned, True) if as_json else print_plan(planned, console())
-        return
     check_destination(directory, overwrite, (base, source))
     if rerun:
         from adapt_convert.formats.diffusion import refuse_rerun
 
+        parsed.refuse_rerun()
         refuse_rerun(locate(base, base_revision))
     if repo:
-        from adapt_convert.formats.hub import check_login
+        from adapt_convert.formats.hub import check_login, check_repo
 
-        check_login(repo)
-
+        (check_repo if dry_run else check_login)(repo)
+    if dry_run:
+        planned = inspect_paths(base, source, **where, **options)
+        emit(planned, True) if as_json else print_plan(planned, console())
+        return
     announced: dict[str, Any] = {} if as_json else {"on_plan": _announce}
     with progress(quiet=as_json) as track:
         conversion = convert(base, source, **where, progress=track, **announced, **options)

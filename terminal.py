@@ -76,7 +76,8 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
     if "loda" in report:  # no change of weights: a share of what is measured on activations
         table.add_row("captured energy", f"{report['captured_energy']:.4%} of the outputs of the adapted matrices")
     else:
-        table.add_row("captured energy", f"{report['captured_energy']:.4%} of the factored matrices")
+        share = report["captured_energy"]
+        table.add_row("captured energy", f"{share:.4%} of the factored matrices" if share is not None else "nothing to factor had changed")
         table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
     if "captured_energy_without_magnitude" in report:
         table.add_row("", f"{report['captured_energy_without_magnitude']:.4%} in the DoRA's factors without its magnitudes")
@@ -202,7 +203,7 @@ def print_push(result: dict[str, Any]) -> None:
 def report_validation(result: Validation, as_table: bool, cards: bool = False) -> None:
     """Print the result as tables and every failing line on standard error, then update the model `cards`; exit with 3 if a line failed."""
     from adapt_convert.formats.errors import AdaptError
-    from adapt_convert.formats.validation_table import count, validation_tables
+    from adapt_convert.formats.validation_table import count, enlarged_line, validation_tables
 
     if as_table:
         data, terminal = result.to_json(), console()
@@ -215,6 +216,8 @@ def report_validation(result: Validation, as_table: bool, cards: bool = False) -
             markup=False,
             soft_wrap=True,
         )
+        if enlarged := enlarged_line(data):
+            terminal.print(enlarged, highlight=False, soft_wrap=True)
     if result.warning:
         click.echo(f"Warning: {result.warning}", err=True)
     for line in result.failures:

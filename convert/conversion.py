@@ -117,7 +117,7 @@ def convert(
     if not any(record.energy for record in records):
         raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
     if not any(record.status == "factored" and record.energy for record in records):
-        raise AdaptError(f"{opened_source.origin}: none of the targeted matrices changed; there is nothing to factor")
+        _require_new_tensors(records, opened_source, chosen)
     if chosen.strict:
         refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
     order = {entry.name: position for position, entry in enumerate(plan.entries)}
@@ -138,6 +138,15 @@ def convert(
         report["profile"] = fitted.to_json(share_left_out(records, consumer))
         return Conversion(fitted.adapter, opened_base, plan, records, report, started)
     return Conversion(adapter, opened_base, plan, records, report, started)
+
+
+def _require_new_tensors(records: list[Record], source: Source, options: Options) -> None:
+    """Raise `AdaptError` when no matrix changed, unless a LoRA stores what the base lacks: added tokens, a new head."""
+    has_new = any(record.status == "exact" and (record.entry.rows_added or record.entry.base_key is None) for record in records)
+    if options.to == "lora" and has_new:
+        return
+    advice = "--to lora stores what the fine-tune added" if has_new else "there is nothing to factor"
+    raise AdaptError(f"{source.origin}: none of the targeted matrices changed; {advice}")
 
 
 def default_name(source: Location, options: Options, task: str | None = None) -> str:

@@ -60,6 +60,13 @@ class DenseDelta:
         return DenseDelta(self.weight.to(device))
 
 
+def difference(value: Tensor, before: Tensor) -> Tensor:
+    """`value - before`, float32; rows beyond those of `before`, of added tokens or classes, count whole."""
+    change = value.to(torch.float32, copy=True)
+    change[: len(before)] -= before
+    return change
+
+
 @dataclass(frozen=True)
 class LowRankDelta:
     """A change held as `B @ A`: `B (out, r)`, `A (r, in)`, float32, all scaling folded into `B`."""

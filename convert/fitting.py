@@ -50,7 +50,7 @@ def fit(adapter: LoraAdapter, plan: Plan, base: Checkpoint, profile: Profile) ->
     One rank for all, by rows and columns of zeros; zeros for the matrices that have to come with others; the file's layout.
     """
     factors, embeddings = dict(adapter.factors), dict(adapter.embeddings)
-    rank = max(delta.rank for delta in (*factors.values(), *embeddings.values()))
+    rank = max((delta.rank for delta in (*factors.values(), *embeddings.values())), default=0)
     padded: list[str] = []
     filled: list[str] = []
     if profile.uniform:

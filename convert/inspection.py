@@ -14,12 +14,15 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan, require_factors
 from adapt_convert.convert.rank_for_budget import settle_budget
-from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
-from adapt_convert.formats.gguf_header import gguf_adapter
+from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, gguf_file, weight_files
+from adapt_convert.formats.gguf_header import GgufHeader, gguf_adapter, read_gguf_header
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.lora_names import lora_file, slot_of
+from adapt_convert.formats.quantised_headers import describe_quantisation
 from adapt_convert.formats.source import LATTE_WEIGHTS, Source, adapter_config_path, latte_config_path, shared_lora_config_path
+
+_GGUF_BASE = "dequantised as it is read, where transformers knows its architecture (extra `gguf`)"
 
 
 def inspect(
@@ -52,18 +55,14 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
     location = locate(path, revision)
     config_path, latte_path = adapter_config_path(location), latte_config_path(location)
     extra: dict[str, Any]
+    quantised: dict[str, Any] = {}
     if not config_path and (found := gguf_adapter(location)):
         gguf, header = found
-        return {
-            "path": str(path),
-            "kind": "GGUF adapter",
-            "method": header.adapter,
-            "modules": len({name.rpartition(".")[0] for name in header.shapes}),
-            "files": [gguf.name],
-            "tensors": len(header.shapes),
-            "parameters": sum(math.prod(shape) for shape in header.shapes.values()),
-            "bytes": gguf.stat().st_size,
-        }
+        return {"path": str(path), "kind": "GGUF adapter", "method": header.adapter, **_of_gguf(gguf, header)}
+    if not config_path and (gguf_model := gguf_file(location)):
+        header = read_gguf_header(gguf_model)
+        about = {"model_type": header.architecture, "layers": header.layers, "quantisation": "GGUF", "as_base": _GGUF_BASE}
+        return {"path": str(path), "kind": "checkpoint", **about, **_of_gguf(gguf_model, header)}
     if latte_path:
         config, store, kind = read_json(latte_path), TensorStore([location.directory / LATTE_WEIGHTS]), "LATTE"
         extra = {name: config.get(name) for name in ("construction", "segments", "tasks", "model_type")}
@@ -84,9 +83,10 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
         config, store, kind = {}, TensorStore([file]), "LoRA file"
         extra = {"modules": len({slot[0] for slot in map(slot_of, store.infos) if slot})}
     else:
-        checkpoint = Checkpoint(location)
+        checkpoint = Checkpoint(location, as_stored=True)
         config, store, kind = checkpoint.config, checkpoint.store, "pipeline" if checkpoint.is_pipeline else "checkpoint"
         extra = {"model_type": config.get("model_type"), "layers": _layers(store, config)}
+        extra |= (quantised := describe_quantisation(checkpoint))
     dtypes = Counter[str]()
     for info in store.infos.values():
         dtypes[info.dtype] += math.prod(info.shape)
@@ -96,9 +96,25 @@ def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
         **extra,
         "files": [file.name for file in store.files],
         "tensors": len(store.infos),
-        "parameters": sum(dtypes.values()),
+        "parameters": quantised.get("parameters", sum(dtypes.values())),
         "bytes": store.nbytes,
         "dtypes": dict(dtypes.most_common()),
+    }
+
+
+def _of_gguf(path: Path, header: GgufHeader) -> dict[str, Any]:
+    """The size of a GGUF file, and how many numbers are stored in which type."""
+    types = Counter[str]()
+    for name, shape in header.shapes.items():
+        types[header.types[name]] += math.prod(shape)
+    modules = {"modules": len({name.rpartition(".")[0] for name in header.shapes})} if header.kind == "adapter" else {}
+    return {
+        **modules,
+        "files": [path.name],
+        "tensors": len(header.shapes),
+        "parameters": sum(types.values()),
+        "bytes": path.stat().st_size,
+        "dtypes": dict(types.most_common()),
     }
 
 

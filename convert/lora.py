@@ -104,7 +104,7 @@ def _ranks_for_budget(pairs: Pairs, plan: Plan, options: Options) -> dict[str, i
             entry for entry in entries if ranks[entry.name] >= len(spectra[entry.name]) == known[entry.name] < min(entry.matrix_shape)
         ]
         known |= {entry.name: min(2 * known[entry.name], *entry.matrix_shape) for entry in pending}
-    if not any(ranks.values()):
+    if not any(ranks.values()) and any(len(values) for values in spectra.values()):
         raise AdaptError(f"--budget {options.budget} bytes: the cheapest rank of any matrix needs {item * min(units.numbers.values())}")
     return ranks
 

@@ -238,7 +238,7 @@ class Options:
         """The device asked for, or CUDA if there is one, or the CPU."""
         import torch
 
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = self.device if self.device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(name)
             if device.type not in ("cpu", "cuda", "mps"):
@@ -252,9 +252,10 @@ class Options:
 def parse_size(text: str) -> int:
     """`20MB`, `1.5 GiB` or plain bytes, as a number of bytes. Raises `AdaptError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)?\s*", text.lower())
-    if not match:
-        raise AdaptError(f"{text!r} is not a size; write it like 20MB, 512KiB or 1.5GB")
-    return int(float(match[1]) * _UNITS[match[2] or "b"])
+    size = float(match[1]) * _UNITS[match[2] or "b"] if match else math.inf
+    if size >= 2**63:  # more than any file can have
+        raise AdaptError(f"{reprlib.repr(text)} is not a size; write it like 20MB, 512KiB or 1.5GB")
+    return int(size)
 
 
 def _whole_number(option: str, value: object) -> int:

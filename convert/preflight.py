@@ -134,16 +134,22 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     # In PEFT an adapter of a tied embedding leaves the head alone unless it names the head too, or asks for tying.
     follows_ties = source.kind not in ("lora", "method") or bool(source.config.get("ensure_weight_tying"))
     plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
-    plan = replace(plan, notes=(*_pattern_notes(plan, options), *_notes(plan, base, options)))
+    slips = (f"--exclude {name} matches no module" for name in _unmatched(plan, options))
+    plan = replace(plan, notes=(*slips, *_notes(plan, base, options)))
     consumer = consumer_of(base, options) if options.to == "lora" else None
     return restrict(plan, base, consumer) if consumer else plan
 
 
 def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:
-    """Raise `AdaptError` when the options leave no matrix to factor or name modules that do not exist."""
+    """Raise `AdaptError` when the options leave no matrix to factor or name modules that do not exist.
+
+    Of the modules to exclude one has to exist: the same list may serve several models, a slip in the only name would go unseen.
+    """
     for name in options.target_modules:
         if name not in TARGET_WORDS and not any(matches(entry.module, name) for entry in plan.entries):
             raise AdaptError(f"--target-modules {name}: no module is called so; there are {_module_list(plan.entries)}")
+    if options.exclude and len(_unmatched(plan, options)) == len(options.exclude):
+        raise AdaptError(f"--exclude {','.join(options.exclude)}: no module is called so; there are {_module_list(plan.entries)}")
     if not plan.having("factor"):
         raise AdaptError(_nothing_to_factor(plan.entries, plan.family, base, options))
 
@@ -338,9 +344,11 @@ def _untargeted_reason(options: Options) -> str:
     return "outside the attention that a LoRTA holds by default; --target-modules all-linear adds the MLP"
 
 
-def _pattern_notes(plan: Plan, options: Options) -> list[str]:
-    known = {entry.module for entry in plan.entries} | {name.rpartition(".")[0] for name in (plan.family.tied if plan.family else ())}
-    return [f"--exclude {p} matches no module" for p in options.exclude if not any(matches(module, p) for module in known)]
+def _unmatched(plan: Plan, options: Options) -> list[str]:
+    """What `--exclude` names and no module is called, of the source, of the base, or tied."""
+    names = [*plan.base_keys, *(plan.family.tied if plan.family else ())]
+    known = {entry.module for entry in plan.entries} | {name.rpartition(".")[0] for name in names}
+    return [pattern for pattern in options.exclude if not any(matches(module, pattern) for module in known)]
 
 
 def _notes(plan: Plan, base: Checkpoint, options: Options) -> list[str]:

@@ -47,6 +47,8 @@ def check_new_file(path: Path, overwrite: bool) -> None:
 
 def _check_parent(path: Path) -> None:
     parent = _existing_ancestor(path)
+    if broken := next((above for above in path.absolute().parents if above.is_symlink() and not above.exists()), None):
+        raise AdaptError(f"{broken} is a link to nothing, so {path} cannot be written")
     if not parent.is_dir():
         raise AdaptError(f"{parent} is not a directory, so {path} cannot be written")
     try:  # asked of the file system: access() says yes to root even on a read-only mount

@@ -50,6 +50,6 @@ def _row(row: Mapping[str, Any]) -> str:
         if done and (name[:5] != "valid" or row["validated"])
     )
     status = escape(row["status"]) + (f'<br><span class="soft wrap">{escape(row["error"])}</span>' if row.get("error") else "")
-    energy = f"{row['captured_energy']:.2%}" if done else "-"
+    energy = f"{row['captured_energy']:.2%}" if done and row["captured_energy"] is not None else "-"
     cells = [escape(row["output"]), escape(row["source"]), row["to"], status, energy, size_text(row["bytes"]) if done else "-", links]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"

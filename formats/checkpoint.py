@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _SINGLE = (
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"),
     "diffusion_pytorch_model.bin",
 )
+_USUAL = {*_INDEXES, *_SINGLE}
 PIPELINE = "model_index.json"
 
 
@@ -172,12 +174,13 @@ class Checkpoint:
     """A base model or a full fine-tune: its tensors, and its `config.json` where there is one. Reads headers only.
 
     Of a diffusers pipeline it holds all components, as `unet.<parameter>`, `text_encoder.<parameter>` and so on.
-    With `dequantised` its quantised weights appear in float32, where that is possible, and `quantisation` names their format.
+    With `dequantised` its quantised weights appear in float32, where that is possible, and `quantisation` names their format; with
+    `as_stored` they appear as they are. Without either a quantised checkpoint is refused.
     """
 
     kind = "checkpoint"
 
-    def __init__(self, location: Location, dequantised: bool = False) -> None:
+    def __init__(self, location: Location, dequantised: bool = False, as_stored: bool = False) -> None:
         refuse_unconsolidated(location)
         self.location = location
         self.origin = location.origin
@@ -187,7 +190,7 @@ class Checkpoint:
             self._open_gguf(gguf)
             return
         config = location.directory / "config.json"
-        self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        self.config: dict[str, Any] = read_json(config) if config.is_file() or config.is_symlink() else {}
         _check_config(config, self.config)
         prefixes = _component_files(location) if self.is_pipeline else dict.fromkeys(weight_files(location), "")
         self.store = TensorStore(list(prefixes), prefixes)
@@ -197,7 +200,7 @@ class Checkpoint:
             raise AdaptError(f"{self.origin}: holds no tensors")
         if dequantised:
             self.quantisation = dequantise(self.origin, self.config, self.store)
-        else:
+        elif not as_stored:
             refuse_quantised(self.origin, self.config, self.store.infos)
 
     def _open_gguf(self, path: Path) -> None:
@@ -259,6 +262,9 @@ def weight_files(location: Location) -> list[Path]:
     for name in _SINGLE:
         if (location.directory / name).is_file():
             return [location.directory / name]
+    broken = next((path for path in sorted(location.directory.iterdir()) if path.name in _USUAL and not path.exists()), None)
+    if broken:
+        raise AdaptError(f"{broken}: is a link to {os.readlink(broken)}, where nothing is; fetch it again")
     found = ", ".join(sorted(p.name for p in location.directory.iterdir())[:6]) or "nothing"
     raise AdaptError(f"{location.origin}: no model.safetensors, pytorch_model.bin or index of shards in it (found: {found})")
 

@@ -1,7 +1,7 @@
 """What a GGUF file says of itself, read within the bounds of the file.
 
-The `gguf` package trusts the counts in a header: one that claims 2^60 entries keeps it busy for good. This reads what `lint` and
-`push` ask of an adapter, and no tensor data. Layout (version 2 and 3, little-endian): magic, version u32, counts of tensors and
+The `gguf` package trusts the counts in a header: one that claims 2^60 entries keeps it busy for good. This reads what `inspect`, `lint`
+and `push` ask of a file, and no tensor data. Layout (version 2 and 3, little-endian): magic, version u32, counts of tensors and
 keys u64; for each key its name, a type u32 and the value; for each tensor its name, dimensions u32, sizes u64 (fastest first), type
 u32, offset u64. A text is its length u64 and its bytes; an array its type u32, its length u64 and its values.
 """
@@ -20,18 +20,28 @@ from adapt_convert.formats.profiles import GGUF_WEIGHTS
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+# The types of tensors by their numbers (ggml.h).
+TYPES = {
+    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1"},
+    **{10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"},
+    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
+    **{24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"},
+}
 _LARGEST = 64 * 2**20  # bytes of a header: those of whole models, vocabulary included, stay below
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`kind` is `general.type`, `adapter` is `adapter.type`, `alpha` is `adapter.lora.alpha` (0 without one: a scale of 1);
-    `shapes` are those of the tensors, rows first."""
+    """`kind` is `general.type`, `adapter` is `adapter.type`, `alpha` is `adapter.lora.alpha` (0 without one: a scale of 1),
+    `architecture` is `general.architecture`, `layers` its `block_count`; `shapes` and `types` are those of the tensors, rows first."""
 
     kind: str
     adapter: str
     alpha: float
     shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
+    architecture: str
+    layers: int | None
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -66,18 +76,21 @@ class _Parser:
         for _ in range(keys):
             key, kind = self.text(), self.take("I")[0]
             values[key] = self.value(kind)
-        shapes = {}
+        shapes, types = {}, {}
         for _ in range(tensors):
             name, count = self.text(), self.take("I")[0]
             if name in shapes or count > 4:
                 raise ValueError
             shapes[name] = self.take(f"{count}Q")[::-1]
-            self.take("IQ")
+            number = self.take("IQ")[0]
+            types[name] = TYPES.get(number, f"type {number}")
         kind, adapter = (str(values.get(key, "")) for key in ("general.type", "adapter.type"))
         alpha = values.get("adapter.lora.alpha", 0.0)
         if not isinstance(alpha, float):
             raise ValueError
-        return GgufHeader(kind, adapter, alpha, shapes)
+        architecture = str(values.get("general.architecture", ""))
+        layers = values.get(f"{architecture}.block_count")
+        return GgufHeader(kind, adapter, alpha, shapes, types, architecture, layers if type(layers) is int else None)
 
     def take(self, layout: str) -> tuple[Any, ...]:
         """`struct.error` beyond the end of the file."""
@@ -100,8 +113,10 @@ class _Parser:
         if length > len(self.content):
             raise ValueError
         if inner == _TEXT:
-            for _ in range(length):
-                self.text()
+            for _ in range(length):  # a vocabulary, of which nothing is wanted
+                (size,) = self.take("Q")
+                self.position += size
+            self.take("0s")  # not beyond the end
         else:  # an array of arrays is a KeyError: no file has one
             self.take(f"{length}{_SCALARS[inner]}")
         return None

@@ -91,7 +91,9 @@ def prepare(directory: Path, repo: str, force: bool = False) -> Upload:
     """Check what is to be published, without any network. Raises `AdaptError`."""
     check_repo(repo)
     report_path = directory / REPORT
-    if not report_path.is_file() and not (force and directory.is_dir()):
+    if not directory.is_dir():
+        raise AdaptError(f"{directory}: no such directory")
+    if not report_path.is_file() and not force:
         raise AdaptError(f"{directory}: has no {REPORT}, so nobody can tell what it holds; --force pushes it all the same")
     found = {name: directory / name for name in _SENT if (directory / name).is_file()}
     report = Report.read(report_path) if REPORT in found else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,10 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
         return Location(text, path)
     if path.is_file():
         return Location(text, path.parent, path)
+    if path.is_symlink():
+        raise AdaptError(f"{text}: is a link to {os.readlink(path)}, where nothing is")
+    if path.exists():
+        raise AdaptError(f"{text}: is neither a file nor a directory")
     if not is_hub_id(text):
         raise AdaptError(f"{text}: no such file or directory (a Hub id has the form org/name)")
     repo, _, at = text.partition("@")

@@ -32,6 +32,7 @@ from adapt_convert.formats.source import Part, Source, whole_part
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_NO_MODULES = "dummy-target-modules"  # PEFT's own word for an adapter that targets none; without it PEFT refuses one
 _SUFFIXES = re.compile(
     r"^(?P<module>.*)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|base_layer\.weight|base_layer\.bias|lora_magnitude_vector(\.weight)?)$"
@@ -313,7 +314,7 @@ class LoraAdapter:
             targets = expert_targets(ranks, {name: stack.rank for name, stack in stacked.items()}, self.experts)
         named = {**targets.modules, **targets.parameters}
         listed = list(named.values())
-        common = targets.rank or max(listed, key=lambda rank: (listed.count(rank), rank))
+        common = targets.rank or max(listed, key=lambda rank: (listed.count(rank), rank), default=1)
         pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(named.items()) if rank != common}
         plain = [name for name in self.all_modules if f"{name}.weight" not in targets.parameters]
         return {
@@ -333,7 +334,7 @@ class LoraAdapter:
             "bias": "lora_only" if self.bias_values else "none",
             "lora_bias": bool(self.biases),
             "fan_in_fan_out": self.conv1d,
-            "target_modules": shortest_targets(targets.modules, plain) + list(targets.names),
+            "target_modules": (shortest_targets(targets.modules, plain) + list(targets.names)) if named else _NO_MODULES,
             **({"target_parameters": sorted(targets.parameters)} if targets.parameters else {}),
             "modules_to_save": sorted(self.exact_modules) or None,
         }

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 _BLOCK = 128  # rows and columns that share a scale, where config.json does not say
-_SCALES = (".weight_scale_inv", ".weight_scale")
-_ACTIVATIONS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".activation_scale")
+SCALES = (".weight_scale_inv", ".weight_scale")
+ACTIVATIONS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".activation_scale")
+_PACKED = "in codes that only its own library unpacks"
 _SUFFIXES = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
@@ -42,9 +43,9 @@ _SUFFIXES = {
 
 def refuse_quantised(origin: str, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> None:
     """A fine-tune in quantised weights differs from its base by quantisation noise most of all: say which format it is, what to do."""
-    found = _quantisation(config, infos)
+    found = quantisation_of(config, infos)
     if found:
-        raise _refusal(origin, *found)
+        raise _refusal(origin, *found, "and differs from any base by its rounding most of all")
 
 
 def dequantise(origin: str, config: Mapping[str, Any], store: TensorStore) -> str | None:
@@ -52,25 +53,25 @@ def dequantise(origin: str, config: Mapping[str, Any], store: TensorStore) -> st
 
     Raises `AdaptError` for a format that is not dequantised here, and for one whose library is not installed.
     """
-    found = _quantisation(config, store.infos)
+    found = quantisation_of(config, store.infos)
     if found is None:
         return None
     if any(name.endswith((".absmax", ".SCB")) for name in store.infos):
-        weights, read, method = _bitsandbytes(origin, store), _bitsandbytes_names(store), "bitsandbytes"
+        weights, read, method = _bitsandbytes(origin, store), bitsandbytes_names(store.infos), "bitsandbytes"
     elif any(name.endswith("_blocks") for name in store.infos):
         weights, read, method = _mxfp4(origin, store), [name for name in store.infos if name.endswith(("_blocks", "_scales"))], "MXFP4"
     elif any(info.dtype in FP8 for info in store.infos.values()):
         weights, read, method = _fp8(origin, config, store), _fp8_names(store), "FP8"
     else:
-        raise _refusal(origin, *found)
+        raise _refusal(origin, *found, _PACKED)
     store.replace(read, DequantisedFile(store.files[0], weights))
-    left = _quantisation({}, store.infos)
+    left = quantisation_of({}, store.infos)
     if left:
-        raise _refusal(origin, *left)
+        raise _refusal(origin, *left, _PACKED)
     return method
 
 
-def _quantisation(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+def quantisation_of(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
     """The name of the format and what shows it; None for plain weights."""
     quantisation = config.get("quantization_config")
     if quantisation:
@@ -87,15 +88,15 @@ def _quantisation(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) ->
     return None
 
 
-def _refusal(origin: str, method: str, evidence: str) -> AdaptError:
+def _refusal(origin: str, method: str, evidence: str, why: str) -> AdaptError:
     return AdaptError(
-        f"{origin}: is quantised ({method}; {evidence}); use the unquantised original, "
+        f"{origin}: is quantised ({method}; {evidence}), {why}; use the unquantised original, "
         "or dequantise it first (transformers: model.dequantize(), then save_pretrained)"
     )
 
 
 def _fp8_names(store: TensorStore) -> list[str]:
-    return [name for name, info in store.infos.items() if info.dtype in FP8 or name.endswith((*_SCALES, *_ACTIVATIONS))]
+    return [name for name, info in store.infos.items() if info.dtype in FP8 or name.endswith((*SCALES, *ACTIVATIONS))]
 
 
 def _fp8(origin: str, config: Mapping[str, Any], store: TensorStore) -> dict[str, Dequantised]:
@@ -107,7 +108,7 @@ def _fp8(origin: str, config: Mapping[str, Any], store: TensorStore) -> dict[str
     for name, info in store.infos.items():
         if info.dtype not in FP8:
             continue
-        scale = next((key for suffix in _SCALES if (key := name.removesuffix(".weight") + suffix) in store.infos), None)
+        scale = next((key for suffix in SCALES if (key := name.removesuffix(".weight") + suffix) in store.infos), None)
         if scale is None or len(info.shape) != 2:
             raise AdaptError(
                 f"{origin}: is quantised ({info.dtype}; {name}) without the weight_scale or weight_scale_inv that belongs beside it"
@@ -179,13 +180,13 @@ def _mxfp4_matrix(read: Callable[[int], Tensor], read_scales: Callable[[int], Te
     yield value.flatten(1).T.contiguous(), float(((each[low] + each[high]) * scale.double().square()).sum())
 
 
-def _bitsandbytes_names(store: TensorStore) -> list[str]:
+def bitsandbytes_names(infos: Mapping[str, TensorInfo]) -> list[str]:
     """Codes and all that belongs to them."""
-    owners = {name.rpartition(".")[0] for name in store.infos if name.endswith((".absmax", ".SCB"))}  # a weight, or its module
+    owners = {name.rpartition(".")[0] for name in infos if name.endswith((".absmax", ".SCB"))}  # a weight, or its module
     names = []
-    for name in store.infos:
+    for name in infos:
         parents = {name, name.removesuffix(".weight"), name.rpartition(".")[0], name.partition(".quant_state")[0]}
-        own = parents & owners and not (name.endswith(".bias") and store.infos[name].is_float)
+        own = parents & owners and not (name.endswith(".bias") and infos[name].is_float)
         names += [name] if own else []
     return names
 

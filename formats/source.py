@@ -83,7 +83,7 @@ def adapter_config_path(location: Location) -> Path | None:
     if location.file and not location.file.name.startswith("adapter_model"):
         return None
     path = location.directory / "adapter_config.json"
-    return path if path.is_file() else None
+    return path if path.is_file() or path.is_symlink() else None  # reading it says of a link that nothing is there
 
 
 def latte_config_path(location: Location) -> Path | None:

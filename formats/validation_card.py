@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.validation_table import enlarged_line
 
 _BEGIN, _END = "<!-- adapt-convert validation -->", "<!-- end of adapt-convert validation -->"
 _SECTION = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END) + r"\n*", re.DOTALL)
@@ -70,11 +71,13 @@ def _section(figures: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         ("perplexity", base["perplexity"], fine_tune["perplexity"], figures["perplexity"]),
     ]
     table = "\n".join(f"| {title} | {_cell(a)} | {_cell(b)} | {_cell(c)} |" for title, a, b, c in rows)
+    enlarged = enlarged_line(validation)
+    said = f" {enlarged}" if enlarged else ""
     verdict = "passes" if figures["passed"] else "fails: " + "; ".join(figures["reasons"])
     return f"""{_BEGIN}
 ## Validation
 
-Rerun on {validation["tokens"]} tokens of `{validation["text"]}` ({validation["dtype"]}, {validation["device"]}): {verdict}.
+Rerun on {validation["tokens"]} tokens of `{validation["text"]}` ({validation["dtype"]}, {validation["device"]}): {verdict}.{said}
 
 | | base | fine-tune | this adapter |
 |---|---|---|---|

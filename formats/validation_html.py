@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_convert.formats.sizes import size_text
 from adapt_convert.formats.svg import bars, heat_map, lines, scatter
-from adapt_convert.formats.validation_table import count, label, labelled, share_text
+from adapt_convert.formats.validation_table import count, enlarged_line, label, labelled, share_text
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--good:#1a7f4b;--bad:#c4381c;
@@ -84,10 +84,12 @@ def _verdict(data: Mapping[str, Any]) -> str:
             f"{f'<ul>{reasons}</ul>' if reasons else ''}</div>"
         )
     fine_tune = data["fine_tune"]["path"]
+    enlarged = enlarged_line(data)
+    said = f"<p class='soft wrap'>{enlarged}</p>" if enlarged else ""
     warning = f"<p class='card verdict bad wrap'>{escape(data['warning'].capitalize())}.</p>" if data["warning"] else ""
     return (
         f"<h1>{' '.join(title.split())}</h1><p class='soft wrap'>Is it still <b>{escape(_name(fine_tune))}</b>? Rerun on {data['tokens']} "
-        f"tokens of {escape(data['text'])}; {escape(data['dtype'])} on {escape(data['device'])}.</p>{warning}"
+        f"tokens of {escape(data['text'])}; {escape(data['dtype'])} on {escape(data['device'])}.</p>{said}{warning}"
         f"<div class=grid2>{''.join(cards)}</div>"
     )
 

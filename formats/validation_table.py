@@ -37,6 +37,14 @@ def _table(rows: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, Any]]) 
     return table
 
 
+def enlarged_line(data: Mapping[str, Any]) -> str | None:
+    """A sentence on what was done about tokens that the base lacks; None where there are none."""
+    if not data["enlarged"]:
+        return None
+    old, new = data["enlarged"]
+    return f"The base has {old} tokens and ran enlarged to the fine-tune's {new}, bare and under every adapter; the KL is over all {new}."
+
+
 def verdict(row: Mapping[str, Any]) -> str:
     return {None: "-", True: "pass", False: "FAIL"}[row["passed"]]
 

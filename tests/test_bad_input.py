@@ -168,6 +168,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index of numbers": (lambda d: (d / INDEX).write_text('{"weight_map":{"a":1}}'), "no weight_map"),
     "index empty": (lambda d: (d / INDEX).write_text('{"weight_map":{}}'), "no weight_map|no tensors"),
     "no weights": (lambda d: weights(d).unlink(), "no model.safetensors, pytorch_model.bin or index"),
+    "weights are a broken link": (lambda d: (weights(d).unlink(), weights(d).symlink_to("gone")), "safetensors: is a link to gone, where"),
+    "config is a broken link": (lambda d: ((d / "config.json").unlink(), (d / "config.json").symlink_to("gone")), "config.json: cannot be"),
     "weights are a directory": (lambda d: (weights(d).unlink(), weights(d).mkdir()), "no model.safetensors"),
     "no tensors": (lambda d: save_file({}, weights(d)), "holds no tensors"),
     "pickle with code": (replace_by_pickle, "pytorch_model.bin: is a pickle that would run code"),
@@ -292,6 +294,11 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "device": (["--device", "tpu:9"], 1, "--device tpu:9"),
     "device text": (["--device", "cpu\nx"], 1, "--device"),
     "module": (["--target-modules", "nothing"], 1, "no module is called so"),
+    "exclude": (["--exclude", "nothing"], 1, "--exclude nothing: no module is called so; there are down_proj"),
+    "exclude two": (["--exclude", "nothing,more"], 1, "--exclude nothing,more: no module"),
+    "budget of 400 digits": (["--budget", "9" * 400], 1, "is not a size"),
+    "device empty": (["--device", ""], 1, "--device : there is no such device"),
+    "push": (["--push", "nonsense", "--dry-run"], 1, "nonsense: is no Hub id"),
     "unknown option": (["--ranks", "3"], 2, "No such option"),
 }  # fmt: skip
 
@@ -307,6 +314,35 @@ def test_options(place: Path, case: str) -> None:
     assert message in result.stderr.splitlines()[-1]
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert list((place / "work").iterdir()) == []
+
+
+def test_one_name_of_several_to_exclude_is_enough(place: Path) -> None:
+    result = call(place, "--exclude", "q_proj,wte", "--rank", "2")
+    assert result.exit_code == 0
+    assert "note: --exclude wte matches no module" in result.stderr
+    repeat = click.testing.CliRunner().invoke(
+        main, ["delta", str(place / "base"), str(place / "work" / "out"), "--exclude", "q_proj", "-o", str(place / "again")]
+    )
+    assert repeat.exit_code == 0  # the base has it, though the adapter does not
+
+
+def test_a_dry_run_refuses_an_output_that_exists(place: Path) -> None:
+    assert call(place, "--dry-run").exit_code == 0
+    (place / "work" / "out").mkdir()
+    result = call(place, "--dry-run")
+    assert_refused(result.exit_code, result.stderr, "out already exists")
+
+
+def test_what_is_no_file(place: Path) -> None:
+    (place / "link").symlink_to("gone")
+    os.mkfifo(place / "pipe")
+    for side in ("base", "ft"):
+        refuse(place, "link: is a link to gone, where nothing is", **{side: "link"})
+        refuse(place, "pipe: is neither a file nor a directory", **{side: "pipe"})
+    refuse(place, "link is a link to nothing, so .* cannot be written", out="link/out")
+    shutil.move(place / "ft", place / "adapter")
+    (place / "adapter" / "adapter_config.json").symlink_to("gone")
+    refuse(place, "adapter_config.json: cannot be opened: No such file", ft="adapter")
 
 
 def test_paths(place: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from mutations import BYTES, CONFIG, INDEX, JSON, SAFETENSORS, Mutation
+from processes import run_each
 from safetensors import SafetensorError, safe_open
 
 with warnings.catch_warnings():
@@ -201,6 +202,40 @@ def test_through_a_process_of_its_own(originals: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     check_outcome(done.returncode, done.stderr, out)
     assert done.returncode == 1
+
+
+COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {  # what reads the mutated file; B and S are the base and the source
+    "base weights": (("plan", "B", "S"), ("inspect", "B")),
+    "fine-tune weights": (("inspect", "S"),),
+    "index": (("delta", "B", "S", "--rank", "2", "-o", "out"),),
+    "base config": (("delta", "B", "S", "--to", "lorta", "--rank", "2", "-o", "out"),),
+    "pickle": (("delta", "B", "S", "--rank", "2", "-o", "out"),),
+    "LoRA weights": (("merge", "B", "S", "-o", "out"),),
+    "LoRA config": (("lint", "S", "--for", "vllm"), ("merge", "B", "S", "-o", "out")),
+    "LoRTA weights": (("merge", "B", "S", "-o", "out"),),
+}
+
+
+def test_through_processes_of_their_own(originals: Path, tmp_path: Path) -> None:
+    """Every command on files that the 500 above have been read with, where a crash would be one."""
+    commands = []
+    for number, (kind, lines) in enumerate(COMMANDS.items()):
+        base, source, _ = prepare(originals, tmp_path / str(number), kind, number)
+        names = {"B": str(base), "S": str(source), "out": str(tmp_path / str(number) / "out")}
+        commands += [[names.get(word, word) for word in line] for line in lines]
+    before = files_of(tmp_path)
+    for done in run_each(commands, tmp_path, tmp_path / "logs"):
+        out = Path(done.arguments[-1])
+        if done.arguments[0] == "lint":
+            assert done.code in (0, 1), done
+            assert "Traceback" not in done.stderr, done
+        elif out.name == "out":
+            check_outcome(done.code, done.stderr, out)
+        else:
+            assert done.code in (0, 1), done
+            assert (done.code == 1) == (done.stderr.splitlines()[-1:] != [] and done.stderr.splitlines()[-1].startswith("Error: ")), done
+    after = files_of(tmp_path)
+    assert {name: time for name, time in after.items() if "/out/" not in name and not name.startswith("logs/")} == before
 
 
 def check_outcome(code: int, stderr: str, out: Path) -> None:

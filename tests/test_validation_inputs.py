@@ -241,14 +241,6 @@ def test_outputs_that_are_not_finite_are_refused(pairs: Any, tmp_path: Path, dam
         validate(*paths.values(), pair.ft, token_ids=IDS, speed=False)
 
 
-def test_different_vocabularies_are_refused(pairs: Any, make_pair: Any, tmp_path: Path) -> None:
-    other = make_pair(tmp_path, "llama", vocab_size=100)
-    pair = pairs("llama")
-    for paths in ((pair.base, other.ft, pair.ft), (pair.base, pair.ft, other.ft)):
-        with pytest.raises(AdaptError, match=r"vocabulary of .* cannot be compared"):
-            validate(*paths, token_ids=IDS, speed=False)
-
-
 def test_out_of_memory_says_what_to_lower(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import MODELS, Pair, save_pair
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
+from vocabulary import ADDED, load_as_the_card_says, with_tokens
 
 import adapt_convert
 from adapt_convert import AdaptError
-
-ADDED = 104
-
-
-def with_tokens(directory: Path, name: str, change: bool = True) -> Pair:
-    """A pair whose fine-tune `transformers` has resized by 8 tokens; all of it has changed, or nothing but the new rows."""
-    model_class, config = MODELS[name]
-    pair = save_pair(directory, model_class, config)
-    model = pair.load(pair.ft if change else pair.base)
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.resize_token_embeddings(ADDED)
-    with torch.no_grad():
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            table.weight[96:] = torch.randn(8, table.weight.shape[1])
-    model.save_pretrained(pair.ft)
-    return Pair(pair.base, pair.ft, model_class, {"input_ids": torch.tensor([[5, 99, 7, 103, 96]])})
-
-
-def load_as_the_card_says(out: Path, **names: Any) -> Any:
-    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1].replace("path/of/this/directory", str(out))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exec(code, names)
-    return names["model"].eval()
+from adapt_convert.cli import main
 
 
 @pytest.mark.parametrize("to", ["lora", "lorta", "latte"])
@@ -79,10 +55,50 @@ def test_merging_enlarges_the_base(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), pair.logits(pair.load(pair.ft)), atol=1e-3, rtol=1e-3)
 
 
-def test_tokens_alone_are_nothing_to_factor(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, {"rank": 4}) for name in ("llama", "llama-tied", "gpt2")),
+        *(("llama", size) for size in ({"energy": 0.9}, {"budget": 2000}, {"profile": "peft"})),
+    ],
+    ids=str,
+)
+def test_tokens_alone_are_stored(tmp_path: Path, name: str, size: dict[str, Any]) -> None:
+    """Nothing but the rows is new: PEFT loads an adapter without factors, and merging it enlarges the base."""
+    pair = with_tokens(tmp_path, name, change=False)
+    out = adapt_convert.convert(pair.base, pair.ft, strict=True, **size).save(tmp_path / "out")
+    report = json.loads((out / "conversion.json").read_text())
+    assert {row["status"] for row in report["tensors"].values()} == {"exact", "unchanged"}
+    assert report["captured_energy"] is None
+    assert not any("lora_" in key for key in load_file(out / "adapter_model.safetensors"))
+    expected = pair.logits(pair.load(pair.ft))
+    torch.testing.assert_close(pair.logits(load_as_the_card_says(out)), expected, atol=1e-6, rtol=1e-6)
+    adapt_convert.merge(pair.base, out, tmp_path / "merged")
+    torch.testing.assert_close(pair.logits(pair.load(tmp_path / "merged")), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_new_head_alone_is_stored(tmp_path: Path) -> None:
+    model_class, config = MODELS["roberta"]
+    pair = save_pair(tmp_path, model_class, config)
+    pair.load(pair.ft).roberta.save_pretrained(tmp_path / "backbone")
+    out = adapt_convert.convert(tmp_path / "backbone", pair.ft, rank=4, strict=True).save(tmp_path / "out")
+    headless = Pair(tmp_path / "backbone", pair.ft, model_class, pair.inputs)
+    torch.testing.assert_close(pair.logits(headless.load_peft(out)), pair.logits(pair.load(pair.ft)), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("to", "said"), [("lorta", "--to lora stores what"), ("latte", "there is nothing to factor")])
+def test_tokens_alone_make_a_lora_only(tmp_path: Path, to: str, said: str) -> None:
     pair = with_tokens(tmp_path, "llama", change=False)
-    with pytest.raises(AdaptError, match="none of the targeted matrices changed"):
-        adapt_convert.convert(pair.base, pair.ft, rank=4)
+    with pytest.raises(AdaptError, match=f"none of the targeted matrices changed; {said}"):
+        adapt_convert.convert(pair.base, pair.ft, to=to, rank=4)
+
+
+def test_tokens_alone_through_the_command_line(tmp_path: Path) -> None:
+    pair = with_tokens(tmp_path, "llama", change=False)
+    done = CliRunner().invoke(main, ["delta", str(pair.base), str(pair.ft), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "nothing to factor had changed" in done.output
+    assert "resize_token_embeddings(104)" in done.output
 
 
 def test_what_is_excluded_needs_no_resizing(tmp_path: Path) -> None:

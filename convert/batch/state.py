@@ -127,7 +127,7 @@ def _file_hash(path: Path) -> str:
 
 def _is_result(result: dict[str, Any], copied_to: object) -> bool:
     """Whether it has what a summary needs."""
-    numbers = isinstance(result["bytes"], int) and isinstance(result["captured_energy"], float | int)
+    numbers = isinstance(result["bytes"], int) and isinstance(result["captured_energy"], float | int | None)
     return numbers and isinstance(result["status"], str) and isinstance(result["passed"], bool | None) and isinstance(copied_to, str | None)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, difference
 from adapt_convert.convert.latte.deltas import Effective, Matrix
 from adapt_convert.convert.latte.layout import Layout, layout_of, score_layout_of
 from adapt_convert.convert.latte.solver import approximation
@@ -103,8 +103,8 @@ class LatteWeights:
 
     def _difference(self, name: str, value: Tensor, transposed: bool = False) -> DenseDelta:
         key = self.plan.base_keys.get(name)
-        difference = (value.float() - self.pairs.base.read(key).float() if key else value.float()).reshape(len(value), -1)
-        return DenseDelta(difference.T if transposed else difference)
+        change = (difference(value, self.pairs.base.read(key)) if key else value.float()).reshape(len(value), -1)
+        return DenseDelta(change.T if transposed else change)
 
 
 def _layer(module: str) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_convert.convert.architectures import aliases_of, place_of
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, difference
 from adapt_convert.convert.latte.weights import LatteWeights
 from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
@@ -156,7 +156,7 @@ def measure_weights(
             held.note, held.recorded = str(error), _recorded(candidate)
     spectra: dict[str, list[float]] = {}
     wanted = _spectrum_entries(plan)
-    for entry in progress([e for e in plan.entries if e.base_key and not e.tied_to and not e.rows_added], "weights"):
+    for entry in progress([e for e in plan.entries if e.base_key and not e.tied_to], "weights"):
         change = _change(pairs, entry)
         if change is None or not (energy := change.energy()):
             continue
@@ -191,19 +191,19 @@ def changes_of(base: Contender, fine_tune: Contender, candidate: Contender, root
         if change is not None and change.energy():
             found.append(Change(entry.name, functools.partial(_change_again, pairs, entry), shared=plan.follows_ties))
         elif change is None and entry.part.kind == "replace" and entry.part.dtype.startswith(("F", "BF")):
-            found += _against_live(root, entry)
+            found += _against_live(root, entry, plan.follows_ties)
     return found
 
 
-def _against_live(root: nn.Module, entry: Entry) -> list[Change]:
-    """A parameter that the base does not store, such as a new head: the live base has random numbers in its place."""
+def _against_live(root: nn.Module, entry: Entry, shared: bool) -> list[Change]:
+    """A parameter that the base does not store, or not all rows of it: the live base has random numbers in their place."""
     live = parameter_of(root, entry.name)
     if live is None or live.shape != entry.part.shape:
         return []
     value = entry.part.load()
     assert isinstance(value, Tensor)
     change = DenseDelta((value.float() - live.detach().cpu().float()).reshape(len(value), -1))
-    return [Change(entry.name, lambda: change)]
+    return [Change(entry.name, lambda: change, shared=shared)]
 
 
 def _change_again(pairs: Pairs, entry: Entry) -> Delta:
@@ -256,7 +256,7 @@ def _effective_shares(
 
 def _change(pairs: Pairs, entry: Entry) -> Delta | None:
     """The change of one tensor, float32; a vector is a matrix of one column. None for integers and other shapes."""
-    if entry.kind == "matrix":
+    if entry.kind == "matrix" and not entry.rows_added:
         return pairs.delta(entry)
     if not entry.part.dtype.startswith(("F", "BF")) or entry.base_key is None:
         return None
@@ -267,9 +267,9 @@ def _change(pairs: Pairs, entry: Entry) -> Delta | None:
     assert isinstance(value, Tensor)
     if entry.part.kind == "replace":
         before = pairs.base.read(entry.base_key)
-        if before.shape != value.shape:
+        if before.shape != value.shape and not entry.rows_added:
             return None
-        value = value.to(torch.float32, copy=True).sub_(before)
+        value = difference(value, before)
     return DenseDelta(value.float().reshape(len(value) if value.ndim else 1, -1))
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from adapt_convert.convert.delta import Delta, LowRankDelta
 from adapt_convert.convert.validation.outputs import Batch, call, predictions_of
+from adapt_convert.convert.validation.reference_outputs import widened
 
 NODES = 4  # exact for integrands of degree 7; the KL along the line is near a parabola, its derivative near a straight line
 _TOKENS = 64  # run together
@@ -90,7 +91,8 @@ def _backward(model: Callable[..., Any], batch: Batch, reference: Tensor) -> int
     logits = predictions_of(call(model, batch, device), batch, device).values
     if logits.requires_grad:  # something that changed reaches the output
         # The gradient of KL(p || softmax(z)) by z is softmax(z) - p: no logarithm meets a class that both exclude.
-        slope = logits.detach().float().softmax(-1).sub_(reference[: len(logits)].float().softmax(-1))
+        theirs = widened(reference[: len(logits)], logits.shape[-1])
+        slope = logits.detach().float().softmax(-1).sub_(theirs.float().softmax(-1))
         torch.autograd.backward(logits, slope.to(logits.dtype))
     return len(logits)
 

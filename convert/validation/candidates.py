@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.architectures import family_of
+from adapt_convert.convert.architectures import family_of, is_embedding
+from adapt_convert.convert.opening import open_pair
+from adapt_convert.convert.options import Options
+from adapt_convert.convert.preflight import make_plan
 from adapt_convert.convert.validation.live_model import load_model, quiet, read_config, release, vocabulary_of
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.diffusion import refuse_rerun
@@ -78,12 +81,15 @@ def contenders_of(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
 
 
 def check_configs(like: Contender, checkpoints: Sequence[Contender]) -> None:
-    """Refuse models whose logits cannot be compared with those of `like`, or that its class would build with other weights."""
+    """Refuse models whose logits cannot be compared with those of `like`, or that its class would build with other weights.
+
+    A base with fewer tokens will be enlarged. To tokens that only the other model has `like` gives no probability.
+    """
     expected = read_config(like.location)
     for contender in checkpoints:
         config = read_config(contender.location)
         size, wanted = vocabulary_of(config), vocabulary_of(expected)
-        if size != wanted:
+        if (size is None) != (wanted is None) or (contender.kind == "merged" and (size or 0) < (wanted or 0)):
             raise AdaptError(f"{contender.path} has a vocabulary of {size}, {like.path} one of {wanted}: their outputs cannot be compared")
         # A base may have another head than its fine-tune, or none.
         for name in ("model_type", "architectures") if contender.kind == "merged" else ("model_type",):
@@ -92,11 +98,27 @@ def check_configs(like: Contender, checkpoints: Sequence[Contender]) -> None:
                 raise AdaptError(f"{contender.path}: config.json says {name} {found}, that of {like.path} {theirs}: it is another model")
 
 
+def tokens_of(base: Contender, fine_tune: Contender) -> tuple[int, int] | None:
+    """How many tokens the base and the fine-tune know; None for models that read no text. Of an adapter its tables say it."""
+    own = vocabulary_of(read_config(base.location))
+    if own is None:
+        return None
+    if not fine_tune.is_adapter:
+        return own, vocabulary_of(read_config(fine_tune.location)) or own
+    try:
+        opened, source = open_pair(base.path, fine_tune.path)
+        entries = make_plan(opened, source, Options()).entries
+    except AdaptError:  # of a kind that only its own library reads
+        return own, own
+    return own, max((entry.part.shape[0] for entry in entries if entry.rows_added and is_embedding(entry.module)), default=own)
+
+
 class Stage:
     """Holds one model: the base, bare or wearing one adapter, or a whole checkpoint loaded in its place.
 
     `model` is what is called, `root` the `transformers` model inside it, whose modules carry their own names. The base serves
-    all adapters in turn; taking one off puts back every module and value, bit for bit.
+    all adapters in turn; taking one off puts back every module and value, bit for bit. Where the fine-tune knows more tokens, the base
+    is enlarged as a user of the adapter enlarges it, bare and under every adapter: `enlarged` is then from and to how many.
     """
 
     model: Any
@@ -108,6 +130,8 @@ class Stage:
         self.device = device
         self.dtype = dtype
         self.model_class = model_class
+        tokens = tokens_of(base, fine_tune)
+        self.enlarged = tokens if tokens and tokens[0] < tokens[1] else None
         self._checkpoint: Contender | None = None
         self._current: Contender | None = None
         self._detach: Callable[[], object] | None = None
@@ -142,7 +166,8 @@ class Stage:
 
     def _load(self, contender: Contender) -> None:
         like = self.fine_tune.location if contender.kind == "base" and not self.fine_tune.is_adapter else None
-        self.model, missing = load_model(contender.location, self.model_class, self.device, self.dtype, like)
+        tokens = self.enlarged[1] if self.enlarged and contender.kind == "base" else None
+        self.model, missing = load_model(contender.location, self.model_class, self.device, self.dtype, like, tokens)
         self.root = self.model
         self.dtype = self.dtype or next(self.root.parameters()).dtype
         self._checkpoint = contender

@@ -85,12 +85,18 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 
 
 def load_model(
-    location: Location, model_class: Any, device: torch.device, dtype: torch.dtype | None, like: Location | None = None
+    location: Location,
+    model_class: Any,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    like: Location | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Any, frozenset[str]]:
     """A model in evaluation mode on `device`, and the parameters that its checkpoint lacks, which are random from a fixed seed.
 
-    `dtype` None is the checkpoint's own. `like` lends the number and names of classes to a base whose head is another one. Raises
-    `AdaptError` for what cannot be loaded.
+    `dtype` None is the checkpoint's own. `like` lends the number and names of classes to a base whose head is another one. With
+    `vocabulary` the model is given that many tokens as one does before loading an adapter with more of them than the base has; the new
+    rows are transformers' own, close to the mean of the others. Raises `AdaptError` for what cannot be loaded.
     """
     with quiet():
         config = model_class.config_class.from_pretrained(location.directory, local_files_only=True)
@@ -107,6 +113,8 @@ def load_model(
             options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True}
             options |= {"ignore_mismatched_sizes": True} if like is not None else {}
             loaded, report = model_class.from_pretrained(location.directory, **options)
+            if vocabulary is not None:
+                loaded.resize_token_embeddings(vocabulary)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if "out of memory" in str(error) or "allocate memory" in str(error):
             raise

@@ -112,12 +112,19 @@ def total_divergence(reference: Tensor, mine: Tensor) -> float:
 _Row = tuple[Tensor, Tensor, Tensor, Tensor]  # divergence, upper, agree, difference: each (items,)
 
 
+def widened(reference: Tensor, classes: int) -> Tensor:
+    """Logits with the classes that only another model has: the fine-tune gives them no probability."""
+    return torch.nn.functional.pad(reference, (0, max(0, classes - reference.shape[-1])), value=-torch.inf)
+
+
 def _compare_full(reference: Tensor, mine: Tensor) -> _Row:
+    known = reference.shape[-1]
+    reference = widened(reference, mine.shape[-1])
     p, q = reference.log_softmax(-1), mine.log_softmax(-1)
     # A class that both exclude (logit -inf, padded vocabularies) adds nothing; left alone it would be 0 * NaN.
     kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
     agree = (reference.argmax(-1) == mine.argmax(-1)).double()
-    difference = torch.where(reference == mine, 0.0, (reference - mine).abs()).amax(-1)
+    difference = torch.where(reference == mine, 0.0, (reference - mine).abs())[..., :known].amax(-1)
     return kl, kl, agree, difference
 
 

@@ -123,7 +123,8 @@ class Judged:
 
 @dataclass(frozen=True)
 class Validation:
-    """What `validate` returns. `passed` is the verdict of the worst candidate."""
+    """What `validate` returns. `passed` is the verdict of the worst candidate; `enlarged` from how many tokens the base was enlarged, and
+    to how many, the fine-tune's."""
 
     base: Judged
     candidates: tuple[Judged, ...]
@@ -141,6 +142,7 @@ class Validation:
     thresholds: Thresholds
     spectra: dict[str, list[float]]
     top_k: int | None
+    enlarged: tuple[int, int] | None
 
     @property
     def passed(self) -> bool:
@@ -171,6 +173,7 @@ class Validation:
             "dtype": self.dtype,
             "text": self.corpus.name,
             "tokens": self.corpus.tokens,
+            "enlarged": self.enlarged,
             "warning": self.warning,
             "versions": _versions(),
             "passed": self.passed,

@@ -145,6 +145,8 @@ class _Run:
         self.task: Task = task_of(model_class, self.config)
         dtype = torch_dtype(options.dtype) if options.dtype else None
         self.stage = Stage(self.base, self.fine_tune, model_class, options.torch_device, dtype)
+        if self.stage.enlarged:  # the configuration of an adapter as the fine-tune is the base's
+            self.config["vocab_size"] = self.stage.enlarged[1]
         self.corpus = self._corpus(model_class, text, token_ids)
         self.batches = make_batches(self.corpus, self.task, self.config, options.batch, options.seed)
         self.probe = probe_batch(self.batches)
@@ -198,6 +200,7 @@ class _Run:
             thresholds=self.thresholds,
             spectra=spectra,
             top_k=outputs.top_k,
+            enlarged=self.stage.enlarged,
         )
 
     def _expected_bytes(self) -> int:
