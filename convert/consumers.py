@@ -14,7 +14,7 @@ from adapt_convert.formats.gguf_names import GgufNames
 from adapt_convert.formats.profiles import Profile, profile_named
 
 if TYPE_CHECKING:
-    from adapt_convert.convert.families import Family
+    from adapt_convert.convert.family import Family
     from adapt_convert.convert.options import Options
     from adapt_convert.convert.preflight import Entry, Plan
     from adapt_convert.convert.report import Record

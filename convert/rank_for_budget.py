@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.families import WRITERS
+from adapt_convert.convert.family import WRITERS
 from adapt_convert.convert.latte.basis import cut
 from adapt_convert.convert.latte.deltas import Effective
 from adapt_convert.convert.loda.replaced import is_replaced

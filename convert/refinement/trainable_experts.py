@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapt_convert.convert.delta import LowRankDelta
 from adapt_convert.convert.experts import seat_of
-from adapt_convert.convert.families import Family
+from adapt_convert.convert.family import Family
 from adapt_convert.formats.errors import AdaptError
 
 _AGREE = 1e-4  # share of an expert's change that what is read from the live factors may differ by
