@@ -76,7 +76,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("olmoe", "flex_olmo"), _MOE | {"num_experts": 4}),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _DEEPSEEK | {"head_dim": 4}),
     **dict.fromkeys(("dots1", "glm4_moe"), _DEEPSEEK | _HEAD),
-    **dict.fromkeys(("afmoe", "beam", "cohere2_moe", "mellum", "solar_open"), _ANY_MOE),
+    **dict.fromkeys(("afmoe", "cohere2_moe", "mellum", "solar_open"), _ANY_MOE),
+    "beam": _ANY_MOE | {"mlp_layer_types": ["dense", "sparse"]},
     "hunyuan_v1_moe": _ANY_MOE | {"moe_topk": 2},
     "minimax": _ANY_MOE | {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": _MOE
