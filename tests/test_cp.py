@@ -20,8 +20,8 @@ from torch import Tensor
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.lorta import cp_stream
 from adapt_convert.convert.lorta.cp import fit_cp
-from adapt_convert.convert.lorta.cp_als import fit_core, random_model, residual_core
-from adapt_convert.convert.lorta.cp_core import Core, normals, product_a
+from adapt_convert.convert.lorta.cp_als import fit_core, residual_core
+from adapt_convert.convert.lorta.cp_core import Core, normals, product_a, random_model
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 
 Deltas = dict[tuple[int, int], Delta]
@@ -105,13 +105,13 @@ def compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cp_stream, "_CORE_FLOATS", 0)
 
 
-def tensorly_captured(deltas: Deltas, shape: CPShape, rank: int) -> float:
-    """The best of several of tensorly's fits; equal head counts only."""
+def tensorly_captured(deltas: Deltas, shape: CPShape, rank: int, starts: int = 5) -> float:
+    """The best of `starts` of tensorly's fits; equal head counts only."""
     tensor = np.zeros((shape.d, shape.heads[0], shape.d_h, shape.layers, len(shape.group)))
     for (layer, matrix), delta in deltas.items():
         tensor[..., layer, matrix] = delta.dense().numpy().reshape(shape.d, shape.heads[0], shape.d_h)
     best = 0.0
-    for init, seed in [("svd", 0), ("random", 0), ("random", 1), ("random", 2), ("random", 3)]:
+    for init, seed in [("svd", 0), ("random", 0), ("random", 1), ("random", 2), ("random", 3)][:starts]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of small modes and of convergence
             found = parafac(tensor, rank, n_iter_max=200, init=init, tol=1e-8, random_state=seed)
@@ -125,6 +125,17 @@ def test_no_worse_than_tensorly(kind: str, rank: int) -> None:
     deltas = gaussian(EQUAL, 1) if kind == "flat" else planted(EQUAL, 4, 1, noise=0.5 if kind == "structured" else 0.0)
     fit = fit_cp(as_slabs(deltas), EQUAL, rank)
     assert 1 - fit.residual / fit.energy >= tensorly_captured(deltas, EQUAL, rank) - 1e-4
+
+
+@pytest.mark.usefixtures("compressed")
+@pytest.mark.parametrize("noise", [2.0, None])
+def test_no_worse_than_tensorly_where_most_is_noise(noise: float | None) -> None:
+    """Polishing makes up for a basis that a flat spectrum does not fit into: 64 of 160 directions."""
+    shape = CPShape(160, 8, 4, (3,), (0, 0, 0))
+    deltas = gaussian(shape, 1) if noise is None else planted(shape, 8, 1, noise)
+    fit = fit_cp(as_slabs(deltas), shape, 4)
+    assert fit.passes > 4
+    assert 1 - fit.residual / fit.energy >= tensorly_captured(deltas, shape, 4, starts=1)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -348,14 +359,14 @@ def test_core_products_against_autograd() -> None:
     """MTTKRP and normal matrix are the derivative of the squared error."""
     generator = torch.Generator().manual_seed(0)
     core = Core.of(tuple(torch.randn(5, m, 3, h, 4, generator=generator, dtype=torch.float64) for m, h in [(2, 3), (1, 2)]))
-    model = [factor.requires_grad_() for factor in random_model(core, 3, generator)]
+    model = [factor.requires_grad_() for factor in random_model(core, 1, 3, generator)]
     loss = torch.zeros((), dtype=torch.float64)
     for group, tensor in enumerate(core.tensors):
-        a, b, c_l, c_h, c_m = (model[n] for n in core.positions(group))
-        loss = loss + (tensor - torch.einsum("ar,mr,lr,hr,jr->amlhj", a, c_m, c_l, c_h, b)).square().sum()
+        a, b, c_l, c_h, c_m = (model[n][0] for n in core.positions(group))
+        loss = loss + (tensor - torch.einsum("ra,rm,rl,rh,rj->amlhj", a, c_m, c_l, c_h, b)).square().sum()
     (gradient,) = torch.autograd.grad(loss, [model[0]])
     plain = [factor.detach() for factor in model]
-    torch.testing.assert_close(2 * (plain[0] @ normals(core, plain)[0] - product_a(core, plain)), gradient)
+    torch.testing.assert_close(2 * (normals(core, plain)[0] @ plain[0] - product_a(core, plain)), gradient)
 
 
 def test_core_loss_is_the_naive_one() -> None:

@@ -4,11 +4,12 @@ Paper: arXiv 2410.04060, `X_lm[:, h, :] ~ A diag(C_h[h] * C_l[l] * C_m[m]) B^T`.
 attention) have their own `C_h` and share `A`, `B` and `C_l`. The tensor of all deltas is never formed: a pass over the data finds a
 basis of the residual side (CANDELINC: Carroll, Pruzansky and Kruskal 1980; randomised: Halko, Martinsson and Tropp 2011), another one
 contracts every delta with it, the fit happens on that core, and polishing passes move the basis to where the exact
-least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned.
+least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned. A tensor of up to 16 MB is its
+own core, read once.
 
 Memory beside one loaded delta: the core, `k` floats per column of every delta, where `k = max(4 r, 64)` or, as long as the core stays below
-16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); the same again while starts are searched, three times
-in all where the fit is near exact and goes on in float64; and `d * d` floats where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
+16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); three times the same again while starts are searched,
+or where the fit is near exact and goes on in float64; and `d * d` floats where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
 width) is compressed to `2 k`.
 """
 
@@ -19,34 +20,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.lorta.cp_als import fit_core, refine
+from adapt_convert.convert.lorta.cp_als import fit_core, refine, residual_core
 from adapt_convert.convert.lorta.cp_core import Core, Model, balance, normals, solve_proximal
 from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_thread
 
-_POLISH = 5  # rounds of two passes each, where the data keeps promising a gain: noise does
+_POLISH, _POLISH_SMALL = 5, 24  # rounds of two passes each, at most: flat spectra use them up, and more are cheap where the data is small
+_POLISH_NUMBERS = 2**30  # so many numbers of deltas may the rounds beyond `_POLISH` bring to be read twice
 _POLISH_TOLERANCE = 1e-3  # a round must promise this share of the captured energy
 
 
 def _expand(model: Model, bases: Bases, shape: CPShape, scale: float) -> CPFactors:
     """A balanced model of the core as factors of the deltas, in canonical form; `scale` undoes that of the core."""
     groups = len(shape.heads)
-    model = [factor * scale**0.2 for factor in model]
-    model[0] = model[0] if bases.residual is None else bases.residual.double() @ model[0]
-    model[1] = model[1] if bases.channel is None else bases.channel.double() @ model[1]
+    columns = [factor[0].T * scale**0.2 for factor in model]
+    columns[0] = columns[0] if bases.residual is None else bases.residual.double() @ columns[0]
+    columns[1] = columns[1] if bases.channel is None else bases.channel.double() @ columns[1]
     for n in range(3 + groups):
-        largest = model[n].gather(0, model[n].abs().argmax(dim=0, keepdim=True))
+        largest = columns[n].gather(0, columns[n].abs().argmax(dim=0, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0).double()
-        model[n] = model[n] * sign
+        columns[n] = columns[n] * sign
         for group in range(groups) if n < 3 else [n - 3]:
-            model[3 + groups + group] = model[3 + groups + group] * sign
-    c_m = model[0].new_zeros(len(shape.group), model[0].shape[1])
+            columns[3 + groups + group] = columns[3 + groups + group] * sign
+    c_m = columns[0].new_zeros(len(shape.group), columns[0].shape[1])
     for group in range(groups):
-        c_m[shape.members(group)] = model[3 + groups + group]
+        c_m[shape.members(group)] = columns[3 + groups + group]
     order = c_m.norm(dim=0).argsort(descending=True, stable=True)
-    a, b, c_l, *c_h, c_m = (factor[:, order].float().contiguous() for factor in [*model[: 3 + groups], c_m])
+    a, b, c_l, *c_h, c_m = (factor[:, order].float().contiguous() for factor in [*columns[: 3 + groups], c_m])
     return CPFactors(a, b, tuple(c_h), c_l, c_m)
 
 
@@ -55,7 +57,7 @@ def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> M
     a = factors.A if bases.residual is None else bases.residual.T @ factors.A
     b = factors.B if bases.channel is None else bases.channel.T @ factors.B
     c_m = [factors.C_m[shape.members(g)] for g in range(len(shape.heads))]
-    return [factor.double() / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
+    return [factor.double().T.unsqueeze(0) / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
 
 
 def _span(old: Tensor, new: Tensor) -> Tensor | None:
@@ -67,7 +69,7 @@ def _span(old: Tensor, new: Tensor) -> Tensor | None:
 def _improve(rhs: Tensor, normal: Tensor, factor: Tensor) -> tuple[Tensor, float]:
     """The least-squares factor for its MTTKRP and normal matrix, and how much it lowers the squared error."""
     old = factor.double()
-    new = solve_proximal(rhs, normal, old)
+    new = solve_proximal(rhs.T, normal, old.T).T
     step = new - old
     return new, float((step * (2 * rhs - (new + old) @ normal)).sum())
 
@@ -89,10 +91,10 @@ def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int)
             return best
         rounds -= 1
         normal = normals(core, _reduce(factors, Bases(None, None), shape, 1.0))
-        a, gain = _improve(product_a, normal[0], factors.A)
+        a, gain = _improve(product_a, normal[0][0], factors.A)
         channel = None
         if product_b is not None:
-            b, gain_b = _improve(product_b, normal[1], factors.B)
+            b, gain_b = _improve(product_b, normal[1][0], factors.B)
             channel, gain = _span(factors.B, b), gain + gain_b
         if gain <= _POLISH_TOLERANCE * (stream.energy - residual):
             return best
@@ -100,6 +102,11 @@ def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int)
         core = stream.core(bases)
         with single_thread():
             model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
+
+
+def _rounds(shape: CPShape) -> int:
+    numbers = shape.d * shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
+    return min(max(_POLISH, _POLISH_NUMBERS // numbers), _POLISH_SMALL)
 
 
 def _check(slabs: Sequence[Slab], shape: CPShape, rank: int) -> None:
@@ -122,11 +129,11 @@ def fit_cp(
     *,
     seed: int = 0,
     starts: int = 3,
-    polish: int = _POLISH,
+    polish: int | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     progress: Progress = silent,
 ) -> CPFit:
-    """Fit a CP tensor of `rank` columns to all slabs, in 2 to 14 passes over them, mostly 4 or 6.
+    """Fit a CP tensor of `rank` columns to all slabs, in one pass over small ones, else in 4 to 14, and up to 52 below `_POLISH_NUMBERS`.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
     `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.
@@ -137,6 +144,10 @@ def fit_cp(
     stream = Stream(slabs, shape, device, progress)
     bases = find_bases(stream, rank, seed)
     core = stream.core(bases)
-    fit = fit_core(core, rank, starts, seed)
-    factors, residual = _polish(stream, core, fit.model, bases, polish)
+    model = fit_core(core, rank, starts, seed).model
+    if bases.residual is None and bases.channel is None:  # the core is the data
+        factors = _expand(model, bases, shape, stream.scale)
+        rest = residual_core(core, _reduce(factors, bases, shape, stream.scale))
+        return CPFit(factors, stream.energy, rest.energy * stream.scale**2, stream.passes)
+    factors, residual = _polish(stream, core, model, bases, _rounds(shape) if polish is None else polish)
     return CPFit(factors, stream.energy, residual, stream.passes)

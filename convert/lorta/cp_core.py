@@ -2,10 +2,10 @@
 
 The core is a set of five-way tensors, one per head count, coupled through shared factors: the tensor of group `g` is
 
-    T_g[a, m, l, h, j] ~ sum_rho A[a, rho] C_m^g[m, rho] C_l[l, rho] C_h^g[h, rho] B[j, rho].
+    T_g[a, m, l, h, j] ~ sum_rho A[rho, a] C_m^g[rho, m] C_l[rho, l] C_h^g[rho, h] B[rho, j].
 
-A model is a flat list of factors `[A, B, C_l, C_h^0 .. C_h^{G-1}, C_m^0 .. C_m^{G-1}]`, each `(size, r)` float64, so group `g` uses the
-positions `(0, 1, 2, 3 + g, 3 + G + g)`.
+A model is a flat list of factors `[A, B, C_l, C_h^0 .. C_h^{G-1}, C_m^0 .. C_m^{G-1}]`, so group `g` uses the positions
+`(0, 1, 2, 3 + g, 3 + G + g)`. Each factor is `(s, r, size)` float64: `s` models of rank `r` side by side, which cost the calls of one.
 """
 
 from __future__ import annotations
@@ -37,133 +37,131 @@ class Core:
     def groups(self) -> int:
         return len(self.tensors)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
     def double(self) -> Core:
-        return Core.of(tuple(tensor.double() for tensor in self.tensors))
+        return self if self.dtype == torch.float64 else Core.of(tuple(tensor.double() for tensor in self.tensors))
 
     def positions(self, group: int) -> tuple[int, int, int, int, int]:
         """Where the factors of `group` stand in a model, in the order A, B, C_l, C_h, C_m."""
         return 0, 1, 2, 3 + group, 3 + self.groups + group
 
     def sizes(self) -> list[int]:
-        """Rows of each factor of a model."""
+        """Entries of a column of each factor of a model."""
         first = self.tensors[0].shape
         heads = [tensor.shape[3] for tensor in self.tensors]
         matrices = [tensor.shape[1] for tensor in self.tensors]
         return [first[0], first[4], first[2], *heads, *matrices]
 
 
-@dataclass(frozen=True)
-class CoreFit:
-    """A model, its squared error on the core (float64; from sums, so no finer than ~1e-7 of the energy in a float32 core)."""
-
-    model: Model
-    loss: float
+def random_model(core: Core, count: int, rank: int, generator: torch.Generator) -> Model:
+    """`count` models of Gaussian factors, drawn on the CPU so that a seed means the same on every device."""
+    draw = [torch.randn(count, rank, size, generator=generator, dtype=torch.float64) for size in core.sizes()]
+    return [factor.to(core.tensors[0].device) for factor in draw]
 
 
-def khatri_rao(b: Tensor, c_l: Tensor, c_h: Tensor, c_m: Tensor) -> Tensor:
-    """`W (M L heads p, r)`: the rows of a core flattened after its first mode."""
-    c = torch.einsum("mr,lr,hr->mlhr", c_m, c_l, c_h).reshape(-1, 1, b.shape[1])
-    return (c * b).reshape(-1, b.shape[1])
+def joined(core: Core, model: Model, group: int, heads: bool = True) -> Tensor:
+    """`(s r, M L heads)`, or without the heads `(s r, M L)`: the entries of C_m, C_l (and C_h) multiplied, float64."""
+    _, _, c_l, c_h, c_m = (model[n].flatten(0, 1) for n in core.positions(group))
+    both = (c_m.unsqueeze(2) * c_l.unsqueeze(1)).flatten(1)
+    return (both.unsqueeze(2) * c_h.unsqueeze(1)).flatten(1) if heads else both
 
 
-def grams(core: Core, model: Model, group: int) -> Tensor:
-    """`(5, r, r)`: `U^T U` of the factors of one group."""
-    return torch.stack([model[n].T @ model[n] for n in core.positions(group)])
-
-
-def hadamard_without(stack: Tensor) -> Tensor:
-    """`(5, r, r)`: the elementwise product of all matrices of a stack but the n-th, without a division (a Gram may hold zeros)."""
-    ones = torch.ones_like(stack[0])
-    before, after = [ones], [ones]
-    for n in range(stack.shape[0] - 1):
-        before.append(before[-1] * stack[n])
-        after.append(after[-1] * stack[-1 - n])
-    return torch.stack([left * right for left, right in zip(before, reversed(after), strict=True)])
-
-
-def solve_proximal(rhs: Tensor, normal: Tensor, old: Tensor) -> Tensor:
-    """`argmin_U <U, U normal> - 2 <U, rhs> + mu ||U - old||^2`: least squares that cannot divide by zero and never goes uphill."""
-    rank = normal.shape[0]
-    mu = _PROXIMAL * normal.diagonal().mean() + TINY
-    system = normal + mu * torch.eye(rank, dtype=normal.dtype, device=normal.device)
-    solution: Tensor = torch.linalg.solve(system, rhs + mu * old, left=False)
-    return solution
-
-
-def solve_columns(rhs: Tensor, normal: Tensor, old: Tensor) -> Tensor:
-    """`solve_proximal` with the columns taken one by one: only the diagonal of `normal` counts."""
-    weights = normal.diagonal()
-    mu = _PROXIMAL * weights + TINY
-    return (rhs + mu * old) / (weights + mu)
+def khatri_rao(core: Core, model: Model, group: int) -> Tensor:
+    """`(s r, M L heads p)`: what a column has in place of a row of the core flattened after its first mode, of the core's dtype."""
+    c, b = joined(core, model, group).to(core.dtype), model[1].flatten(0, 1).to(core.dtype)
+    return (c.unsqueeze(2) * b.unsqueeze(1)).flatten(1)
 
 
 def product_a(core: Core, model: Model) -> Tensor:
-    """MTTKRP of the first mode, `sum_g T_g W_g (k, r)`, float64."""
-    out = torch.zeros_like(model[0])
-    for group, tensor in enumerate(core.tensors):
-        _, b, c_l, c_h, c_m = (model[n].to(tensor.dtype) for n in core.positions(group))
-        out += (tensor.flatten(1) @ khatri_rao(b, c_l, c_h, c_m)).double()
-    return out
+    """MTTKRP of the first mode, `sum_g T_g W_g`, `(s, r, k)` float64."""
+    out = sum_of([khatri_rao(core, model, group) @ tensor.flatten(1).T for group, tensor in enumerate(core.tensors)])
+    return out.double().view_as(model[0])
 
 
 def project(core: Core, a: Tensor) -> list[Tensor]:
-    """`A^T T_g (r, M_g, L, heads_g, p)`, of the core's dtype: all that the other modes need of the core."""
-    return [(a.T.to(tensor.dtype) @ tensor.flatten(1)).view(-1, *tensor.shape[1:]) for tensor in core.tensors]
+    """`A^T T_g (s r, M_g L heads_g, p)`, of the core's dtype: all that the other modes need of the core."""
+    rows = a.flatten(0, 1).to(core.dtype)
+    return [(rows @ tensor.flatten(1)).view(len(rows), -1, tensor.shape[4]) for tensor in core.tensors]
 
 
 def product_b(core: Core, model: Model, projected: list[Tensor]) -> Tensor:
-    """MTTKRP of B, `(p, r)`, float64."""
-    out = torch.zeros_like(model[1])
-    for group, tensor in enumerate(projected):
-        _, _, c_l, c_h, c_m = (model[n].to(tensor.dtype) for n in core.positions(group))
-        c = torch.einsum("mr,lr,hr->rmlh", c_m, c_l, c_h).flatten(1).unsqueeze(1)
-        out += torch.bmm(c, tensor.flatten(1, 3)).squeeze(1).T.double()
-    return out
+    """MTTKRP of B, `(s, r, p)` float64."""
+    parts = [torch.bmm(joined(core, model, group).to(core.dtype).unsqueeze(1), y) for group, y in enumerate(projected)]
+    return sum_of(parts).double().view_as(model[1])
 
 
-def contract_b(model: Model, projected: list[Tensor]) -> list[Tensor]:
-    """`(r, M_g, L, heads_g)` float64: the core contracted with A and B."""
-    b = model[1].T.unsqueeze(2)
-    return [torch.bmm(y.flatten(1, 3), b.to(y.dtype)).view(y.shape[:4]).double() for y in projected]
+def contract_b(core: Core, model: Model, projected: list[Tensor]) -> list[Tensor]:
+    """`(s r, M_g L, heads_g)` float64: the core contracted with A and B."""
+    b = model[1].flatten(0, 1).unsqueeze(2).to(core.dtype)
+    parts = zip(projected, core.tensors, strict=True)
+    return [torch.bmm(y, b).double().view(len(b), -1, tensor.shape[3]) for y, tensor in parts]
 
 
 def product_c(core: Core, model: Model, small: list[Tensor], n: int) -> Tensor:
-    """MTTKRP of the factor at position `n >= 2`, float64."""
-    if n == 2:
-        terms = (
-            torch.einsum("rmlh,mr,hr->lr", tensor, model[3 + core.groups + group], model[3 + group]) for group, tensor in enumerate(small)
-        )
-        return sum(terms, torch.zeros_like(model[2]))
-    group, is_matrix = (n - 3) % core.groups, n >= 3 + core.groups
-    if is_matrix:
-        return torch.einsum("rmlh,lr,hr->mr", small[group], model[2], model[3 + group])
-    return torch.einsum("rmlh,lr,mr->hr", small[group], model[2], model[3 + core.groups + group])
+    """MTTKRP of the factor at position `n >= 2`, `(s, r, size)` float64."""
+    if n > 2 and n < 3 + core.groups:
+        heads: Tensor = torch.bmm(joined(core, model, n - 3, heads=False).unsqueeze(1), small[n - 3])
+        return heads.view_as(model[n])
+    parts = []
+    for group in range(core.groups) if n == 2 else [n - 3 - core.groups]:
+        _, _, c_l, c_h, c_m = (model[place].flatten(0, 1) for place in core.positions(group))
+        rest = torch.bmm(small[group], c_h.unsqueeze(2)).view(len(c_h), c_m.shape[1], c_l.shape[1])
+        parts.append(torch.bmm(c_m.unsqueeze(1), rest) if n == 2 else torch.bmm(rest, c_l.unsqueeze(2)))
+    return sum_of(parts).view_as(model[n])
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    out = parts[0]
+    for part in parts[1:]:
+        out = out + part
+    return out
+
+
+def squares_of(model: Model) -> Model:
+    """The Gram matrices `(s, r, r)` of all factors."""
+    return [factor @ factor.mT for factor in model]
 
 
 def normal_of(core: Core, squares: Model, n: int) -> Tensor:
-    """The normal matrix `(r, r)` of factor n from the Gram matrices of all factors: groups that share the factor add up."""
-    total = torch.zeros_like(squares[n])
+    """The normal matrix `(s, r, r)` of factor n from the Gram matrices of all factors: groups that share the factor add up."""
+    parts = []
     for group in range(core.groups):
         places = core.positions(group)
         if n in places:
-            others = [squares[place] for place in places if place != n]
-            total += others[0] * others[1] * others[2] * others[3]
-    return total
+            first, second, third, fourth = (squares[place] for place in places if place != n)
+            parts.append(first * second * third * fourth)
+    return sum_of(parts)
 
 
 def normals(core: Core, model: Model) -> Model:
     """The normal matrices of all factors."""
-    squares = [factor.T @ factor for factor in model]
+    squares = squares_of(model)
     return [normal_of(core, squares, n) for n in range(len(model))]
 
 
+def solve_proximal(rhs: Tensor, normal: Tensor, old: Tensor) -> Tensor:
+    """`argmin_U <U, normal U> - 2 <U, rhs> + mu ||U - old||^2`: least squares that cannot divide by zero and never goes uphill."""
+    mu = (normal.diagonal(dim1=-2, dim2=-1).mean(-1) * _PROXIMAL + TINY)[..., None, None]
+    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    solution: Tensor = torch.linalg.solve(torch.addcmul(normal, mu, eye), torch.addcmul(rhs, mu, old))
+    return solution
+
+
+def loss_of(core: Core, rhs: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
+    """`||T||^2 - 2 <T, T~> + ||T~||^2 (s,)` from the product and the normal matrix of one factor shared by all groups."""
+    return core.energy + (factor * (normal @ factor - 2 * rhs)).sum((1, 2))
+
+
 def balance(core: Core, model: Model) -> Model:
-    """The same tensor with equal column norms: per group C_h and C_m, over the model A, B, C_l, each C_h and the stacked C_m."""
-    norms = [factor.norm(dim=0) for factor in model]
+    """The same tensors with equal column norms: per group C_h and C_m, over the model A, B, C_l, each C_h and the stacked C_m."""
+    norms = [torch.linalg.vector_norm(factor, dim=2, keepdim=True) for factor in model]
     units = [factor / (norm + TINY) for factor, norm in zip(model, norms, strict=True)]
     shared = norms[0] * norms[1] * norms[2]
     weights = torch.stack([shared * norms[3 + g] * norms[3 + core.groups + g] for g in range(core.groups)])
-    total = weights.norm(dim=0)
+    total = torch.linalg.vector_norm(weights, dim=0)
     scale = total.pow(0.2)
     split = [units[3 + core.groups + g] * (weights[g] / (total + TINY) * scale) for g in range(core.groups)]
     return [unit * scale for unit in units[: 3 + core.groups]] + split

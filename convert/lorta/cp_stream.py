@@ -39,8 +39,8 @@ class Stream:
 
     @property
     def scale(self) -> float:
-        """Cores are fitted at unit energy: the solver's thresholds do not know how small deltas are."""
-        return math.sqrt(self.energy) or 1.0
+        """Cores are fitted near unit energy: the thresholds do not know how small deltas are. A power of two rounds nothing."""
+        return math.ldexp(1.0, math.frexp(self.energy)[1] // 2)
 
     def read(self, purpose: str, work: Callable[[Slab, Delta], Result]) -> Iterator[tuple[Slab, Result]]:
         """`work(slab, delta)` of every slab, in order but several at a time; the delta is gone when `work` returns."""
