@@ -17,7 +17,7 @@ def _conversions(model_type: str) -> tuple[list[Any], list[Any]]:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
     except ImportError:
         return [], []
-    found = get_checkpoint_conversion_mapping(model_type) or []
+    found = get_checkpoint_conversion_mapping(model_type) or []  # type: ignore[no-untyped-call]
     return [entry for entry in found if isinstance(entry, WeightRenaming)], [entry for entry in found if isinstance(entry, WeightConverter)]
 
 
