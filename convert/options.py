@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
-import reprlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapt_convert.convert.option_values import BUDGETS, PARSERS, size_text
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.loda_config import VARIANTS as LODA_VARIANTS
 from adapt_convert.formats.profiles import Profile, profile_named
@@ -26,8 +23,6 @@ DEFAULT_RANK = 16
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_CALIB_TOKENS = 32768
 SELF = "self"  # the value of `calib` that asks for text from the fine-tune itself
-_BUDGETS = "at least one byte, or a share of the base between 0% and 100%"
-_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Options:
     profile: str | None = None
 
     def __post_init__(self) -> None:
-        for name, parse in _PARSERS.items():
+        for name, parse in PARSERS.items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, parse(f"--{name.replace('_', '-')}", value))
@@ -84,7 +79,7 @@ class Options:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise AdaptError(f"--energy {self.energy}: must be above 0 and at most 1")
         if self.budget is not None and not (0 < self.budget < 1 if isinstance(self.budget, float) else self.budget >= 1):
-            raise AdaptError(f"--budget {self.budget}: must be {_BUDGETS}")
+            raise AdaptError(f"--budget {self.budget}: must be {BUDGETS}")
         if not 0 <= self.seed < 2**63:
             raise AdaptError(f"--seed {self.seed}: must be a whole number from 0 to {2**63 - 1}")
         self._check_latte()
@@ -227,8 +222,7 @@ class Options:
         assert self.budget is not None
         if isinstance(self.budget, float):
             return f"{100 * self.budget:g}pct"
-        unit = next(unit for unit in ("gb", "mb", "kb", "b") if self.budget % _UNITS[unit] == 0)
-        return f"{self.budget // _UNITS[unit]}{unit.upper()}"
+        return size_text(self.budget)
 
     def output_name(self, source: str) -> str:
         """How the output is named by default: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`."""
@@ -247,85 +241,6 @@ class Options:
         except (RuntimeError, AssertionError):
             raise AdaptError(f"--device {name}: there is no such device here") from None
         return device
-
-
-def parse_size(text: str) -> int:
-    """`20MB`, `1.5 GiB` or plain bytes, as a number of bytes. Raises `AdaptError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)?\s*", text.lower())
-    size = float(match[1]) * _UNITS[match[2] or "b"] if match else math.inf
-    if size >= 2**63:  # more than any file can have
-        raise AdaptError(f"{reprlib.repr(text)} is not a size; write it like 20MB, 512KiB or 1.5GB")
-    return int(size)
-
-
-def _whole_number(option: str, value: object) -> int:
-    try:
-        if isinstance(value, int | str) and not isinstance(value, bool) and (number := int(value)).bit_length() < 64:
-            return number
-    except ValueError:
-        pass
-    raise AdaptError(f"{option} {_brief(value)}: must be a whole number")
-
-
-def _brief(value: object) -> str:
-    return value if isinstance(value, str) else reprlib.repr(value)  # a manifest may hold anything, of any size
-
-
-def _number(option: str, value: object) -> float:
-    try:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(value)
-    except ValueError:
-        pass
-    raise AdaptError(f"{option} {_brief(value)}: must be a number")
-
-
-def _budget(option: str, value: object) -> int | float:
-    if isinstance(value, float):
-        return int(value) if 1 <= value < 2**63 else value
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            share = float(value.strip().removesuffix("%")) / 100
-        except ValueError:
-            share = math.nan
-        if 0 < share < 1:
-            return share
-        raise AdaptError(f"{option} {value}: must be {_BUDGETS}")
-    return parse_size(value) if isinstance(value, str) else _whole_number(option, value)
-
-
-def _calibration(option: str, value: object) -> str:
-    if isinstance(value, str | Path) and str(value).strip():
-        return str(value)
-    raise AdaptError(f"{option}: name a file of text or token ids, or give self")
-
-
-def _segments(option: str, value: object) -> int | str:
-    return "auto" if value == "auto" else _whole_number(option, value)
-
-
-def _names(option: str, value: object) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
-        raise AdaptError(f"{option} {_brief(value)}: must be names of modules")
-    return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
-
-
-_PARSERS: dict[str, Callable[[str, object], object]] = {
-    "rank": _whole_number,
-    "energy": _number,
-    "budget": _budget,
-    "seed": _whole_number,
-    "segments": _segments,
-    "target_modules": _names,
-    "exclude": _names,
-    "calib": _calibration,
-    "calib_tokens": _whole_number,
-    "refine": _whole_number,
-    "target_kl": _number,
-    "base_rank": _whole_number,
-    "keep": _number,
-}
 
 
 def matches(module: str, pattern: str) -> bool:

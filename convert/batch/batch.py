@@ -18,7 +18,7 @@ from adapt_convert.convert.batch.run import FAILED, Events, Run
 from adapt_convert.convert.batch.scheduler import LocalPool, Pool, available_memory, run_tasks
 from adapt_convert.convert.batch.state import HIDDEN, INDEX, LOG, SUMMARY, JobState, write_whole
 from adapt_convert.convert.opening import open_base
-from adapt_convert.convert.options import parse_size
+from adapt_convert.convert.option_values import parse_size
 from adapt_convert.formats import remote
 from adapt_convert.formats.atomic import check_destination
 from adapt_convert.formats.batch_html import batch_page
