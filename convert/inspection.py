@@ -13,7 +13,6 @@ from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import Plan, make_plan, require_factors
-from adapt_convert.convert.rank_for_budget import settle_budget
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, gguf_file, weight_files
 from adapt_convert.formats.gguf_header import GgufHeader, gguf_adapter, read_gguf_header
 from adapt_convert.formats.location import locate, read_json
@@ -46,7 +45,10 @@ def inspect(
     base, source = open_pair(path, other, revision, base_revision, task)
     plan = make_plan(base, source, chosen)
     require_factors(plan, base, chosen)
-    plan, chosen = settle_budget(plan, base, source, chosen)
+    if chosen.budget is not None:
+        from adapt_convert.convert.rank_for_budget import settle_budget  # needs torch
+
+        plan, chosen = settle_budget(plan, base, source, chosen)
     refuse_certain_losses(plan, chosen)
     return describe_plan(plan, source, chosen)
 
