@@ -334,7 +334,7 @@ class LoraAdapter:
             "bias": "lora_only" if self.bias_values else "none",
             "lora_bias": bool(self.biases),
             "fan_in_fan_out": self.conv1d,
-            "target_modules": (shortest_targets(targets.modules, plain) + list(targets.names)) if named else _NO_MODULES,
+            "target_modules": shortest_targets(targets.modules, plain) + list(targets.names) if named or targets.names else _NO_MODULES,
             **({"target_parameters": sorted(targets.parameters)} if targets.parameters else {}),
             "modules_to_save": sorted(self.exact_modules) or None,
         }
