@@ -22,11 +22,12 @@ def _conversions(model_type: str) -> tuple[list[Any], list[Any]]:
 
 
 def loaded_name(key: str, model_type: str) -> str | None:
-    """The name in memory of the tensor `key`; None for one that is joined with others, cut or turned there."""
+    """The name in memory of the tensor `key`; None for one that is joined with others, cut or turned there, or that would be renamed once
+    more: PEFT renames the keys of an adapter in the same way, and would not find it."""
     renamings, converters = _conversions(model_type)
     if not renamings and not converters:
         return key
     from transformers.core_model_loading import rename_source_key
 
     name, converted = rename_source_key(key, renamings, converters)
-    return None if converted else str(name)
+    return None if converted or rename_source_key(name, renamings, converters)[0] != name else str(name)

@@ -103,6 +103,10 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "openai-gpt": _GPT,
     **dict.fromkeys(("mamba", "falcon_mamba"), _MAMBA),
     "mamba2": _MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 4},
+    "nemotron_h": _GQA
+    | _HEAD
+    | {"layers_block_type": ["mamba", "attention"], "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2}
+    | {"chunk_size": 4},
     "falcon_h1": _GQA
     | _HEAD
     | {f"mamba_{k}": n for k, n in {"d_ssm": 32, "n_heads": 4, "d_head": 8, "d_state": 8, "chunk_size": 4}.items()},

@@ -18,8 +18,6 @@ _LLAMA_NORMS = {"input_layernorm": ("q", "k", "v"), "post_attention_layernorm": 
 _POST_NORMS = "it normalises what its writers add, and that norm depends on more than the carried dims"
 _WTE = {"lm_head.weight": "transformer.wte.weight"}
 _WORDS = {"lm_head.weight": "transformer.word_embeddings.weight"}
-_MAMBA_HEAD = {"lm_head.weight": "backbone.embeddings.weight"}
-_STATE_SPACE = "it has state-space layers and no attention"
 _DENSE_4H = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 LLAMA = Family(
@@ -44,6 +42,15 @@ _FALCON = Family(  # its releases hold q, k and v in three ways, which are one: 
     rotary=True,
 )
 _GPT2_ROLES = {"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+
+_MAMBA = Family(
+    model_types=("mamba2",),
+    prefix="backbone",
+    blocks=(),
+    tied={"lm_head.weight": "backbone.embeddings.weight"},
+    whole=("mixer.out_proj",),
+    why_no_lorta="it has state-space layers and no attention",
+)
 
 
 def bart_layer(path: str) -> Block:
@@ -194,13 +201,16 @@ DECODERS: tuple[Family, ...] = (
     Family(("xglm",), "model", (bart_layer("model.layers.{}"),), tied=HEAD),
     Family(("biogpt",), "biogpt", (bart_layer("biogpt.layers.{}"),), tied={"output_projection.weight": "biogpt.embed_tokens.weight"}),
     Family(("minicpm3",), "model", blocks=(), tied=HEAD, rotary=True, why_no_lorta=LATENT),
+    replace(_MAMBA, model_types=("mamba", "falcon_mamba"), whole=("mixer.out_proj", "mixer.dt_proj")),
+    _MAMBA,
     Family(
-        model_types=("mamba", "mamba2", "falcon_mamba"),
-        prefix="backbone",
+        model_types=("nemotron_h",),
+        prefix="model",
         blocks=(),
-        tied=_MAMBA_HEAD,
-        whole=("mixer.out_proj", "mixer.dt_proj"),
-        why_no_lorta=_STATE_SPACE,
+        tied={"lm_head.weight": "model.embeddings.weight"},
+        renames=((r"^backbone\.", "model."),),
+        whole=("mixer.out_proj",),
+        why_no_lorta="most of its layers are state-space layers or experts",
     ),
     replace(
         _LIKE_LLAMA,
