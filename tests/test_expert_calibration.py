@@ -141,6 +141,18 @@ def test_solutions_know_what_experts_read(named_pair: tuple[str, Pair], tmp_path
     assert index[reading[0]] != index[writing]
 
 
+def test_a_calibrated_budget_holds_for_what_peft_stores(named_pair: tuple[str, Pair], tmp_path: Path) -> None:
+    _, pair = named_pair
+    text = token_file(tmp_path / "ids.jsonl")
+    options = {"budget": 40_000, "exclude": f"embed_tokens,lm_head,{BIASES}", "calib": text, "calib_tokens": 512}
+    conversion = adapt_convert.convert(pair.base, pair.ft, **options)
+    assert set(conversion.report["calibration"]["candidates"]) == {"data-free", "whitened"}
+    tensors = load_file(conversion.save(tmp_path / "out") / "adapter_model.safetensors")
+    sizes = {key: tensor.nbytes for key, tensor in tensors.items() if ".lora_" in key}
+    assert 30_000 < sum(sizes.values()) <= 40_000
+    assert any("experts" in key for key in sizes)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_experts_are_refined(tmp_path: Path, name: str) -> None:
     """What was best in training is what the written file gives when `peft` has loaded it; gate and up have no part in each other."""
