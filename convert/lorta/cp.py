@@ -27,9 +27,9 @@ from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Sla
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_thread
 
-_POLISH, _POLISH_SMALL = 5, 24  # rounds of two passes each, at most: flat spectra use them up, and more are cheap where the data is small
-_POLISH_NUMBERS = 2**30  # so many numbers of deltas may the rounds beyond `_POLISH` bring to be read twice
-_POLISH_TOLERANCE = 1e-3  # a round must promise this share of the captured energy
+_POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
+_POLISH_SMALL = 22, 2e-4  # the same where passes are cheap: a flat spectrum takes them all
+_SMALL = 2**26  # numbers of all deltas
 
 
 def _expand(model: Model, bases: Bases, shape: CPShape, scale: float) -> CPFactors:
@@ -74,7 +74,7 @@ def _improve(rhs: Tensor, normal: Tensor, factor: Tensor) -> tuple[Tensor, float
     return new, float((step * (2 * rhs - (new + old) @ normal)).sum())
 
 
-def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int) -> tuple[CPFactors, float]:
+def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
     """Measure the fit exactly; as long as the full data promises a gain, move the bases to the better A (and B) and fit again.
 
     For fixed other factors the best A follows from its MTTKRP, which the measuring pass brings along, and so does the gain. The
@@ -96,17 +96,12 @@ def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int)
         if product_b is not None:
             b, gain_b = _improve(product_b, normal[1][0], factors.B)
             channel, gain = _span(factors.B, b), gain + gain_b
-        if gain <= _POLISH_TOLERANCE * (stream.energy - residual):
+        if gain <= tolerance * (stream.energy - residual):
             return best
         bases = Bases(_span(factors.A, a), channel)
         core = stream.core(bases)
         with single_thread():
             model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
-
-
-def _rounds(shape: CPShape) -> int:
-    numbers = shape.d * shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
-    return min(max(_POLISH, _POLISH_NUMBERS // numbers), _POLISH_SMALL)
 
 
 def _check(slabs: Sequence[Slab], shape: CPShape, rank: int) -> None:
@@ -133,7 +128,9 @@ def fit_cp(
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     progress: Progress = silent,
 ) -> CPFit:
-    """Fit a CP tensor of `rank` columns to all slabs, in one pass over small ones, else in 4 to 14, and up to 52 below `_POLISH_NUMBERS`.
+    """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 4 or 6.
+
+    A flat spectrum takes up to 14 passes, or 48 where all deltas together have at most 67 million numbers.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
     `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.
@@ -149,5 +146,7 @@ def fit_cp(
         factors = _expand(model, bases, shape, stream.scale)
         rest = residual_core(core, _reduce(factors, bases, shape, stream.scale))
         return CPFit(factors, stream.energy, rest.energy * stream.scale**2, stream.passes)
-    factors, residual = _polish(stream, core, model, bases, _rounds(shape) if polish is None else polish)
+    numbers = shape.d * shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
+    rounds, tolerance = _POLISH_SMALL if numbers <= _SMALL else _POLISH
+    factors, residual = _polish(stream, core, model, bases, rounds if polish is None else polish, tolerance)
     return CPFit(factors, stream.energy, residual, stream.passes)
