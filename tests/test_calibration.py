@@ -19,6 +19,7 @@ import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.convert.calibration import moments as moments_file
 from adapt_convert.convert.calibration.activations import captured_inputs
+from adapt_convert.convert.calibration.calibrated import Candidate, _nearest
 from adapt_convert.convert.calibration.judge import Figures, Judge
 from adapt_convert.convert.calibration.least_squares import conjugate_gradients
 from adapt_convert.convert.calibration.moments import Moments
@@ -180,6 +181,29 @@ def test_unrelated_text_costs_at_most_a_tenth(to: str, pairs: Callable[[str], Pa
         model = pair.load_peft(tmp_path / name) if to == "lora" else adapt_convert.load(pair.load(pair.base), tmp_path / name)
         found[name] = kl(reference, model, rows)
     assert found["calibrated"] <= 1.1 * found["free"]
+
+
+def test_text_of_the_fine_tune_s_own_is_told_from_other_text(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    """By transformers' own loss: what the fine-tune samples it predicts better than the base does, what the base samples worse."""
+    pair = pairs("llama")
+    models = {"ft": pair.load(pair.ft), "base": pair.load(pair.base)}
+    for writer, expected in (("ft", True), ("base", False)):
+        torch.manual_seed(3)
+        start = torch.randint(3, 96, (160, 1))
+        rows = models[writer].generate(start, do_sample=True, min_new_tokens=23, max_new_tokens=23, top_k=0, pad_token_id=0)
+        text = tmp_path / f"{writer}.jsonl"
+        text.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows.tolist()))
+        about = convert(pair, text, calib_tokens=4000).report["calibration"]
+        assert about["in_domain"] is expected
+        loss = {name: float(model(input_ids=rows, labels=rows).loss.detach()) for name, model in models.items()}
+        assert (loss["ft"] < loss["base"]) is expected
+
+
+def test_what_gains_on_the_text_alone_is_chosen_only_where_the_text_is_the_fine_tune_s() -> None:
+    free = Candidate("data-free", None, [], Figures(0.4, 0.1))
+    fitted = Candidate("refined", None, [], Figures(0.2, 0.11))
+    assert _nearest([free, fitted], in_domain=False) is free
+    assert _nearest([free, fitted], in_domain=True) is fitted
 
 
 def test_a_second_conversion_reuses_the_moments(pairs: Callable[[str], Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ _Whitened = Callable[[Work, FindMoments, Options, Any], Solved]
 WHITENED: dict[str, _Whitened] = {"lora": solve_whitened_lora, "lorta": solve_whitened_lorta, "latte": solve_whitened_latte}
 
 
-# What a text brings has to show on the control rows as well, by a third of the share: of what refinement brought on texts that the
-# fine-tune was made for two thirds or more did, on random tokens a sixth or less (docs/benchmarks.md).
+# What a text brings has to show on the control rows as well, by a third of the share, unless the text is of the kind that the fine-tune is
+# for: two thirds or more of what refinement brought on such texts did, on random tokens a sixth or less (docs/benchmarks.md).
 _SHARED = 1 / 3
 _NOTHING = 1e-12  # nats: a divergence below is none
 
@@ -64,6 +64,7 @@ def calibrated(work: Work, options: Options) -> tuple[Any, list[Record], dict[st
             "heldout_tokens": judge.text.heldout_tokens,
             "seed": options.seed,
             "kl_of_base": judge.base.kl,
+            "in_domain": judge.in_domain,
         }
         if options.target_kl is None:
             best, tried = _best(work, judge, options)
@@ -78,7 +79,7 @@ def _best(work: Work, judge: Judge, options: Options) -> tuple[Candidate, dict[s
     candidates = [
         Candidate(name, adapter, records, judge.figures(adapter, name)) for name, adapter, records in _solutions(work, judge, options)
     ]
-    best = _nearest(candidates)
+    best = _nearest(candidates, judge.in_domain)
     tried: dict[str, Any] = {}
     if options.refine is not None:
         adapter, course = refine(judge, best.adapter, options, work.pairs, work.progress)
@@ -88,7 +89,7 @@ def _best(work: Work, judge: Judge, options: Options) -> tuple[Candidate, dict[s
         else:
             records = remeasured(work.pairs, work.plan, adapter, best.records, work.progress)
         candidates.append(Candidate("refined", adapter, records, judge.figures(adapter, "refined")))
-        best = _nearest(candidates)
+        best = _nearest(candidates, judge.in_domain)
     tried |= {"candidates": {candidate.name: candidate.kl for candidate in candidates}}
     return best, tried | {"control": {candidate.name: candidate.figures.control for candidate in candidates}}
 
@@ -110,15 +111,16 @@ def _solutions(work: Work, judge: Judge, options: Options) -> Iterator[tuple[str
         yield "whitened", *whitened(work, find_moments, options, (adapter, records))
 
 
-def _nearest(candidates: list[Candidate]) -> Candidate:
-    """The candidate of least divergence on held-out text; the first, data-free one where what others gain there is no gain elsewhere."""
+def _nearest(candidates: list[Candidate], in_domain: bool) -> Candidate:
+    """The candidate of least divergence on held-out text; the first, data-free one where what others gain there is no gain elsewhere and
+    the text is none that the fine-tune is for."""
     first = candidates[0].figures
 
     def counts(figures: Figures) -> bool:
         gain, elsewhere = (1 - now / max(before, _NOTHING) for now, before in ((figures.kl, first.kl), (figures.control, first.control)))
         return elsewhere >= _SHARED * gain
 
-    return min((c for c in candidates if c is candidates[0] or counts(c.figures)), key=lambda candidate: candidate.kl)
+    return min((c for c in candidates if in_domain or c is candidates[0] or counts(c.figures)), key=lambda candidate: candidate.kl)
 
 
 def _smallest(work: Work, judge: Judge, options: Options, target: float) -> tuple[Candidate, dict[str, Any], dict[str, float]]:
