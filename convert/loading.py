@@ -13,21 +13,33 @@ from typing import Any
 def _conversions(model_type: str) -> tuple[list[Any], list[Any]]:
     """Renamings, and conversions that join or cut tensors. None of either without transformers: nothing runs the adapter then."""
     try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers import conversion_mapping, core_model_loading
     except ImportError:
         return [], []
-    found = get_checkpoint_conversion_mapping(model_type) or []  # type: ignore[no-untyped-call]
-    return [entry for entry in found if isinstance(entry, WeightRenaming)], [entry for entry in found if isinstance(entry, WeightConverter)]
+    theirs: Any = conversion_mapping
+    found = theirs.get_checkpoint_conversion_mapping(model_type) or []
+    return (
+        [entry for entry in found if isinstance(entry, core_model_loading.WeightRenaming)],
+        [entry for entry in found if isinstance(entry, core_model_loading.WeightConverter)],
+    )
 
 
 def loaded_name(key: str, model_type: str) -> str | None:
-    """The name in memory of the tensor `key`; None for one that is joined with others, cut or turned there, or that would be renamed once
-    more: PEFT renames the keys of an adapter in the same way, and would not find it."""
+    """The name in memory of the tensor `key`; None for one that is joined with others, cut or turned there."""
     renamings, converters = _conversions(model_type)
     if not renamings and not converters:
         return key
-    from transformers.core_model_loading import rename_source_key
+    from transformers import core_model_loading
 
-    name, converted = rename_source_key(key, renamings, converters)
-    return None if converted or rename_source_key(name, renamings, converters)[0] != name else str(name)
+    theirs: Any = core_model_loading
+    name, converted = theirs.rename_source_key(key, renamings, converters)
+    return None if converted else str(name)
+
+
+def why_lost(key: str, name: str, is_matrix: bool, model_type: str) -> str | None:
+    """Why an adapter cannot hold the tensor `key` of a checkpoint, called `name` in memory; None when it can."""
+    if loaded_name(key, model_type) is None:
+        return "joined, cut or turned when transformers loads it, which is not known for this architecture"
+    if is_matrix and loaded_name(name, model_type) != name:  # PEFT renames the keys of factors as transformers does those of checkpoints
+        return "under a name that PEFT would take for an older one, and change"
+    return None

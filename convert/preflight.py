@@ -28,7 +28,7 @@ from adapt_convert.convert.consumers import consumer_of, restrict
 from adapt_convert.convert.experts import is_expert, is_router
 from adapt_convert.convert.family import ATTENTION_ROLES, FUSED, Family
 from adapt_convert.convert.latte.layout import check_latte
-from adapt_convert.convert.loading import loaded_name
+from adapt_convert.convert.loading import why_lost
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.dtypes import FLOATS
@@ -268,12 +268,10 @@ class _Planner:
                 return "store", "chooses among experts", True
             if self.options.to != "lora":
                 return "drop", "part of a mixture of experts, which no LoRTA or LatTE holds", True
-        if (
-            self.family is None
-            and self.source.kind == "checkpoint"
-            and loaded_name(part.keys[0], str(self.config.get("model_type"))) is None
-        ):
-            return "drop", "joined, cut or turned when transformers loads it, which is not known for this architecture", True
+        if self.family is None and self.source.kind == "checkpoint":
+            lost = why_lost(part.keys[0], part.name, kind == "matrix", str(self.config.get("model_type")))
+            if lost:
+                return "drop", lost, True
         if kind == "embedding" and self.family is None and self._shares_unknown_head(part):
             return "drop", "shared with an output head whose name is not known for this architecture", True
         if kind == "matrix" and self.family is None and self._may_be_a_table(part, module):

@@ -81,6 +81,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": _ANY_MOE | {"moe_topk": 2},
     "minimax": _ANY_MOE | {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": _MOE
+    | {"intermediate_size": 24}
     | {"num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
     | {"mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False},
     "exaone_moe": _QWEN_MOE | _HEAD | {"num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
