@@ -108,7 +108,6 @@ MODELS = {
     "llama-tied": True,
     "granite": True,
     "phi3": True,
-    "gemma2": False,
     "olmo2": True,
 }
 FULL = ("mistral", "llama")
