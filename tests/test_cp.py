@@ -296,7 +296,7 @@ def test_no_more_deltas_are_alive_than_threads_work_on() -> None:
     def loader(seed: int) -> Callable[[], Delta]:
         return lambda: load(seed)
 
-    fit = fit_cp([Slab(n // 3, n % 3, loader(n)) for n in range(12)], shape, 2)
+    fit = fit_cp([Slab(n // 3, n % 3, loader(n)) for n in range(12)], shape, 2, polish=2)
     assert most <= torch.get_num_threads() + 1
     assert len(live) == 12 * fit.passes
     assert fit.passes <= 8
