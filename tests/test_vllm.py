@@ -103,10 +103,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
 MODELS = {
     "llama": True,
     "mistral": False,
-    "qwen2": False,
     "qwen3": True,
     "llama-tied": True,
-    "granite": True,
     "phi3": True,
     "olmo2": True,
 }
