@@ -20,8 +20,10 @@ from adapt_convert.convert.calibration.activations import captured_inputs
 from adapt_convert.convert.calibration.whitened_lora import UNREACHED
 from adapt_convert.convert.families import BY_MODEL_TYPE
 from adapt_convert.convert.validation.outputs import Batch
+from adapt_convert.formats.errors import AdaptError
 
 MIXTURES = [name for name, family in BY_MODEL_TYPE.items() if family.experts]
+ROUTED = [name for name in MIXTURES if not name.startswith("llama4")]
 BIASES = "gate_up_proj_bias,down_proj_bias"
 
 
@@ -47,7 +49,7 @@ class Products(TorchFunctionMode):
 
 
 def stack_of(model: Any, name: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    experts = model.model.layers[layer].mlp.experts
+    experts = model.model.layers[layer].get_submodule(BY_MODEL_TYPE[name].experts.stacked)
     return experts.gate_up_proj, experts.down_proj
 
 
@@ -56,13 +58,13 @@ def names_of(name: str, layer: int, number: int) -> tuple[list[str], str]:
     experts = BY_MODEL_TYPE[name].experts
     assert experts is not None
     if experts.modules is None:
-        path = f"model.layers.{layer}.mlp.experts.{number}"
+        path = f"model.layers.{layer}.{experts.stacked}.{number}"
         return [f"{path}.gate_up_proj"], f"{path}.down_proj"
     path = experts.path.format(layer, number)
     return [f"{path}.{module}" for module in experts.modules[:2]], f"{path}.{experts.modules[2]}"
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ROUTED)
 @torch.no_grad()
 def test_what_each_expert_reads_is_what_transformers_multiplies(name: str) -> None:
     torch.manual_seed(0)
@@ -93,6 +95,13 @@ def test_what_each_expert_reads_is_what_transformers_multiplies(name: str) -> No
             torch.testing.assert_close(x.T @ x, given.T @ given)
         else:
             assert len(x) == 0
+
+
+def test_experts_that_show_no_routing_are_one_line() -> None:
+    model_class, config = tiny("llama4_text")
+    batch = Batch({"input_ids": torch.tensor([[3, 4, 5]])}, None, None)
+    with pytest.raises(AdaptError, match="shows no routing"):
+        list(captured_inputs(model_class(config).eval(), ["model.layers.1.feed_forward.experts.0.down_proj"], [batch], torch.device("cpu")))
 
 
 @pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])

@@ -42,6 +42,16 @@ def live_module(model: nn.Module, name: str) -> nn.Module:
         raise AdaptError(f"{name}: is no module of the model as transformers builds it; leave it out with --exclude") from None
 
 
+def experts_module(model: nn.Module, owner: str) -> nn.Module:
+    """The module that runs all experts of a layer. Raises `AdaptError` for one that is not told which of them each token is sent to."""
+    module = innermost(live_module(model, owner))
+    if not hasattr(module, "_apply_gate"):  # of all that transformers runs by positions and numbers of experts
+        raise AdaptError(
+            f"--calib: {owner} runs all experts on all tokens and shows no routing; convert without --calib, or exclude the experts"
+        )
+    return module
+
+
 def seats_of(model: Any, modules: Iterable[str]) -> dict[str, Seat]:
     """The seats of those of the modules that are experts of the live model."""
     config = getattr(model, "config", None)
@@ -82,7 +92,7 @@ def captured_inputs(model: Any, modules: Sequence[str], batches: Iterable[Batch]
     handles = [live_module(model, name).register_forward_pre_hook(hook(name)) for name in modules if name not in seats]
     for owner in dict.fromkeys(seat.owner for seat in seats.values()):
         own = {name: seat for name, seat in seats.items() if seat.owner == owner}
-        handles.append(innermost(live_module(model, owner)).register_forward_pre_hook(experts_hook(own), with_kwargs=True))
+        handles.append(experts_module(model, owner).register_forward_pre_hook(experts_hook(own), with_kwargs=True))
     try:
         for batch in batches:
             held, left = {}, set(modules)
