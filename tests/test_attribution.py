@@ -51,7 +51,7 @@ def test_shares_of_every_kind_sum_to_the_measured_kl(pairs: Any, tmp_path: Path,
     candidates += [adapter("score", to="latte", rank=4, construction="score")] if name in SCORE else []
     for row in run(pair, *candidates).candidates:
         found = row.attribution
-        # The changes of these random models are large, and T5 does not scale its scores: that leaves the quadrature 1 % at most, or 0.002 nats.
+        # The changes of these random models are large, and T5 does not scale its scores: that leaves 1 % at most, or 0.002 nats.
         rel, tolerance = (1e-2, 2e-3) if name == "t5" else (2e-3, 1e-3)
         assert found.total == pytest.approx(found.measured, rel=rel, abs=tolerance), row.contender.path
         details = row.to_json()["details"]

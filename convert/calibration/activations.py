@@ -44,7 +44,7 @@ def live_module(model: nn.Module, name: str) -> nn.Module:
 
 def experts_module(model: nn.Module, owner: str) -> nn.Module:
     """The module that runs all experts of a layer. Raises `AdaptError` for one that is not told which of them each token is sent to."""
-    module = innermost(live_module(model, owner))
+    module: nn.Module = innermost(live_module(model, owner))
     if not hasattr(module, "_apply_gate"):  # of all that transformers runs by positions and numbers of experts
         raise AdaptError(
             f"--calib: {owner} runs all experts on all tokens and shows no routing; convert without --calib, or exclude the experts"
