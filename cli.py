@@ -225,13 +225,13 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
     from adapt_convert.convert.bundle import foresee_bundles
     from adapt_convert.formats.atomic import check_destination
 
+    directory = output or Path(f"bundle-of-{len(sources)}-{options['to']}")
+    check_destination(directory, overwrite, (base, *sources))
     if dry_run:
         with progress(quiet=as_json) as track:
             rows = list(foresee_bundles(base, sources, progress=track, **options))
         emit({"candidates": rows}, True) if as_json else print_bundles(rows)
         return
-    directory = output or Path(f"bundle-of-{len(sources)}-{options['to']}")
-    check_destination(directory, overwrite, (base, *sources))
     with progress(quiet=as_json) as track:
         conversion = make_bundle(base, sources, progress=track, **options)
         conversion.save(directory, overwrite)

@@ -77,11 +77,7 @@ _CALIBRATION = [
 ]
 
 
-def conversion_options(
-    command: Callable[..., Any],
-    to: str = "lora",
-    targets: str = TARGETS_TEXT,
-) -> Callable[..., Any]:
+def conversion_options(command: Callable[..., Any], to: str = "lora", targets: str = TARGETS_TEXT) -> Callable[..., Any]:
     """The options that decide what a conversion does, shared by `delta`, `inspect` and `bundle`; `to` is the usual target of `targets`."""
     options = [
         click.option("--to", metavar="TARGET", default=to, show_default=True, help=targets),

@@ -183,7 +183,7 @@ def print_bundles(rows: list[dict[str, Any]]) -> None:
 
     table = Table("options", "size", "for each", *rows[0]["tasks"], title="captured energy of each adapter, in one bundle of all")
     for row in rows:
-        shares = [f"{share:.2%}" for share in row["tasks"].values()]
+        shares = ["-" if share is None else f"{share:.2%}" for share in row["tasks"].values()]
         table.add_row(row["options"], size_text(row["bytes"]), size_text(row["bytes"] // len(shares)), *shares)
     console().print(table)
 

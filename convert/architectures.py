@@ -1,4 +1,4 @@
-"""Questions about a model's architecture, answered from the table in `families.py`, or by its names where it is not listed there."""
+"""Questions about a model's architecture, answered from the table of `families.py`, or by its names where it is not listed there."""
 
 from __future__ import annotations
 

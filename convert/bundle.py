@@ -15,7 +15,7 @@ from adapt_convert.convert.shared_lora.bundle import bundle_loras
 from adapt_convert.formats.safetensors_file import safetensors_size
 
 _FIRST_RANK, _LAST_RANK = 4, 128
-_EXACT = 1 - 1e-6  # captured energy of an adapter that a larger rank has nothing to add to
+_WHOLE = 1 - 1e-4  # captured energy of an adapter that a larger rank has nothing to add to: what rounding to bfloat16 leaves is less
 
 
 def bundle(
@@ -37,9 +37,9 @@ def foresee_bundles(
 
     Ranks are doubled until every adapter is held whole. Each is solved for as `bundle` does it, since a basis of one rank does not follow
     from that of another. A row has `options`, `bytes` and `bytes_exact` of the weights, `captured_energy` of all adapters together, and
-    that of each under `tasks`. Raises `AdaptError`.
+    that of each under `tasks`, None of one that changes nothing. Raises `AdaptError`.
     """
-    given = {name: options[name] for name in ("rank", "energy") if options.get(name) is not None}
+    given = {name: options[name] for name in ("rank", "energy", "budget", "target_kl") if options.get(name) is not None}
     rank = _FIRST_RANK
     while True:
         made = bundle(base, sources, to=to, progress=progress, **(options if given else options | {"rank": rank}))
@@ -53,6 +53,6 @@ def foresee_bundles(
             "tasks": made.report["tasks"],
         }
         most = min(_LAST_RANK, largest_rank(made.plan, Options(to="latte" if to == "latte" else "lora")))
-        if given or rank >= most or min(made.report["tasks"].values()) > _EXACT:
+        if given or rank >= most or all(share is None or share > _WHOLE for share in made.report["tasks"].values()):
             return
         rank = min(2 * rank, most)

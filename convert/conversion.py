@@ -103,6 +103,7 @@ def convert(
     opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
     plan = make_plan(opened_base, opened_source, chosen)
     require_factors(plan, opened_base, chosen)
+    budget = chosen.budget
     plan, chosen = settle_budget(plan, opened_base, opened_source, chosen)
     on_plan(plan, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
@@ -127,10 +128,10 @@ def convert(
         adapter.base_revision = opened_base.location.revision
     adapter.task_type = task_type(plan)
     report = build_report(opened_base, opened_source, chosen, records, plan.missing)
-    if isinstance(adapter, LatteAdapter):
-        report["latte"] = adapter.details
-    if isinstance(adapter, LodaAdapter):
-        report["loda"] = adapter.details
+    if budget is not None:
+        report["budget"] = budget
+    if isinstance(adapter, LatteAdapter | LodaAdapter):
+        report["latte" if isinstance(adapter, LatteAdapter) else "loda"] = adapter.details
     if calibration:
         report["calibration"] = calibration
     if isinstance(adapter, LoraAdapter) and (consumer := consumer_of(opened_base, chosen)):

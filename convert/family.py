@@ -1,4 +1,4 @@
-"""What the architecture table says of a model family, as data types; the entries are in `families.py`."""
+"""What the architecture table says of a model family, as data types; the entries are in `table/`."""
 
 from __future__ import annotations
 

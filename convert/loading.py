@@ -6,12 +6,13 @@ Checkpoints keep the names of their first release; where the model class has oth
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from typing import Any
 
 
 @functools.cache
 def _conversions(model_type: str) -> tuple[list[Any], list[Any]]:
-    """Renamings, and conversions that join or cut tensors. None of either without transformers: nothing runs the adapter then."""
+    """Renamings, and conversions that join or cut tensors. None of either without transformers."""
     try:
         from transformers import conversion_mapping, core_model_loading
     except ImportError:
@@ -22,6 +23,11 @@ def _conversions(model_type: str) -> tuple[list[Any], list[Any]]:
         [entry for entry in found if isinstance(entry, core_model_loading.WeightRenaming)],
         [entry for entry in found if isinstance(entry, core_model_loading.WeightConverter)],
     )
+
+
+def knows_loading() -> bool:
+    """Whether transformers is here to be asked."""
+    return find_spec("transformers") is not None
 
 
 def loaded_name(key: str, model_type: str) -> str | None:

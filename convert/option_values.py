@@ -16,14 +16,14 @@ _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib":
 
 def parse_size(text: str) -> int:
     """`20MB`, `1.5 GiB` or plain bytes, as a number of bytes. Raises `AdaptError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[kmg]i?)?b)?\s*", text.lower())
     size = float(match[1]) * _UNITS[match[2] or "b"] if match else math.inf
     if size >= 2**63:  # more than any file can have
         raise AdaptError(f"{reprlib.repr(text)} is not a size; write it like 20MB, 512KiB or 1.5GB")
     return int(size)
 
 
-def size_text(nbytes: int) -> str:
+def budget_name(nbytes: int) -> str:
     """A number of bytes as `parse_size` reads it, in the largest unit that divides it: `20MB`."""
     unit = next(unit for unit in ("gb", "mb", "kb", "b") if nbytes % _UNITS[unit] == 0)
     return f"{nbytes // _UNITS[unit]}{unit.upper()}"

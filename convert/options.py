@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapt_convert.convert.option_values import BUDGETS, PARSERS, size_text
+from adapt_convert.convert.option_values import BUDGETS, PARSERS, budget_name
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.loda_config import VARIANTS as LODA_VARIANTS
 from adapt_convert.formats.profiles import Profile, profile_named
@@ -222,7 +222,7 @@ class Options:
         assert self.budget is not None
         if isinstance(self.budget, float):
             return f"{100 * self.budget:g}pct"
-        return size_text(self.budget)
+        return budget_name(self.budget)
 
     def output_name(self, source: str) -> str:
         """How the output is named by default: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`."""

@@ -28,7 +28,7 @@ from adapt_convert.convert.consumers import consumer_of, restrict
 from adapt_convert.convert.experts import is_expert, is_router
 from adapt_convert.convert.family import ATTENTION_ROLES, FUSED, Family
 from adapt_convert.convert.latte.layout import check_latte
-from adapt_convert.convert.loading import why_lost
+from adapt_convert.convert.loading import knows_loading, why_lost
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.dtypes import FLOATS
@@ -353,6 +353,10 @@ def _notes(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
     notes, entries, missing = [], plan.entries, plan.missing
     if base.quantisation:
         notes.append(f"the base is quantised ({base.quantisation}): what its rounding took away is part of every change")
+    if plan.family is None and plan.config.get("model_type") and not knows_loading():
+        notes.append(
+            f"{plan.config['model_type']} is not listed: without transformers an adapter has the names of the files, even old ones"
+        )
     for entry in entries:
         copies = len(plan.aliases(entry.name)) + 1
         if options.to == "lora" and entry.action == "store" and entry.kind == "embedding" and copies > 1:

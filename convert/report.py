@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from adapt_convert.convert.architectures import is_embedding, is_head
@@ -89,7 +90,11 @@ def build_report(base: Checkpoint, source: Source, options: Options, records: It
         "device": str(options.torch_device()),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("adapt-convert", "torch", "safetensors")},
+            **{
+                name: version(name)
+                for name in ("adapt-convert", "torch", "safetensors", "transformers")
+                if find_spec(name.replace("-", "_"))
+            },
         },
         "inputs": {
             role: {

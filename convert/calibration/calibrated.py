@@ -102,7 +102,7 @@ def _solutions(work: Work, judge: Judge, options: Options) -> Iterator[tuple[str
         assert work.solver is not None
         adapter, records = work.solver(work.pairs, work.plan, options, work.stored, work.progress)
     if not any(record.status == "factored" and record.energy for record in records):
-        raise AdaptError(f"{work.pairs.source.origin}: none of the targeted matrices changed; there is nothing to factor")
+        raise AdaptError(f"{work.pairs.source.origin}: no targeted matrix changed; there is nothing to calibrate, convert without --calib")
     yield "data-free", adapter, records
     if options.to in VARIANTS:
         yield "fitted", *fitted

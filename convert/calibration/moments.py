@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapt_convert.convert.calibration.activations import captured_inputs, groups_within, live_module, seats_of
+from adapt_convert.convert.calibration.activations import captured_inputs, experts_module, groups_within, live_module, seats_of
 from adapt_convert.convert.calibration.cache import cache_path
-from adapt_convert.convert.calibration.expert_inputs import innermost, width_of
+from adapt_convert.convert.calibration.expert_inputs import width_of
 from adapt_convert.convert.calibration.texts import CalibrationText
 from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.pairs import Pairs
@@ -103,7 +103,7 @@ def _readable(directory: Path, index: Path) -> dict[str, str]:
 def _moment_bytes(stage: Stage, module: str) -> int:
     """What the second moments of a module's inputs take, `(in, in)` float32."""
     if seat := seats_of(stage.root, [module]).get(module):
-        return 4 * width_of(innermost(live_module(stage.root, seat.owner)), seat) ** 2
+        return 4 * width_of(experts_module(stage.root, seat.owner), seat) ** 2
     live: Any = live_module(stage.root, module)
     return 4 * int(live.weight.shape[0 if type(live).__name__ == "Conv1D" else -1]) ** 2
 
