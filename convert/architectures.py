@@ -13,7 +13,8 @@ from adapt_convert.convert.loading import loaded_name
 
 # A module of this last name is an embedding table, in known and unknown architectures alike.
 _EMBEDDING = re.compile(
-    r"(^|\.)(\w*embed(ding)?s?|embed_tokens|embed_positions|embed_in|wte|wpe|shared|relative_attention_bias)(_per_layer)?$"
+    r"(^|\.)((word_|position_|positions_|token_|tokens_|tok_|token_type_)?embed(ding)?s?|embed_tokens(_per_layer)?|embed_positions|embed_in"
+    r"|wte|wpe|shared|relative_attention_bias)$"
 )
 
 

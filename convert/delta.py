@@ -63,7 +63,8 @@ class DenseDelta:
 def difference(value: Tensor, before: Tensor) -> Tensor:
     """`value - before`, float32; rows beyond those of `before`, of added tokens or classes, count whole."""
     change = value.to(torch.float32, copy=True)
-    change[: len(before)] -= before
+    common = change[: len(before)] if before.ndim else change
+    common -= before
     return change
 
 

@@ -1,7 +1,7 @@
 """The architecture table: model families as data, one entry each, in `table/`.
 
 Adding a family is one entry there and one tiny model in `tests/families.py`. An architecture that is not listed still converts with
-`--to lora`, where every two-dimensional weight is a matrix of its own.
+`--to lora`, where every two-dimensional weight is a matrix of its own, but for those that PEFT might not take as one (preflight.py).
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ class _Parser:
         if inner == _TEXT:
             for _ in range(length):  # a vocabulary, of which nothing is wanted
                 (size,) = self.take("Q")
+                if size > len(self.content):
+                    raise ValueError
                 self.position += size
             self.take("0s")  # not beyond the end
         else:  # an array of arrays is a KeyError: no file has one

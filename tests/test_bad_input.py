@@ -286,6 +286,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "energy 0": (["--energy", "0"], 1, "--energy 0"),
     "energy 1.1": (["--energy", "1.1"], 1, "--energy 1.1"),
     "energy nan": (["--energy", "nan"], 1, "--energy nan"),
+    "budget of half a unit": (["--budget", "20ib"], 1, "'20ib' is not a size"),
     "budget text": (["--budget", "lots"], 1, "'lots' is not a size"),
     "budget 1": (["--budget", "1"], 1, "cheapest rank"),
     "two sizes": (["--rank", "2", "--energy", "0.5"], 1, "contradict"),

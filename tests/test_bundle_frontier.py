@@ -62,3 +62,18 @@ def test_a_given_rank_is_the_only_one_and_the_table_names_the_adapters(
     assert all(text in result.stdout for text in ("--to shared-lora --rank 6", "ft", "other", "for each"))
     assert result.stdout.count("--rank") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_the_base_has_nothing_to_hold(models: list[str], tmp_path: Path) -> None:
+    given = ["bundle", models[0], models[1], models[0], "--to", "shared-lora", "--rank", "6", "--dry-run", "-o", str(tmp_path / "none")]
+    result = CliRunner().invoke(main, given, env={"COLUMNS": "150"})
+    assert result.exit_code == 0, result.output
+    assert " - " in result.stdout
+
+
+def test_a_budget_for_a_bundle_is_refused_as_such(models: list[str], tmp_path: Path) -> None:
+    given = ["bundle", *models, "--to", "latte", "--budget", "1MB", "--dry-run", "-o", str(tmp_path / "none")]
+    result = CliRunner().invoke(main, given)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "--budget" in result.stderr
+    assert "contradict" not in result.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -165,6 +166,23 @@ def test_a_damaged_gguf_model_is_refused_in_one_line(pair: Pair, tmp_path: Path)
         done = CliRunner().invoke(main, ["inspect", str(path)])
         assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
         assert done.stderr.startswith(f"Error: {path}: is damaged or not a GGUF file")
+
+
+def test_a_vocabulary_of_impossible_sizes_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("output_norm.weight", np.ones(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content, key = path.read_bytes(), b"tokenizer.ggml.tokens"
+    size = content.index(key) + len(key) + 4 + 4 + 8  # behind the kinds and the number of texts
+    assert content[size : size + 9] == (1).to_bytes(8, "little") + b"a"
+    path.write_bytes(content[:size] + b"\xff" * 8 + content[size + 8 :])
+    done = CliRunner().invoke(main, ["inspect", str(path)])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
 
 
 def test_nothing_heavy_is_loaded(pair: Pair, tmp_path: Path) -> None:

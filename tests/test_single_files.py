@@ -166,7 +166,7 @@ def test_a_lora_of_pipelines_is_of_the_single_file_too(files: tuple[str, Files],
 def test_open_clip_is_named_as_lost(files: tuple[str, Files], tmp_path: Path) -> None:
     kind, made = files
     if kind == "SD 1":
-        return
+        pytest.skip("has no OpenCLIP")
     state = load_file(made.ft_file)
     fused = next(name for name in state if name.endswith("in_proj_weight"))
     save_file(state | {fused: 1.01 * state[fused]}, tmp_path / "ft.safetensors")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_convert.convert.delta import DenseDelta, LowRankDelta, residual_energy
+from adapt_convert.convert.delta import DenseDelta, LowRankDelta, difference, residual_energy
 from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
 
 
@@ -111,3 +111,9 @@ def test_any_shape_and_rank(rows: int, columns: int, rank: int, true_rank: int, 
     assert factors.B.isfinite().all()
     assert factors.A.isfinite().all()
     assert residual_energy(delta, factors) <= float(best[rank:].sum()) + 1e-5 * float(best.sum())
+
+
+def test_a_difference_of_scalars_and_of_grown_tables() -> None:
+    assert difference(torch.tensor(2.5, dtype=torch.bfloat16), torch.tensor(1.0)) == 1.5
+    grown = difference(torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0]]))
+    assert grown.tolist() == [[2.0], [4.0]]

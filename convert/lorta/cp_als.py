@@ -108,7 +108,9 @@ def _search(core: Core, pool: Model, most: int, generator: torch.Generator) -> t
 
     Searches start side by side from the pool that the last search left and from random terms.
     """
-    fresh = random_model(core, max(_SEARCHES, 4 * most) - len(pool[0]), 1, generator)
+    searches = max(_SEARCHES, 4 * most)
+    pool = [factor[: searches // 2] for factor in pool]
+    fresh = random_model(core, searches - len(pool[0]), 1, generator)
     model = [torch.cat(parts) for parts in zip(pool, fresh, strict=True)]
     for _ in range(_SEARCH_SWEEPS):
         model, losses = als_sweep(core, model)
