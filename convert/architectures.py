@@ -34,6 +34,13 @@ def is_mixture(config: Mapping[str, Any]) -> bool:
     return named or (isinstance(nested, dict) and is_mixture(nested))
 
 
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """Number of tokens that a model knows; None for one that reads no text."""
+    nested = config.get("text_config")
+    size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+    return int(size) if isinstance(size, int) else None
+
+
 def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Checkpoint key -> the name of that parameter in the model class that `config` names.
 

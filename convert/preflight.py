@@ -22,6 +22,7 @@ from adapt_convert.convert.architectures import (
     is_mixture,
     module_names,
     place_of,
+    vocabulary_of,
     without_prefix,
 )
 from adapt_convert.convert.consumers import consumer_of, restrict
@@ -298,13 +299,16 @@ class _Planner:
         """Whether a weight of an unlisted architecture could be an embedding under a name that is not known: PEFT ignores factors of
         a matrix for one in silence, and takes it whole in either case."""
         return (
-            part.kind == "replace" and part.shape[0] == _vocabulary(self.config) and not is_head(module) and not self.options.target_modules
+            part.kind == "replace"
+            and part.shape[0] == vocabulary_of(self.config)
+            and not is_head(module)
+            and not self.options.target_modules
         )
 
     def _shares_unknown_head(self, part: Part) -> bool:
         """Whether storing this embedding alone would leave a tied head of an unlisted architecture behind, in silence."""
         config = self.config
-        if not is_language_model(config) or part.shape[0] != _vocabulary(config) or not config.get("tie_word_embeddings", True):
+        if not is_language_model(config) or part.shape[0] != vocabulary_of(config) or not config.get("tie_word_embeddings", True):
             return False
         return not any(other.shape == part.shape and other.name != part.name for other in self.source.parts.values())
 
@@ -328,12 +332,6 @@ def _kind(part: Part, module: str, transposed: bool, convolutions: bool) -> Lite
     if not is_matrix or not floating or not part.name.endswith(".weight") or min(part.shape) == 0:
         return "other"
     return "embedding" if is_embedding(module) and len(part.shape) == 2 and not transposed else "matrix"
-
-
-def _vocabulary(config: Mapping[str, Any]) -> Any:
-    """The number of tokens, by `config.json`."""
-    nested = config.get("text_config")
-    return config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
 
 
 def _untargeted_reason(options: Options) -> str:

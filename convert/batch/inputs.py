@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adapt_convert.convert.architectures import vocabulary_of
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.state import Identity, JobState, files_of, settings_of
 from adapt_convert.convert.opening import open_source, refuse_latte
 from adapt_convert.convert.prediction import predict
 from adapt_convert.convert.preflight import make_plan, require_factors
 from adapt_convert.convert.rank_for_budget import settle_budget
-from adapt_convert.convert.validation.live_model import require_run_extra, vocabulary_of
+from adapt_convert.convert.validation.live_model import require_run_extra
 from adapt_convert.convert.validation.texts import has_tokenizer
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from adapt_convert.convert.architectures import vocabulary_of
 from adapt_convert.convert.calibration.sampling import control_rows, sample_text
 from adapt_convert.convert.calibration.texts import CalibrationText, read_text
 from adapt_convert.convert.options import SELF, Options
@@ -19,7 +20,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.candidates import Contender, Stage, check_configs, open_contender, staged
 from adapt_convert.convert.validation.fidelity import RowSums, Tally
-from adapt_convert.convert.validation.live_model import model_class_of, read_config, require_run_extra, task_of, vocabulary_of
+from adapt_convert.convert.validation.live_model import model_class_of, read_config, require_run_extra, task_of
 from adapt_convert.convert.validation.outputs import Batch, predict
 from adapt_convert.convert.validation.reference_outputs import ReferenceOutputs
 from adapt_convert.formats.errors import AdaptError

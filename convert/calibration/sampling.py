@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_convert.convert.architectures import vocabulary_of
 from adapt_convert.convert.calibration.teacher import divergence, targets_of
 from adapt_convert.convert.calibration.texts import ROW, CalibrationText, split
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.candidates import Stage
-from adapt_convert.convert.validation.live_model import Task, positions_of, vocabulary_of
+from adapt_convert.convert.validation.live_model import Task, positions_of
 from adapt_convert.convert.validation.outputs import Batch, make_batches, predict
 from adapt_convert.convert.validation.texts import Corpus
 from adapt_convert.formats.errors import AdaptError

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.lorta.cp_core import (
+    EXACT,
     TINY,
     Core,
     Model,
@@ -45,7 +46,6 @@ _PROBE_STEPS = 40  # Newton steps of that look
 _CLOSE = 0.1  # share of the energy left below which the fit goes on in float64
 _AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
 _NOISE = 0.5  # share of the energy left above which one start is enough
-_EXACT = 1e-13  # share of the energy below which nothing is left to fit
 
 
 def als_sweep(core: Core, model: Model) -> tuple[Model, Tensor]:
@@ -131,7 +131,7 @@ def greedy_model(core: Core, rank: int, generator: torch.Generator) -> Model:
     model = [factor.transpose(0, 1) for factor in pool]
     while (have := model[0].shape[1]) < rank:
         rest = residual_core(core, model) if have else core
-        if rest.energy <= _EXACT * core.energy:
+        if rest.energy <= EXACT * core.energy:
             return [torch.nn.functional.pad(factor, (0, 0, 0, rank - have)) for factor in model]
         terms, pool = _search(rest, pool, rank - have, generator)
         fit = fit_als(core, [torch.cat(parts, dim=1) for parts in zip(model, terms, strict=True)], _REFIT_SWEEPS, 0.0)
@@ -166,6 +166,6 @@ def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
             fits.append(refine(core, first))
         left = [fit.loss / (core.energy + TINY) for fit in fits]
         agreed = start > 0 and abs(left[-1] - min(left[:-1])) < _AGREED
-        if agreed or not _EXACT < left[-1] < _NOISE:
+        if agreed or not EXACT < left[-1] < _NOISE:
             break
     return min(fits, key=lambda fit: fit.loss)

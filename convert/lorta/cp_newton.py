@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.lorta.cp_core import (
+    EXACT,
     TINY,
     Core,
     Model,
@@ -30,7 +31,6 @@ from adapt_convert.convert.lorta.cp_core import (
 
 _CG_STEPS = 30
 _CG_TOLERANCE = 0.05  # inexact Newton: the direction need not be better than the model it minimises
-_EXACT = 1e-13  # share of the energy below which nothing is left to fit
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def fit_newton(core: Core, model: Model, iterations: int, tolerance: float) -> C
         if new < loss:
             gain, loss, model, rhs = loss - new, new, trial, trial_rhs
             mu, growth = mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), 2.0
-            if gain <= tolerance * loss or loss <= _EXACT * core.energy:
+            if gain <= tolerance * loss or loss <= EXACT * core.energy:
                 break
             system = _System(core, model)
             gradient = _gradient(core, model, rhs, system.normals)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_convert.convert.architectures import family_of, is_embedding
+from adapt_convert.convert.architectures import family_of, is_embedding, vocabulary_of
 from adapt_convert.convert.opening import open_pair
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import make_plan
-from adapt_convert.convert.validation.live_model import load_model, quiet, read_config, release, vocabulary_of
+from adapt_convert.convert.validation.live_model import load_model, quiet, read_config, release
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.diffusion import refuse_rerun
 from adapt_convert.formats.errors import AdaptError

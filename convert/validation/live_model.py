@@ -69,13 +69,6 @@ def task_of(model_class: Any, config: Mapping[str, Any]) -> Task:
     return next((task for suffix, task in _TASKS if name.endswith(suffix)), "features")
 
 
-def vocabulary_of(config: Mapping[str, Any]) -> int | None:
-    """Number of tokens that a model knows; None for one that reads no text."""
-    nested = config.get("text_config")
-    size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
-    return int(size) if isinstance(size, int) else None
-
-
 def positions_of(config: Mapping[str, Any]) -> int | None:
     """Number of tokens that a model reads at most; None where its configuration sets no limit."""
     limit = next((int(config[k]) for k in ("max_position_embeddings", "n_positions") if isinstance(config.get(k), int)), None)

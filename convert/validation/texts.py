@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.validation.live_model import Task, positions_of, quiet, vocabulary_of
+from adapt_convert.convert.architectures import vocabulary_of
+from adapt_convert.convert.validation.live_model import Task, positions_of, quiet
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from adapt_convert.convert.architectures import vocabulary_of
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.validation.adapter_weights import Holdings, changes_of, measure_weights
@@ -27,7 +28,6 @@ from adapt_convert.convert.validation.live_model import (
     read_config,
     require_run_extra,
     task_of,
-    vocabulary_of,
 )
 from adapt_convert.convert.validation.outputs import continue_greedily, longest, make_batches, predict
 from adapt_convert.convert.validation.probe import PREDICTIONS, ProbeErrors, compare_probe, keep_probe, probe_batch, probe_modules
