@@ -11,10 +11,11 @@ from adapt_convert.convert.families import BY_MODEL_TYPE
 from adapt_convert.convert.family import Family
 from adapt_convert.convert.loading import loaded_name
 
-# A module of this last name is an embedding table, in known and unknown architectures alike.
+# A module of this last name is an embedding table, in known and unknown architectures alike; linear layers of vision models are called
+# `decoder_embed`, `class_embed`, `patch_embedding` and so on.
 _EMBEDDING = re.compile(
-    r"(^|\.)((word_|position_|positions_|token_|tokens_|tok_|token_type_)?embed(ding)?s?|embed_tokens(_per_layer)?|embed_positions|embed_in"
-    r"|wte|wpe|shared|relative_attention_bias)$"
+    r"(^|\.)((?!(class|bbox|patch|decoder)_)\w*embed(ding)?s?|embed_tokens|embed_positions|embed_in|wte|wpe|shared|relative_attention_bias)"
+    r"(_per_layer)?$"
 )
 
 
