@@ -75,15 +75,21 @@ class Seat:
     number: int | None
 
     @property
+    def stack(self) -> str:
+        return f"{self.owner}.{self.parameter}"
+
+    @property
     def is_down(self) -> bool:
         return self.parameter.startswith("down_proj")
 
 
 def seat_of(module: str, family: Family | None) -> Seat | None:
     """The seat of a module as `split_stacks` names it; None of one that is no expert's."""
-    if family is None or family.experts is None:
-        return None
-    experts = family.experts
+    return seat_among(module, family.experts) if family and family.experts else None
+
+
+def seat_among(module: str, experts: Experts) -> Seat | None:
+    """The same of a family with these experts."""
     if experts.modules is None:
         found = re.fullmatch(stack_pattern(experts), module)
         return Seat(found["owner"], found["parameter"], int(found["number"]) if found["number"] else None) if found else None
@@ -104,8 +110,7 @@ def stored_together(module: str, family: Family | None) -> tuple[str, str] | Non
         return None
     assert family is not None
     assert family.experts is not None
-    stack = f"{seat.owner}.{seat.parameter}"
-    return ("experts", seat.parameter) if family.experts.modules else (stack, stack)
+    return ("experts", seat.parameter) if family.experts.modules else (seat.stack, seat.stack)
 
 
 def expert_pattern(experts: Experts) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.delta import LowRankDelta
-from adapt_convert.convert.experts import expert_pattern, parts_of_stack, stack_pattern
+from adapt_convert.convert.experts import expert_pattern, parts_of_stack, seat_among, stack_pattern
 from adapt_convert.convert.family import Experts
 from adapt_convert.formats.checkpoint import TensorStore
 from adapt_convert.formats.source import Part
@@ -117,10 +117,9 @@ def expert_targets(ranks: Mapping[str, int], stacks: Mapping[str, int], experts:
     parameters = {f"{module}.weight": ranks[module] for module in shadowed}
     names = tuple(sorted(set(found.values())))
     if experts.by_parameter and rank:
-        for module, name in found.items():
-            stack = re.sub(r"(layers\.\d+)\..*", rf"\1.{experts.stacked}", module)
-            down = name == experts.modules[2]
-            parameters[f"{stack}.{'down_proj' if down else 'gate_up_proj'}"] = rank if down else 2 * rank
+        for seat in (seat_among(module, experts) for module in found):
+            assert seat is not None
+            parameters[seat.stack] = rank if seat.is_down else 2 * rank
         names = ()
     return Targets({module: r for module, r in ranks.items() if module not in found and module not in shadowed}, parameters, rank, names)
 

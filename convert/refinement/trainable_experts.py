@@ -60,7 +60,7 @@ def part_of_stack(root: nn.Module, module: str, family: Family | None, adapter_n
     fused = family.experts.modules is not None and not seat.is_down
     part = (family.experts.modules or ()).index(module.rpartition(".")[2]) if fused else 0
     A, B = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
-    found = ExpertPart(f"{seat.owner}.{seat.parameter}", A, B, wrapper.num_experts, seat.number or 0, part, 2 if fused else 1)
+    found = ExpertPart(seat.stack, A, B, wrapper.num_experts, seat.number or 0, part, 2 if fused else 1)
     expected = LowRankDelta(factors.B.float(), factors.A.float()).dense()
     if not torch.allclose(found.read().dense().cpu(), expected, atol=_AGREE * float(expected.abs().max())):
         raise AdaptError(
