@@ -25,11 +25,12 @@ def groups_within(items: Iterable[Item], size: Callable[[Item], int], limit: int
     """The items in order, as many together as have at most `limit` bytes between them; one that alone has more stands alone."""
     group, held = list[Item](), 0
     for item in items:
-        if group and held + size(item) > limit:
+        own = size(item)
+        if group and held + own > limit:
             yield group
             group, held = [], 0
         group.append(item)
-        held += size(item)
+        held += own
     if group:
         yield group
 

@@ -23,6 +23,7 @@ from adapt_convert.convert.calibration.activations import captured_inputs, exper
 from adapt_convert.convert.calibration.cache import cache_path
 from adapt_convert.convert.calibration.expert_inputs import width_of
 from adapt_convert.convert.calibration.texts import CalibrationText
+from adapt_convert.convert.experts import Seat
 from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.progress import Progress
@@ -81,7 +82,7 @@ def moments_of(
     missing = [module for module in (*modules, *norms) if module not in files]
     if missing:
         stage.show(stage.fine_tune)
-    for group in groups_within(missing, functools.partial(_moment_bytes, stage), _AT_A_TIME):
+    for group in groups_within(missing, functools.partial(_moment_bytes, stage, seats_of(stage.root, missing)), _AT_A_TIME):
         files |= _summed(stage, group, norms, text, progress, directory)
         fresh = index.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(files, indent=1), encoding="utf-8")
@@ -100,9 +101,9 @@ def _readable(directory: Path, index: Path) -> dict[str, str]:
     return dict(files)
 
 
-def _moment_bytes(stage: Stage, module: str) -> int:
-    """What the second moments of a module's inputs take, `(in, in)` float32."""
-    if seat := seats_of(stage.root, [module]).get(module):
+def _moment_bytes(stage: Stage, seats: Mapping[str, Seat], module: str) -> int:
+    """What the second moments of a module's inputs take, `(in, in)` float32; `seats` are those of the experts among the modules."""
+    if seat := seats.get(module):
         return 4 * width_of(experts_module(stage.root, seat.owner), seat) ** 2
     live: Any = live_module(stage.root, module)
     return 4 * int(live.weight.shape[0 if type(live).__name__ == "Conv1D" else -1]) ** 2
