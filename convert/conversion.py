@@ -115,10 +115,7 @@ def convert(
     else:
         adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS.get(chosen.to), progress), chosen)
     records += solved
-    if not any(record.energy for record in records):
-        raise AdaptError(f"{opened_source.origin} equals {opened_base.origin}: no tensor changed, nothing to convert")
-    if not any(record.status == "factored" and record.energy for record in records):
-        _require_new_tensors(records, opened_source, chosen)
+    _require_change(records, opened_base, opened_source, chosen)
     if chosen.strict:
         refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
     order = {entry.name: position for position, entry in enumerate(plan.entries)}
@@ -141,8 +138,12 @@ def convert(
     return Conversion(adapter, opened_base, plan, records, report, started)
 
 
-def _require_new_tensors(records: list[Record], source: Source, options: Options) -> None:
+def _require_change(records: list[Record], base: Checkpoint, source: Source, options: Options) -> None:
     """Raise `AdaptError` when no matrix changed, unless a LoRA stores what the base lacks: added tokens, a new head."""
+    if not any(record.energy for record in records):
+        raise AdaptError(f"{source.origin} equals {base.origin}: no tensor changed, nothing to convert")
+    if any(record.status == "factored" and record.energy for record in records):
+        return
     has_new = any(record.status == "exact" and (record.entry.rows_added or record.entry.base_key is None) for record in records)
     if options.to == "lora" and has_new:
         return
