@@ -179,7 +179,7 @@ def _forms(adapter: _Adapter, profile: Profile, remedy: str) -> Iterator[Finding
     if profile.name != "peft":
         yield from _variants(config, profile, remedy)
     targets = config.get("target_modules")
-    if profile.name == "sglang" and isinstance(targets, str) and targets not in ("all", "all-linear"):
+    if profile.lists_targets and isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Finding("refused", f"{title} takes target_modules as a list, and it is the expression {targets!r}", remedy)
     for module in adapter.halves[:1]:
         yield Finding("refused", f"{module} has only one half of its factor pair{_more(list(adapter.halves))}", "write the adapter again")

@@ -42,6 +42,7 @@ class Profile:
     - `stacked_types`: the `model_type`s in which it takes the factors of a whole stack of experts (PEFT's `target_parameters`).
     - `refuses`: settings of the config that it refuses; of those that change what an adapter does it runs any other without a word.
       `starts`: the `init_lora_weights` that it takes, None for all. `required`: what the config has to say.
+      `lists_targets`: its `target_modules` have to be a list, and no expression.
     - `serve`: how to start it, with `{rank}` for the rank and `{size}` for the smallest of `ranks` that holds it.
     """
 
@@ -70,6 +71,7 @@ class Profile:
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Literal["any", "kinds", "each"] = "any"
     every_layer: bool = False
+    lists_targets: bool = False
     stacked_types: tuple[str, ...] = ()
     refuses: tuple[str, ...] = ()
     starts: tuple[str, ...] | None = None
@@ -165,6 +167,7 @@ PROFILES: dict[str, Profile] = {
             "peft",
             PEFT_WEIGHTS,
             _PEFT_KEYS,
+            lists_targets=True,
             scale="r",  # srt/lora/lora.py: scaling = lora_alpha / r
             equal_ranks=True,
             modules=(
