@@ -23,10 +23,8 @@ _SLOT = re.compile(r"^(?P<module>.*)\.(?P<slot>lora_A\.weight|lora_B\.weight|lor
 _DORA, _BIAS = re.compile(r"\.lora_magnitude_vector(\.weight)?$"), re.compile(r"\.(lora_B|base_layer)\.bias$")
 _TOKENS = re.compile(r"\.(token_adapter\.|trainable_tokens)")
 _TABLES = ("lm_head", "embed_tokens")
-_EXPERTS = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("w1", "w3", "w2"),
-)  # gate, up and down: what experts' matrices are called where they lie one by one
+# What gate, up and down are called where experts lie one by one.
+_EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _TABLE = re.compile(r"\.base_layer\.weight$")  # PEFT puts the base's own table beside a LoRA of it, and every consumer skips it
 
 
