@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, Commands, conversion_options, path_option
+from adapt_convert.options_cli import BASE_REVISION, JSON, OUT, OVERWRITE, REVISION, Commands, conversion_options, importing, path_option
 from adapt_convert.plan_cli import plan
 from adapt_convert.terminal import (
     batch_table,
@@ -81,7 +81,8 @@ def delta(
     Example:
       adapt-convert delta ./base ./ft --to lorta --rank 16
     """
-    from adapt_convert.convert.conversion import convert, default_name
+    with importing():
+        from adapt_convert.convert.conversion import convert, default_name
     from adapt_convert.convert.inspection import inspect as inspect_paths
     from adapt_convert.convert.options import Options
     from adapt_convert.formats.atomic import check_destination

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_convert.convert.calibration.calibrated import calibrated
-from adapt_convert.convert.calibration.work import Work
 from adapt_convert.convert.consumers import consumer_of, share_left_out
 from adapt_convert.convert.fitting import fit
 from adapt_convert.convert.latte.solver import solve_latte
@@ -113,6 +111,9 @@ def convert(
     if chosen.calib is None:
         adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     else:
+        from adapt_convert.convert.calibration.calibrated import calibrated
+        from adapt_convert.convert.calibration.work import Work
+
         adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS.get(chosen.to), progress), chosen)
     records += solved
     _require_change(records, opened_base, opened_source, chosen)

@@ -12,12 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROUGH_SHARE = 0.999  # of a change's energy: where more is captured, what rounding to bfloat16 moves, a millionth of it, counts
+
 
 @dataclass(frozen=True)
 class DenseDelta:
-    """A change held as a full matrix: `weight` is `(out, in)`, float32."""
+    """A change held as a full matrix: `weight` is `(out, in)`, float32.
+
+    `spare` is bfloat16 memory of that many numbers which `rough` may write to: fresh memory costs more time than what it saves.
+    """
 
     weight: Tensor
+    spare: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,6 +49,14 @@ class DenseDelta:
         """`D.T @ x` for `x (out, k)`, float32."""
         return _transposed_times(self.weight, x) if self.weight.is_contiguous() else _times(self.weight.T, x)
 
+    def rough(self) -> DenseDelta | RoughDelta:
+        """The same for products that only look for directions: in bfloat16 where the processor multiplies that faster."""
+        if not _multiplies_bfloat16(self.weight.device):
+            return self
+        if self.spare is None or not self.weight.is_contiguous():
+            return RoughDelta(self.weight.bfloat16())
+        return RoughDelta(self.spare.view(self.shape).copy_(self.weight))
+
     def energy(self) -> float:
         """`||D||_F^2`: row norms in float32, their squares summed in float64. Computed once, however often it is asked for."""
         return self._energy
@@ -58,6 +72,31 @@ class DenseDelta:
 
     def to(self, device: torch.device) -> DenseDelta:
         return DenseDelta(self.weight.to(device))
+
+
+@dataclass(frozen=True)
+class RoughDelta:
+    """A dense delta rounded to bfloat16: `weight` is `(out, in)`. Each entry and each product is off by up to 2^-9 of itself.
+
+    Of a change between bfloat16 checkpoints hardly an entry is rounded at all: most of them are a few units in the last place.
+    """
+
+    weight: Tensor
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`D @ x` for `x (in, k)`, float32 in and out."""
+        return (x.T.bfloat16() @ self.weight.T).T.float()
+
+    def rmatmul(self, x: Tensor) -> Tensor:
+        """`D.T @ x` for `x (out, k)`, float32 in and out."""
+        return (x.T.bfloat16() @ self.weight).T.float()
+
+
+@functools.cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for it; elsewhere such products are emulated, and slower than those in float32."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def difference(value: Tensor, before: Tensor) -> Tensor:
@@ -102,6 +141,10 @@ class LowRankDelta:
     def rmatmul(self, x: Tensor) -> Tensor:
         """`D.T @ x` for `x (out, k)`, float32."""
         return self.A.T @ (self.B.T @ x)
+
+    def rough(self) -> LowRankDelta:
+        """Itself: its products are cheap."""
+        return self
 
     def energy(self) -> float:
         """`||B A||_F^2 = <B^T B, A A^T>`, in float64, without the product."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.pieces import Piece, Pieces
 from adapt_convert.convert.preflight import Entry
-from adapt_convert.convert.side_by_side import side_by_side
+from adapt_convert.convert.side_by_side import DELTA_BYTES, side_by_side
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.source import Source
@@ -27,17 +27,17 @@ _KEPT = 2**27  # elements of the largest buffer that a thread keeps
 
 
 class _Scratch(threading.local):
-    """One float32 buffer per thread: fresh memory costs more time, page by page, than the difference that goes there."""
+    """One buffer per thread and dtype: fresh memory costs more time, page by page, than the difference that goes there."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def take(self, count: int) -> Tensor:
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
         if count > _KEPT:
-            return torch.empty(count)
-        if len(self._buffer) < count:
-            self._buffer = torch.empty(count)
-        return self._buffer[:count]
+            return torch.empty(count, dtype=dtype)
+        if dtype not in self._buffers or len(self._buffers[dtype]) < count:
+            self._buffers[dtype] = torch.empty(count, dtype=dtype)
+        return self._buffers[dtype][:count]
 
 
 class Pairs:
@@ -72,7 +72,7 @@ class Pairs:
 
     def each(self, entries: Iterable[Entry], work: Callable[[Entry, Delta], Result]) -> Iterator[tuple[Entry, Result]]:
         """`work(entry, change)` of every matrix, in order but several at a time; the change is gone when `work` returns."""
-        return side_by_side(entries, _float32_bytes, self.passing_delta, work, self.device)
+        return side_by_side(entries, _delta_bytes, self.passing_delta, work, self.device)
 
     def deltas(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, Delta]]:
         """Each matrix's change, one after the other; it is gone when the next is asked for."""
@@ -81,22 +81,23 @@ class Pairs:
 
     def delta(self, entry: Entry) -> Delta:
         """One matrix's change, `(out, in)` float32, on the device of the conversion."""
-        return self._delta(entry, torch.empty)
+        return self._delta(entry, lambda count, dtype: torch.empty(count, dtype=dtype))
 
     def passing_delta(self, entry: Entry) -> Delta:
         """The same, in memory that the next call from the same thread overwrites."""
         return self._delta(entry, self._scratch.take)
 
-    def _delta(self, entry: Entry, allocate: Callable[[int], Tensor]) -> Delta:
+    def _delta(self, entry: Entry, allocate: Callable[[int, torch.dtype], Tensor]) -> Delta:
         if entry.part.kind == "low_rank":
             delta: Delta = self._low_rank(entry).to(self.device)
         else:
             assert entry.base_key
             shape = self.base.infos[entry.base_key].shape
-            difference = allocate(math.prod(shape))
+            difference = allocate(math.prod(shape), torch.float32)
             self._subtract(entry, difference)
             stored = difference.view(shape[0], -1).to(self.device)  # of a convolution: (out, in * kh * kw)
-            delta = DenseDelta(stored.T.contiguous() if entry.transposed else stored)
+            spare = allocate(math.prod(shape), torch.bfloat16)  # takes no memory until it is written to
+            delta = DenseDelta(stored.T.contiguous() if entry.transposed else stored, spare)
         self._check_finite(entry, delta.energy())
         return delta
 
@@ -196,8 +197,8 @@ class Pairs:
         return new.float() if entry.part.kind == "add" or old is None else new.float() - old.float()
 
 
-def _float32_bytes(entry: Entry) -> int:
-    return 4 * math.prod(entry.part.shape)
+def _delta_bytes(entry: Entry) -> int:
+    return DELTA_BYTES * math.prod(entry.part.shape)
 
 
 def _energy(new: Tensor, old: Tensor | None = None) -> float:

@@ -9,7 +9,7 @@ from adapt_convert.convert.architectures import heads_of
 from adapt_convert.convert.loda.replaced import is_replaced
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
-from adapt_convert.convert.side_by_side import IN_FLIGHT
+from adapt_convert.convert.side_by_side import DELTA_BYTES, IN_FLIGHT
 from adapt_convert.formats.dtypes import bits_of
 from adapt_convert.formats.loda_config import VARIANTS
 from adapt_convert.formats.source import Source
@@ -75,8 +75,8 @@ def _stored_bytes(entry: Entry, plan: Plan, options: Options) -> int:
 
 
 def _in_work(plan: Plan) -> int:
-    """The float32 differences that are held at a time: one per thread, and one for the disk."""
-    sizes = sorted((4 * math.prod(entry.part.shape) for entry in plan.having("factor")), reverse=True)
+    """The differences that are held at a time: one per thread, and one for the disk."""
+    sizes = sorted((DELTA_BYTES * math.prod(entry.part.shape) for entry in plan.having("factor")), reverse=True)
     return max(min(IN_FLIGHT, sum(sizes[: _threads() + 1])), *sizes[:1], 0)
 
 

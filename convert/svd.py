@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.delta import ROUGH_SHARE, Delta, DenseDelta, LowRankDelta, RoughDelta
 
 _OVERSAMPLING = 16  # extra columns of a Krylov block beyond the wanted rank: one step of a wider block costs less than a further step
 _TOLERANCE = 1e-5  # share of captured energy that one more Krylov step may still be expected to add
@@ -61,7 +61,7 @@ def factorise(delta: Delta, rank: int, generator: torch.Generator) -> Factorisat
     # Three Krylov steps are the least that settle; a basis of that width must stay well below the matrix itself.
     if 3 * block > _DENSE_SHARE * small:
         return _from_gram(delta, rank)
-    return _from_krylov(delta, rank, block, generator) or _from_gram(delta, rank)
+    return _from_krylov(delta, delta.rough(), rank, block, generator) or _from_gram(delta, rank)
 
 
 def factorise_for_energy(delta: Delta, share: float, generator: torch.Generator) -> tuple[Factorisation, int]:
@@ -101,33 +101,42 @@ def _from_gram(delta: DenseDelta, rank: int) -> Factorisation:
     return _finish(vectors * values, (right / values.clamp_min(1e-300)).T, values, delta.energy())
 
 
-def _from_krylov(delta: DenseDelta, rank: int, block: int, generator: torch.Generator) -> Factorisation | None:
+def _from_krylov(
+    delta: DenseDelta, products: DenseDelta | RoughDelta, rank: int, block: int, generator: torch.Generator
+) -> Factorisation | None:
     """Block Golub-Kahan-Lanczos with full reorthogonalisation; None when it does not settle in a narrow basis.
 
     Every step appends an orthonormal block to the basis V of the row space and keeps P = D V; the eigenvectors of the small
     P^T P are the best approximations within V (Rayleigh-Ritz) and its leading eigenvalues the energy captured so far, which
-    only grows. Its gain shrinks by a nearly constant factor, which bounds what further steps can add.
+    only grows. Its gain shrinks by a nearly constant factor, which bounds what further steps can add. `products` stands for
+    `delta` in all products but that of the result.
     """
     start = torch.randn(delta.shape[0], block, generator=generator).to(delta.weight.device)
-    basis = _orthonormal(delta.rmatmul(start))
-    image = delta.matmul(basis)
+    basis = _orthonormal(products.rmatmul(start))
+    image = products.matmul(basis)
     gram = image.T @ image
     captured, gain = 0.0, math.inf
     while True:
         previous, captured = captured, float(torch.linalg.eigvalsh(gram.double())[-rank:].sum())
+        if products is not delta and captured > ROUGH_SHARE * delta.energy():
+            return _from_krylov(delta, delta, rank, block, generator)
         last, gain = gain, captured - previous
         ratio = min(gain / last, 0.9) if 0 < last < math.inf else 1.0
         if captured == 0 or (ratio < 1 and gain < 0.01 * captured and gain * ratio / (1 - ratio) <= _TOLERANCE * captured):
-            return _from_ritz(basis, image, rank, delta.energy())
+            break
         if basis.shape[1] + block > _DENSE_SHARE * min(delta.shape):
             return None
-        fresh = delta.rmatmul(_orthonormal(image[:, -block:]))
+        fresh = products.rmatmul(_orthonormal(image[:, -block:]))
         for _ in range(2):  # once is not enough in float32
             fresh = _orthonormal(fresh - basis @ (basis.T @ fresh))
-        fresh_image = delta.matmul(fresh)
+        fresh_image = products.matmul(fresh)
         cross = image.T @ fresh_image
         gram = torch.cat([torch.cat([gram, cross], dim=1), torch.cat([cross.T, fresh_image.T @ fresh_image], dim=1)])
-        basis, image = torch.cat([basis, fresh], dim=1), torch.cat([image, fresh_image], dim=1)
+        basis, image = _beside(basis, fresh), _beside(image, fresh_image)
+    if products is not delta:
+        basis = basis @ torch.linalg.eigh(gram.double()).eigenvectors[:, -rank:].float()
+        image = delta.matmul(basis)
+    return _from_ritz(basis, image, rank, delta.energy())
 
 
 def _from_ritz(basis: Tensor, image: Tensor, rank: int, energy: float) -> Factorisation:
@@ -135,6 +144,11 @@ def _from_ritz(basis: Tensor, image: Tensor, rank: int, energy: float) -> Factor
     rotation = torch.linalg.eigh(image.T @ image).eigenvectors.flip(1)[:, :rank]
     left, right = image @ rotation, (basis.double() @ rotation).T
     return _finish(left, right, torch.linalg.vector_norm(left, dim=0), energy)
+
+
+def _beside(columns: Tensor, more: Tensor) -> Tensor:
+    """Both, stored column after column: so they are copied as they lie, and products take them as they are."""
+    return torch.cat([columns.T, more.T]).T
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load
-from yaml import YAMLError
-
 from adapt_convert.formats.location import Location
 
 _LOAD = {
@@ -50,6 +47,8 @@ def base_licence(directory: Path) -> dict[str, str]:
     card = directory / "README.md"
     if not card.is_file():
         return {}
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
     try:
         metadata = metadata_load(card)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapt_convert.convert import delta as deltas
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta, difference, residual_energy
 from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
 
@@ -36,9 +37,16 @@ SPECTRA = {
 }
 
 
+def rough_products(monkeypatch: pytest.MonkeyPatch, rough: bool) -> None:
+    """As on a processor with instructions for bfloat16, or as on one without."""
+    monkeypatch.setattr(deltas, "_multiplies_bfloat16", lambda device: rough)
+
+
+@pytest.mark.parametrize("rough", [False, True])
 @pytest.mark.parametrize("rank", [1, 4, 16, 64, 10**6])
 @pytest.mark.parametrize("name", SPECTRA)
-def test_energy_of_the_full_svd(name: str, rank: int) -> None:
+def test_energy_of_the_full_svd(monkeypatch: pytest.MonkeyPatch, name: str, rank: int, rough: bool) -> None:
+    rough_products(monkeypatch, rough)
     delta = DenseDelta(SPECTRA[name])
     best = torch.linalg.svdvals(delta.weight.double())
     factors = factorise(delta, rank, generator()).truncate(rank)
@@ -49,13 +57,42 @@ def test_energy_of_the_full_svd(name: str, rank: int) -> None:
     assert factors.rank <= min(rank, *delta.shape)
 
 
-def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rough", [False, True])
+def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch, rough: bool) -> None:
     from adapt_convert.convert import svd
 
     monkeypatch.setattr(svd, "_from_gram", lambda *_: pytest.fail("the exact path was taken"))
+    rough_products(monkeypatch, rough)
     delta = DenseDelta(random(1200, 20) @ random(20, 1100) + 0.5 * random(1200, 1100))
     values = factorise(delta, 12, generator()).values
     torch.testing.assert_close(values, torch.linalg.svdvals(delta.weight.double())[:12], rtol=1e-4, atol=0)
+
+
+def test_a_change_of_low_rank_is_recovered_to_float32_where_products_are_rough(monkeypatch: pytest.MonkeyPatch) -> None:
+    rough_products(monkeypatch, True)
+    delta = DenseDelta(random(1200, 8) @ random(8, 1100))
+    assert residual_energy(delta, factorise(delta, 8, generator()).truncate(8)) < 1e-11 * delta.energy()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rough_products(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    """Rounded twice, from the memory that is lent for them; as they are where the processor gains nothing."""
+    weight, spare = random(90, 70), torch.empty(90 * 70, dtype=torch.bfloat16)
+    exact = DenseDelta(weight, spare).T if transposed else DenseDelta(weight, spare)
+    rough_products(monkeypatch, False)
+    assert exact.rough() is exact
+    rough_products(monkeypatch, True)
+    rough = exact.rough()
+    rows, columns = exact.shape
+    right, left = random(columns, 5), random(rows, 5)
+    for found, expected, bound in (
+        (rough.matmul(right), exact.weight.double() @ right.double(), exact.weight.abs() @ right.abs()),
+        (rough.rmatmul(left), exact.weight.double().T @ left.double(), exact.weight.T.abs() @ left.abs()),
+    ):
+        assert found.dtype == torch.float32
+        assert ((found - expected).abs() <= 2**-8 * bound + 2**-8 * expected.abs()).all()
+        assert not torch.equal(found, expected.float())
+    assert torch.equal(spare.view(90, 70), weight.bfloat16()) is not transposed
 
 
 @pytest.mark.parametrize("rank", [3, 8, 50])

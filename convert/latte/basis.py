@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, DenseDelta
+from adapt_convert.convert.delta import ROUGH_SHARE, Delta, DenseDelta
 
 GRAM_LIMIT = 1536  # where the products of a Gram matrix take as long as the further passes
 _OVERSAMPLING = 48  # a block of 64 columns takes hardly longer than one of 24
@@ -23,7 +24,7 @@ _TOLERANCE = 5e-5  # share of captured energy that further passes may still be e
 _NOISE = 1e-13  # eigenvalues below this share of the sum are rounding, of factored deltas at least; that of dense ones may be larger
 
 # Applied to a function of (reads the residual, delta): its results for every matrix of a segment, in order.
-Stream = Callable[[Callable[[bool, Delta], Tensor]], Iterable[Tensor]]
+Stream = Callable[[Callable[[bool, Delta], Any]], Iterable[Any]]
 
 
 def find_basis(stream: Stream, d: int, rank: int | None, energy: float | None, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,20 +68,26 @@ def _from_gram(total: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors.flip(1)
 
 
-def _from_krylov(stream: Stream, d: int, rank: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Block Lanczos with full reorthogonalisation and a Rayleigh-Ritz step over all its blocks (Musco and Musco 2015, algorithm 2)."""
+def _from_krylov(stream: Stream, d: int, rank: int, seed: int, device: torch.device, rough: bool = True) -> tuple[Tensor, Tensor]:
+    """Block Lanczos with full reorthogonalisation and a Rayleigh-Ritz step over all its blocks (Musco and Musco 2015, algorithm 2).
+
+    `rough`: with products in bfloat16 where the processor is faster at them, unless the basis captures nearly everything.
+    """
     generator = torch.Generator().manual_seed(seed)
     block = _orthonormal(torch.randn(d, rank + _OVERSAMPLING, generator=generator).to(device))
     basis, image = block[:, :0].double(), block[:, :0].double()
-    captured = [0.0, 0.0]
+    captured, energy = [0.0, 0.0], 0.0
     while True:
         product = torch.zeros(block.shape, dtype=torch.float64, device=device)
-        for part in stream(functools.partial(apply_gram, block)):
+        for part, own in stream(functools.partial(apply_gram, block, rough)):
             product += part
+            energy += own if len(captured) == 2 else 0.0
         basis, image = torch.cat([basis, block.double()], dim=1), torch.cat([image, product], dim=1)
         projected = basis.T @ image
         values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         captured.append(float(values[-rank:].sum()))
+        if rough and captured[-1] > ROUGH_SHARE * energy:
+            return _from_krylov(stream, d, rank, seed, device, rough=False)
         if _settled(captured) or basis.shape[1] + block.shape[1] > min(d, _PASSES * block.shape[1]):
             return values.flip(0), (basis @ rotation).flip(1)
         for _ in range(2):  # once is not enough in floating point
@@ -100,9 +107,11 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     return basis
 
 
-def apply_gram(block: Tensor, reads: bool, delta: Delta) -> Tensor:
-    """One matrix's part of `G @ block`, `(d, k)` float32."""
-    return delta.rmatmul(delta.matmul(block)) if reads else delta.matmul(delta.rmatmul(block))
+def apply_gram(block: Tensor, rough: bool, reads: bool, delta: Delta) -> tuple[Tensor, float]:
+    """One matrix's part of `G @ block`, `(d, k)` float32, and of the trace of G."""
+    products = delta.rough() if rough else delta
+    part = products.rmatmul(products.matmul(block)) if reads else products.matmul(products.rmatmul(block))
+    return part, delta.energy()
 
 
 def cut(layers: int, segments: int) -> list[range]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.latte.layout import Layout, layout_of
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
-from adapt_convert.convert.side_by_side import side_by_side
+from adapt_convert.convert.side_by_side import DELTA_BYTES, side_by_side
 from adapt_convert.formats.errors import AdaptError
 
 Result = TypeVar("Result")
@@ -95,7 +95,9 @@ class Effective:
 
     def each(self, matrices: Iterable[Matrix], work: Callable[[Matrix, Delta | None], Result]) -> Iterator[tuple[Matrix, Result]]:
         """`work(matrix, effective delta)` of every matrix, in order but several at a time; the delta is gone when `work` returns."""
-        return side_by_side(matrices, lambda matrix: 4 * math.prod(self.shape(matrix)), self._passing_delta, work, self.pairs.device)
+        return side_by_side(
+            matrices, lambda matrix: DELTA_BYTES * math.prod(self.shape(matrix)), self._passing_delta, work, self.pairs.device
+        )
 
     def delta(self, matrix: Matrix) -> Delta | None:
         """The effective delta, `(out, in)` float32; None when nothing changed."""
@@ -110,7 +112,9 @@ class Effective:
             return self._centre(delta, dim=0)
         new, old = self.gain(matrix.norm, new=True), self.gain(matrix.norm, new=False)
         if delta is not None:
-            delta = LowRankDelta(delta.B, delta.A * new) if isinstance(delta, LowRankDelta) else DenseDelta(delta.weight.mul_(new))
+            delta = (
+                LowRankDelta(delta.B, delta.A * new) if isinstance(delta, LowRankDelta) else replace(delta, weight=delta.weight.mul_(new))
+            )
         if not torch.equal(new, old):
             delta = self._with_folded_gain(matrix, delta, new - old)
         return self._centre(delta, dim=1)
@@ -126,7 +130,7 @@ class Effective:
             rows = block.view(-1, weight.shape[1]).to(weight.device, torch.float32)
             weight[row : row + len(rows)].addcmul_(rows, change)
             row += len(rows)
-        return DenseDelta(weight)
+        return replace(delta, weight=weight)
 
     def _centre(self, delta: Delta | None, dim: int) -> Delta | None:
         if delta is None or self.layout.norm != "layer" or self.layout.post_norms:
@@ -213,4 +217,4 @@ def scaled(delta: Delta, factor: float) -> Delta:
     """A delta times a number."""
     if isinstance(delta, LowRankDelta):
         return LowRankDelta(delta.B * factor, delta.A)
-    return DenseDelta(delta.weight * factor)
+    return replace(delta, weight=delta.weight * factor)

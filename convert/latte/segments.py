@@ -12,8 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from adapt_convert.convert.delta import Delta
 from adapt_convert.convert.latte.basis import cut, find_basis
 from adapt_convert.convert.latte.deltas import Effective, Matrix, scaled
@@ -54,7 +52,7 @@ def _bases(tasks: Sequence[Effective], scales: list[float], count: int, options:
     first, segments = tasks[0], []
     for run in progress(cut(first.layers, count), f"finding bases of {count} segments"):
 
-        def stream(work: Callable[[bool, Delta], Tensor], run: range = run) -> Iterator[Tensor]:
+        def stream(work: Callable[[bool, Delta], Any], run: range = run) -> Iterator[Any]:
             for task, scale in zip(tasks, scales, strict=True):
                 yield from changed(task, run, functools.partial(_scaled_work, work, scale))
 
@@ -63,7 +61,7 @@ def _bases(tasks: Sequence[Effective], scales: list[float], count: int, options:
     return segments
 
 
-def _scaled_work(work: Callable[[bool, Delta], Tensor], scale: float, reads: bool, delta: Delta) -> Tensor:
+def _scaled_work(work: Callable[[bool, Delta], Any], scale: float, reads: bool, delta: Delta) -> Any:
     return work(reads, delta if scale == 1.0 else scaled(delta, 1.0 / scale))
 
 
