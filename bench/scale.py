@@ -7,7 +7,7 @@ The pair is made shard by shard and used again by the next run: random weights, 
 matrix by 32 directions of falling weight and by noise of the same energy. Each conversion is a process of its own that finds none of
 the files in the page cache. In it a thread looks every few milliseconds at what the others are at, which gives the split of their
 time. The limits are measured in the same run: reading both checkpoints from start to end, one after the other, from the disk, and
-the float32 operations that the conversion spent on products with deltas, at the rate of a large square product on all cores.
+the operations that the conversion spent on products with deltas, at the rate of a large square float32 product on all cores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ _STAGES = {
     "read": {("safetensors_file.py", "read"), ("safetensors_file.py", "_fill"), ("safetensors_file.py", "_opened")},
     "hash": {("checkpoint.py", "read"), ("checkpoint.py", "blocks"), ("checkpoint.py", "_hash")},
     "subtract": {("pairs.py", "_subtract"), ("pairs.py", "_energy")},
-    "sketch": {("delta.py", "matmul"), ("delta.py", "rmatmul"), ("basis.py", "_own_gram"), ("cp_stream.py", "_gram")},
+    "sketch": {
+        ("delta.py", "rough"),
+        ("delta.py", "matmul"),
+        ("delta.py", "rmatmul"),
+        ("basis.py", "_own_gram"),
+        ("cp_stream.py", "_gram"),
+    },
     "measure": {("delta.py", "residual_energy"), ("delta.py", "energy")},
     "write": {("safetensors_file.py", "write_safetensors")},
 }
@@ -191,13 +197,14 @@ def _stage(frame: FrameType | None) -> str | None:
 
 
 class Operations:
-    """Counts the float32 operations of products with dense deltas, which are all that grow with their size."""
+    """Counts the operations of products with dense deltas, which are all that grow with their size, whatever they multiply in."""
 
     def __init__(self) -> None:
         self.total = 0
         self._lock = threading.Lock()
-        for name in ("matmul", "rmatmul"):
-            setattr(deltas.DenseDelta, name, self._counted(getattr(deltas.DenseDelta, name)))
+        for kind in (deltas.DenseDelta, deltas.RoughDelta):
+            for name in ("matmul", "rmatmul"):
+                setattr(kind, name, self._counted(getattr(kind, name)))
 
     def _counted(self, product: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         def counted(own: Any, x: torch.Tensor) -> torch.Tensor:

@@ -36,12 +36,6 @@ class Factorisation:
     values: Tensor
     energy: float
 
-    def rank_for_energy(self, share: float) -> int | None:
-        """The smallest rank that captures `share` of the energy; None when more triplets are needed to tell."""
-        captured = torch.cumsum(self.values.square(), 0)
-        enough = (captured >= share * self.energy * (1 - 1e-9)).nonzero()
-        return int(enough[0]) + 1 if len(enough) else None
-
     def truncate(self, rank: int) -> LowRankDelta:
         """The best rank-`rank` approximation, the singular values shared evenly so that both factors have the same scale."""
         scale = self.values[:rank].sqrt().float()
@@ -69,7 +63,7 @@ def factorise_for_energy(delta: Delta, share: float, generator: torch.Generator)
     rank = 16
     while True:
         factorisation = factorise(delta, rank, generator)
-        found = factorisation.rank_for_energy(share)
+        found = least_rank(factorisation.values, share * factorisation.energy * (1 - 1e-9))
         if found is not None:
             return factorisation, found
         if len(factorisation.values) < rank or rank >= min(delta.shape):  # all there is above rounding noise
@@ -77,6 +71,12 @@ def factorise_for_energy(delta: Delta, share: float, generator: torch.Generator)
         # What is missing cannot come in singular values above the smallest found: that bounds the rank from below.
         missing = share * factorisation.energy - float(factorisation.values.square().sum())
         rank = max(2 * rank, rank + int(missing / float(factorisation.values[-1].square())))
+
+
+def least_rank(values: Tensor, energy: float) -> int | None:
+    """How many of the singular values hold this energy; None when more of them are needed to tell."""
+    enough = (torch.cumsum(values.square(), 0) >= energy).nonzero()
+    return int(enough[0]) + 1 if len(enough) else None
 
 
 def _from_factors(delta: LowRankDelta) -> Factorisation:

@@ -18,7 +18,7 @@ from adapt_convert.convert.delta import DenseDelta, LowRankDelta
 from adapt_convert.convert.latte import basis as basis_module
 from adapt_convert.convert.latte import segments as segments_module
 from adapt_convert.convert.latte.basis import find_basis
-from adapt_convert.convert.latte.deltas import Effective
+from adapt_convert.convert.latte.deltas import Effective, Matrix
 from adapt_convert.convert.lorta.cp import fit_cp
 from adapt_convert.convert.lorta.cp_tensor import CPShape, Slab
 from adapt_convert.convert.opening import open_pair
@@ -169,32 +169,36 @@ def test_the_report_sizes_a_lora_of_equal_energy(case: Planted, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("rough", [False, True])
-@pytest.mark.parametrize(("rank", "missed"), [(160, 1e-4), (8, 1e-11)])
+@pytest.mark.parametrize(("rank", "common", "missed"), [(160, True, 1e-4), (160, False, 1e-4), (8, True, 1e-11), (8, False, 1e-4)])
 def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(
-    monkeypatch: pytest.MonkeyPatch, rank: int, missed: float, rough: bool
+    monkeypatch: pytest.MonkeyPatch, rank: int, common: bool, missed: float, rough: bool
 ) -> None:
     """Also with products in bfloat16; changes that span no more than the basis are found to float32."""
     torch.manual_seed(0)
     monkeypatch.setattr(delta_module, "_multiplies_bfloat16", lambda device: rough)
     values = torch.logspace(0, -3, 160)
     values[rank:] = 0
-    left = [torch.linalg.qr(torch.randn(200, 160)).Q for _ in range(3)]
     shared = torch.linalg.qr(torch.randn(160, 160)).Q
-    deltas = [(True, DenseDelta(q @ torch.diag(values) @ shared.T)) for q in left]
-    deltas.append((False, DenseDelta(shared @ torch.diag(values) @ left[0].T)))
+    deltas = []
+    for number in range(4):
+        far, near = torch.linalg.qr(torch.randn(200, 160)).Q, shared if common else torch.linalg.qr(torch.randn(160, 160)).Q
+        matrix = Matrix(f"{number}", number, number < 3, None, None)
+        deltas.append((matrix, DenseDelta(far @ torch.diag(values) @ near.T if matrix.reads else near @ torch.diag(values) @ far.T)))
 
-    def stream(work: Callable[[bool, Any], Any]) -> list[Any]:
-        return [work(reads, delta) for reads, delta in deltas]
+    def stream(work: Callable[[Matrix, Any], Any]) -> list[Any]:
+        return [work(matrix, delta) for matrix, delta in deltas]
 
-    exact, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
+    exact, _, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
     monkeypatch.setattr(basis_module, "GRAM_LIMIT", 0)
-    iterated, _ = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
+    iterated, _, spectra = find_basis(stream, 160, 8, None, 0, torch.device("cpu"))
     rest = []
     for Q in (exact, iterated):
-        missing = (d.weight - d.weight @ Q @ Q.T if reads else d.weight - Q @ Q.T @ d.weight for reads, d in deltas)
+        missing = (d.weight - d.weight @ Q @ Q.T if m.reads else d.weight - Q @ Q.T @ d.weight for m, d in deltas)
         rest.append(sum(float(part.double().square().sum()) for part in missing))
     assert rest[1] - rest[0] < missed * sum(delta.energy() for _, delta in deltas)
     assert (iterated.T @ iterated - torch.eye(8)).abs().max() < 1e-6
+    for matrix, _ in deltas:
+        torch.testing.assert_close(spectra[matrix], values[:8].double(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

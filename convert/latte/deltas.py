@@ -44,10 +44,14 @@ class Matrix:
 
 
 class Effective:
-    """The effective deltas and biases of one conversion, read when asked for. Raises `AdaptError` for unsupported bases."""
+    """The effective deltas and biases of one conversion, read when asked for. Raises `AdaptError` for unsupported bases.
+
+    `spectra`: leading singular values of the deltas, `(k,)` float64, which the search for a basis has come across.
+    """
 
     def __init__(self, pairs: Pairs, plan: Plan) -> None:
         self.pairs, self.plan = pairs, plan
+        self.spectra: dict[Matrix, Tensor] = {}
         self.layout: Layout = layout_of(pairs.base.config, pairs.base.origin)
         self._entries = {entry.name: entry for entry in plan.entries if entry.action != "drop"}
         self.layers = self._count_layers()

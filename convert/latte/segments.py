@@ -52,24 +52,26 @@ def _bases(tasks: Sequence[Effective], scales: list[float], count: int, options:
     first, segments = tasks[0], []
     for run in progress(cut(first.layers, count), f"finding bases of {count} segments"):
 
-        def stream(work: Callable[[bool, Delta], Any], run: range = run) -> Iterator[Any]:
+        def stream(work: Callable[[Matrix, Delta], Any], run: range = run) -> Iterator[Any]:
             for task, scale in zip(tasks, scales, strict=True):
                 yield from changed(task, run, functools.partial(_scaled_work, work, scale))
 
-        Q, _ = find_basis(stream, first.width, options.rank, options.energy, options.seed, first.pairs.device)
+        Q, _, spectra = find_basis(stream, first.width, options.rank, options.energy, options.seed, first.pairs.device)
+        if len(tasks) == 1:
+            first.spectra |= spectra
         segments.append(Segment(run.start, run.stop, Q.cpu()))
     return segments
 
 
-def _scaled_work(work: Callable[[bool, Delta], Any], scale: float, reads: bool, delta: Delta) -> Any:
-    return work(reads, delta if scale == 1.0 else scaled(delta, 1.0 / scale))
+def _scaled_work(work: Callable[[Matrix, Delta], Any], scale: float, matrix: Matrix, delta: Delta) -> Any:
+    return work(matrix, delta if scale == 1.0 else scaled(delta, 1.0 / scale))
 
 
-def changed(effective: Effective, layers: range, work: Callable[[bool, Delta], Result]) -> Iterator[Result]:
-    """`work(reads the residual, effective delta)` of every changed matrix of some layers."""
+def changed(effective: Effective, layers: range, work: Callable[[Matrix, Delta], Result]) -> Iterator[Result]:
+    """`work(matrix, effective delta)` of every changed matrix of some layers."""
 
     def unless_same(matrix: Matrix, delta: Delta | None) -> Result | None:
-        return work(matrix.reads, delta) if delta is not None else None
+        return work(matrix, delta) if delta is not None else None
 
     for _, result in effective.each([m for m in effective.matrices if m.layer in layers], unless_same):
         if result is not None:
@@ -78,7 +80,7 @@ def changed(effective: Effective, layers: range, work: Callable[[bool, Delta], R
 
 def _norm(effective: Effective, progress: Progress) -> float:
     layers = progress(range(effective.layers), "weighing tasks")
-    total = sum(sum(changed(effective, range(layer, layer + 1), lambda reads, delta: delta.energy())) for layer in layers)
+    total = sum(sum(changed(effective, range(layer, layer + 1), lambda matrix, delta: delta.energy())) for layer in layers)
     if total == 0:
         origin = effective.pairs.source.origin
         raise AdaptError(f"{origin}: none of the targeted matrices changed; leave it out, as rows of task 0 are the base")

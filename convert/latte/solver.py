@@ -25,7 +25,7 @@ from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, exact, unchanged
 from adapt_convert.convert.side_by_side import side_by_side
-from adapt_convert.convert.svd import factorise
+from adapt_convert.convert.svd import factorise, least_rank
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
@@ -93,7 +93,7 @@ def project(
         block = as_written(delta.matmul(Q) if matrix.reads else delta.rmatmul(Q).T, dtype, matrix.module)
         residual = residual_energy(delta, approximation(block, Q, matrix.reads))
         if compared is not None:
-            ranks[matrix] = _lora_rank(delta, segment.rank, energy - residual)
+            ranks[matrix] = _lora_rank(effective, matrix, delta, segment.rank, energy - residual)
         return block.cpu(), energy, residual, bias, segment.rank
 
     records, ranks = [], dict[Matrix, int]()
@@ -108,10 +108,11 @@ def project(
     return records
 
 
-def _lora_rank(delta: Delta, most: int, captured: float) -> int:
+def _lora_rank(effective: Effective, matrix: Matrix, delta: Delta, most: int, captured: float) -> int:
     """The least rank, at most `most`, at which a truncated SVD captures this energy."""
-    factorisation = factorise(delta, most, torch.Generator().manual_seed(0))
-    return factorisation.rank_for_energy(captured / factorisation.energy * (1 - 1e-6)) or most
+    enough = captured * (1 - 1e-6)
+    known = least_rank(effective.spectra[matrix], enough) if matrix in effective.spectra else None
+    return known or least_rank(factorise(delta, most, torch.Generator().manual_seed(0)).values, enough) or most
 
 
 def approximation(block: Tensor, Q: Tensor, reads: bool) -> LowRankDelta:
