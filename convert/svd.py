@@ -18,7 +18,8 @@ from adapt_convert.convert.delta import ROUGH_SHARE, Delta, DenseDelta, LowRankD
 
 _OVERSAMPLING = 16  # extra columns of a Krylov block beyond the wanted rank: one step of a wider block costs less than a further step
 _TOLERANCE = 1e-5  # share of captured energy that one more Krylov step may still be expected to add
-_DENSE_SHARE = 0.3  # a Krylov basis wider than this share of the matrix costs more than the exact Gram matrix
+_KRYLOV_SHARE = 0.3  # of the matrix: where three blocks, the fewest that settle, are wider than that, the exact Gram matrix costs less
+_DENSE_SHARE = 0.6  # of the matrix: a Krylov basis that has grown wider would settle no cheaper than the Gram matrix is had
 _NOISE = 1e-6  # singular values below this share of the largest are float32 rounding of the delta, not signal
 
 
@@ -52,8 +53,7 @@ def factorise(delta: Delta, rank: int, generator: torch.Generator) -> Factorisat
     small = min(delta.shape)
     rank = min(rank, small)
     block = rank + _OVERSAMPLING
-    # Three Krylov steps are the least that settle; a basis of that width must stay well below the matrix itself.
-    if 3 * block > _DENSE_SHARE * small:
+    if 3 * block > _KRYLOV_SHARE * small:
         return _from_gram(delta, rank)
     return _from_krylov(delta, delta.rough(), rank, block, generator) or _from_gram(delta, rank)
 
