@@ -2,11 +2,11 @@
 
     pip install -c constraints.txt '.[bench]' && python bench/extract.py --sizes 576 2048 4096 --json extract.json
 
-For every hidden size a random bfloat16 Llama of few layers, and a fine-tune of it: a decaying spectrum and noise on all matrices of a
+For every hidden size a random bfloat16 Llama of four layers, and a fine-tune of it: a decaying spectrum and noise on all matrices of a
 layer. The tools take turns, each run a process of its own, from start to exit. What they wrote is loaded by `peft` and
 compared with the fine-tune: captured energy of the targeted matrices, and the error of the logits as a share of the base's.
 PEFT converts only what is an adapter already, so the difference goes into a full-rank LoRA (A is the identity) first.
-The peers take full SVDs: a minute or two a matrix at 4096 on two cores, which is why the models are so small.
+The peers take full SVDs: two to three minutes a layer at 4096 on two cores, which is why the models are so small.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ BASELINE = "adapt-convert"
 class Size:
     """Shapes of a small Llama: those of a known model, but for the number of layers."""
 
-    layers: int
     intermediate: int
     heads: int
     kv_heads: int
 
 
 SIZES = {
-    576: Size(4, 1536, 9, 3),  # SmolLM2-135M
-    2048: Size(1, 5632, 32, 4),  # TinyLlama-1.1B
-    4096: Size(1, 14336, 32, 8),  # Llama-3-8B
+    576: Size(1536, 9, 3),  # SmolLM2-135M
+    2048: Size(5632, 32, 4),  # TinyLlama-1.1B
+    4096: Size(14336, 32, 8),  # Llama-3-8B
 }
+LAYERS = 4
 
 
 def make_pair(directory: Path, hidden: int) -> None:
@@ -53,7 +53,7 @@ def make_pair(directory: Path, hidden: int) -> None:
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
+        num_hidden_layers=LAYERS,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         vocab_size=1024,
@@ -161,7 +161,7 @@ def measure(hidden: int, tools: list[str], rank: int, runs: int) -> dict[str, An
             "times_slower": statistics.median(ratios),
             **kept[tool],
         }
-    return {"hidden": hidden, "layers": SIZES[hidden].layers, "runs": runs, "tools": rows}
+    return {"hidden": hidden, "layers": LAYERS, "runs": runs, "tools": rows}
 
 
 def main() -> None:
@@ -181,7 +181,7 @@ def main() -> None:
     results = [measure(hidden, args.tools, args.rank, args.runs) for hidden in args.sizes]
     rows = [
         [
-            f"{result['hidden']} ({result['layers']} layers)",
+            str(result["hidden"]),
             tool,
             f"{row['seconds']:.2f}",
             f"{row['times_slower']:.1f}",
