@@ -201,6 +201,15 @@ def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(
         torch.testing.assert_close(spectra[matrix], values[:8].double(), rtol=1e-4, atol=1e-6)
 
 
+def test_the_iteration_finds_some_basis_where_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run of layers that the fine-tune left alone."""
+    monkeypatch.setattr(basis_module, "GRAM_LIMIT", 0)
+    for deltas in ([], [(Matrix("0", 0, True, None, None), DenseDelta(torch.zeros(70, 160)))]):
+        basis, values, _ = find_basis(lambda work, deltas=deltas: [work(*one) for one in deltas], 160, 8, None, 0, torch.device("cpu"))
+        assert basis.shape == (160, 1)
+        assert values.tolist() == [0.0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

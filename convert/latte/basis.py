@@ -84,7 +84,8 @@ def _from_krylov(stream: Stream, d: int, rank: int, seed: int, device: torch.dev
     """
     generator = torch.Generator().manual_seed(seed)
     own = list(stream(functools.partial(own_directions, min(rank, _OWN), seed)))
-    start = _leading(torch.cat([part.rows for part in own]), d, rank + _OVERSAMPLING, generator).to(device)
+    rows = torch.cat([torch.zeros(0, d, device=device), *(part.rows for part in own)])
+    start = _leading(rows, rank + _OVERSAMPLING, generator)
     for rough in (True, False):
         values, vectors = _iterate(stream, start, rank, rough)
         if float(values[:rank].sum()) <= ROUGH_SHARE * sum(part.energy for part in own):
@@ -138,10 +139,11 @@ def own_directions(rank: int, seed: int, matrix: Matrix, delta: Delta) -> Own:
     return Own(matrix, found.values, rows, found.energy)
 
 
-def _leading(rows: Tensor, d: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` orthonormal columns `(d, count)`, float32: the leading right singular vectors of the rows, and random ones beside them."""
+def _leading(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` orthonormal columns `(d, count)`, float32: leading right singular vectors of rows `(n, d)`, filled up with random ones."""
     found = factorise(DenseDelta(rows), count, generator).right.T[:, :count] if len(rows) else rows.T
-    return _orthonormal(torch.cat([found, torch.randn(d, count - found.shape[1], generator=generator).to(rows.device)], dim=1))
+    others = torch.randn(len(found), count - found.shape[1], generator=generator).to(rows.device)
+    return _orthonormal(torch.cat([found, others], dim=1))
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
