@@ -7,7 +7,7 @@ The pair is made shard by shard and used again by the next run: random weights, 
 matrix by 32 directions of falling weight and by noise of the same energy. Each conversion is a process of its own that finds none of
 the files in the page cache. In it a thread looks every few milliseconds at what the others are at, which gives the split of their
 time. The limits are measured in the same run: reading both checkpoints from start to end, one after the other, from the disk, and
-the operations that the conversion spent on products with deltas, at the rate of a large square float32 product on all cores.
+the operations that the conversion spent on products with deltas, at the rate of a large square product in the same dtype on all cores.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _SPREAD = 0.02  # standard deviation of the base's weights
 _CHANGE = 0.05  # norm of a change, as a share of its matrix
 _DIRECTIONS = 32
 _LOOK = 0.005  # seconds
+DTYPES = ("float32", "bfloat16")  # that products with deltas may be in
 # By the innermost function of a thread that is named here; anything else below `convert` counts as solving.
 _STAGES = {
     "read": {("safetensors_file.py", "read"), ("safetensors_file.py", "_fill"), ("safetensors_file.py", "_opened")},
@@ -197,19 +198,19 @@ def _stage(frame: FrameType | None) -> str | None:
 
 
 class Operations:
-    """Counts the operations of products with dense deltas, which are all that grow with their size, whatever they multiply in."""
+    """Counts the operations of products with dense deltas, which are all that grow with their size, by what they multiply in."""
 
     def __init__(self) -> None:
-        self.total = 0
+        self.totals = dict.fromkeys(DTYPES, 0)
         self._lock = threading.Lock()
-        for kind in (deltas.DenseDelta, deltas.RoughDelta):
+        for kind, dtype in ((deltas.DenseDelta, "float32"), (deltas.RoughDelta, "bfloat16")):
             for name in ("matmul", "rmatmul"):
-                setattr(kind, name, self._counted(getattr(kind, name)))
+                setattr(kind, name, self._counted(getattr(kind, name), dtype))
 
-    def _counted(self, product: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def _counted(self, product: Callable[[Any, torch.Tensor], torch.Tensor], dtype: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         def counted(own: Any, x: torch.Tensor) -> torch.Tensor:
             with self._lock:
-                self.total += 2 * own.weight.numel() * x.shape[1]
+                self.totals[dtype] += 2 * own.weight.numel() * x.shape[1]
             return product(own, x)
 
         counted.__name__ = product.__name__
@@ -231,7 +232,7 @@ def convert_once(directory: Path, target: str, rank: int, output: Path) -> None:
         "peak_memory": report["peak_memory"],
         "captured_energy": report["captured_energy"],
         "bytes": report["bytes"],
-        "operations": operations.total,
+        "operations": operations.totals,
         "thread_seconds": {stage: round(seconds, 3) for stage, seconds in watch.stages.most_common()},
     }
     print(json.dumps(figures))
@@ -249,9 +250,9 @@ def read_seconds(files: list[Path]) -> float:
     return time.perf_counter() - start
 
 
-def gemm_rate(size: int = 4096) -> float:
-    """Float32 operations a second of a square product on all cores."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def gemm_rate(dtype: str, size: int = 4096) -> float:
+    """Operations a second of a square product on all cores."""
+    a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
     times = []
     for _ in range(4):
         start = time.perf_counter()
@@ -263,27 +264,29 @@ def gemm_rate(size: int = 4096) -> float:
 def measure(directory: Path, targets: list[str], rank: int, runs: int) -> dict[str, Any]:
     files = sorted(path for side in ("base", "ft") for path in (directory / side).glob("*.safetensors"))
     found: dict[str, list[dict[str, Any]]] = {target: [] for target in targets}
-    reads, rates = [], []
+    reads: list[float] = []
+    rates: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     for _ in range(runs):
         reads.append(read_seconds(files))
-        rates.append(gemm_rate())
+        for dtype in DTYPES:
+            rates[dtype].append(gemm_rate(dtype))
         for target in targets:
             measuring.drop_from_cache(files)
             with tempfile.TemporaryDirectory(dir=directory) as name:
                 command = [sys.executable, __file__, str(directory), "--once", target, name, "--rank", str(rank)]
                 found[target].append(json.loads(measuring.output(command).splitlines()[-1]))
             print(f"{target}: {found[target][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
-    read, rate = statistics.median(reads), statistics.median(rates)
+    read, rate = statistics.median(reads), {dtype: statistics.median(own) for dtype, own in rates.items()}
     rows = {}
     for target, results in found.items():
         middle = sorted(results, key=lambda result: result["seconds"])[len(results) // 2]
-        limit = read + middle["operations"] / rate
+        products = sum(count / rate[dtype] for dtype, count in middle["operations"].items())
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(results, found[targets[0]], strict=True)]
         rows[target] = middle | {
             "all_seconds": [result["seconds"] for result in results],
             "peak_memory": max(result["peak_memory"] for result in results),
-            "gemm_limit": middle["operations"] / rate,
-            "over_limits": middle["seconds"] / limit,
+            "gemm_limit": products,
+            "over_limits": middle["seconds"] / (read + products),
             f"over_{targets[0]}": statistics.median(ratios),
         }
     nbytes = sum(path.stat().st_size for path in files)
@@ -307,7 +310,7 @@ def main() -> None:
     result = measure(args.directory, args.targets, args.rank, args.runs)
     print(
         f"read {result['bytes'] / 1e9:.2f} GB from the disk in {result['read_seconds']:.2f} s ({result['read_rate'] / 1e9:.2f} GB/s); "
-        f"float32 product: {result['gemm_rate'] / 1e9:.0f} GFLOP/s\n"
+        f"square products: {', '.join(f'{rate / 1e9:.0f} GFLOP/s in {dtype}' for dtype, rate in result['gemm_rate'].items())}\n"
     )
     rows = []
     for target, row in result["targets"].items():

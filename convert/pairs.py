@@ -96,7 +96,7 @@ class Pairs:
             difference = allocate(math.prod(shape), torch.float32)
             self._subtract(entry, difference)
             stored = difference.view(shape[0], -1).to(self.device)  # of a convolution: (out, in * kh * kw)
-            spare = allocate(math.prod(shape), torch.bfloat16)  # takes no memory until it is written to
+            spare = allocate(math.prod(shape), torch.bfloat16)  # where it is fresh, it takes no memory until it is written to
             delta = DenseDelta(stored.T.contiguous() if entry.transposed else stored, spare)
         self._check_finite(entry, delta.energy())
         return delta

@@ -20,7 +20,7 @@ Loaded = TypeVar("Loaded")
 Result = TypeVar("Result")
 
 IN_FLIGHT = 3 * 2**29  # bytes of loaded items held at a time, unless one alone is larger
-DELTA_BYTES = 6  # of each number of a loaded delta: float32, and bfloat16 for products that may be rough
+DELTA_BYTES = 6  # of each number of a loaded delta, at most: float32, and bfloat16 where products may be rough
 _READERS = 2  # threads beside a GPU, which only load
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from adapt_convert.convert.delta import ROUGH_SHARE, Delta, DenseDelta, LowRankDelta, RoughDelta
 
 _OVERSAMPLING = 16  # extra columns of a Krylov block beyond the wanted rank: one step of a wider block costs less than a further step
-_TOLERANCE = 1e-5  # share of captured energy that one more Krylov step may still be expected to add
+_TOLERANCE = 1e-5  # share of captured energy that further Krylov steps may still be expected to add
+_RATIO = 0.1  # of one step's gain to that of the last, at least: the first steps gain more than what they promise for the others
 _KRYLOV_SHARE = 0.3  # of the matrix: where three blocks, the fewest that settle, are wider than that, the exact Gram matrix costs less
 _DENSE_SHARE = 0.6  # of the matrix: a Krylov basis that has grown wider would settle no cheaper than the Gram matrix is had
 _NOISE = 1e-6  # singular values below this share of the largest are float32 rounding of the delta, not signal
@@ -121,7 +122,7 @@ def _from_krylov(
         if products is not delta and captured > ROUGH_SHARE * delta.energy():
             return _from_krylov(delta, delta, rank, block, generator)
         last, gain = gain, captured - previous
-        ratio = min(gain / last, 0.9) if 0 < last < math.inf else 1.0
+        ratio = min(max(gain / last, _RATIO), 0.9) if 0 < last < math.inf else 1.0
         if captured == 0 or (ratio < 1 and gain < 0.01 * captured and gain * ratio / (1 - ratio) <= _TOLERANCE * captured):
             break
         if basis.shape[1] + block > _DENSE_SHARE * min(delta.shape):
@@ -134,7 +135,8 @@ def _from_krylov(
         gram = torch.cat([torch.cat([gram, cross], dim=1), torch.cat([cross.T, fresh_image.T @ fresh_image], dim=1)])
         basis, image = _beside(basis, fresh), _beside(image, fresh_image)
     if products is not delta:
-        basis = basis @ torch.linalg.eigh(gram.double()).eigenvectors[:, -rank:].float()
+        # More columns than asked for: of values that nearly tie, rounding chooses which come first.
+        basis = basis @ torch.linalg.eigh(gram.double()).eigenvectors[:, -block:].float()
         image = delta.matmul(basis)
     return _from_ritz(basis, image, rank, delta.energy())
 

@@ -13,6 +13,7 @@ import torch
 
 import adapt_convert
 from adapt_convert.convert import delta as delta_module
+from adapt_convert.convert import svd as svd_module
 from adapt_convert.convert.conversion import convert
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta
 from adapt_convert.convert.latte import basis as basis_module
@@ -199,6 +200,57 @@ def test_the_iteration_for_wide_models_finds_what_the_gram_matrix_finds(
     assert (iterated.T @ iterated - torch.eye(8)).abs().max() < 1e-6
     for matrix, _ in deltas:
         torch.testing.assert_close(spectra[matrix], values[:8].double(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_iteration_goes_on_until_it_settles_and_starts_from_the_deltas_own_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve deltas, each with directions of its own in noise of twice their norm: more than the first block holds."""
+    draw = torch.Generator().manual_seed(0)
+    deltas = []
+    for number in range(12):
+        signal = torch.randn(300, 16, generator=draw) @ torch.randn(16, 700, generator=draw)
+        noise = torch.randn(300, 700, generator=draw)
+        deltas.append((Matrix(f"{number}", number, True, None, None), DenseDelta(signal + 2 * noise * signal.norm() / noise.norm())))
+    passes = 0
+
+    def stream(work: Callable[[Matrix, Any], Any]) -> list[Any]:
+        nonlocal passes
+        passes += 1
+        return [work(matrix, delta) for matrix, delta in deltas]
+
+    def energy(Q: torch.Tensor) -> float:
+        return sum(float((delta.weight @ Q).double().square().sum()) for _, delta in deltas)
+
+    exact, _, _ = find_basis(stream, 700, 16, None, 0, torch.device("cpu"))
+    monkeypatch.setattr(basis_module, "GRAM_LIMIT", 0)
+    passes = 0
+    iterated, _, _ = find_basis(stream, 700, 16, None, 0, torch.device("cpu"))
+    own = passes
+    assert energy(iterated) > 0.9999 * energy(exact)
+    assert 4 <= own < basis_module._PASSES  # one for the deltas' own directions, and three at least to see gains shrink
+    monkeypatch.setattr(basis_module, "_leading", lambda rows, count, draw: torch.linalg.qr(torch.randn(700, count, generator=draw)).Q)
+    passes = 0
+    find_basis(stream, 700, 16, None, 0, torch.device("cpu"))
+    assert passes > own
+
+
+def test_rough_products_use_the_memory_of_the_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(delta_module, "_multiplies_bfloat16", lambda device: True)
+    lent: list[bool] = []
+    rough = DenseDelta.rough
+
+    def seen(own: DenseDelta) -> Any:
+        lent.append(own.spare is not None)
+        return rough(own)
+
+    monkeypatch.setattr(DenseDelta, "rough", seen)
+    monkeypatch.setattr(svd_module, "_KRYLOV_SHARE", 100.0)
+    monkeypatch.setattr(basis_module, "GRAM_LIMIT", 0)
+    planted = save_planted(tmp_path / "gpt2", "gpt2")  # its matrices are stored transposed, and stripped of their mean
+    for target, others in (("lora", 0), ("latte", 1)):  # the stack of the deltas' own directions is nobody's delta
+        lent.clear()
+        convert(planted.directory / "base", planted.directory / "ft1", to=target, rank=2)
+        assert len(lent) >= 12
+        assert lent.count(False) == others
 
 
 def test_the_iteration_finds_some_basis_where_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapt_convert.convert.calibration.moments import FindMoments, Moments
 from adapt_convert.convert.calibration.work import Work
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, residual_energy
+from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.experts import seat_of
 from adapt_convert.convert.lora import solve_lora
 from adapt_convert.convert.options import Options
@@ -55,7 +55,7 @@ def times(delta: Delta, right: Tensor | float) -> Delta:
     """`D @ right`, or D times a number."""
     if isinstance(delta, LowRankDelta):
         return LowRankDelta(delta.B, delta.A @ right if isinstance(right, Tensor) else delta.A * right)
-    return DenseDelta(delta.weight @ right if isinstance(right, Tensor) else delta.weight * right)
+    return replace(delta, weight=delta.weight @ right if isinstance(right, Tensor) else delta.weight * right)
 
 
 def solve_whitened_lora(

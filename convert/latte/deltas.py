@@ -125,9 +125,11 @@ class Effective:
 
     def _with_folded_gain(self, matrix: Matrix, delta: Delta | None, change: Tensor) -> DenseDelta:
         """The delta plus the base's matrix times the change of its gain."""
-        if not isinstance(delta, DenseDelta) or self.layout.conv1d:
+        if not isinstance(delta, DenseDelta):
             folded = self.base_weight(matrix.module) * change
             return DenseDelta(folded if delta is None else delta.dense() + folded)
+        if self.layout.conv1d:
+            return replace(delta, weight=delta.weight.addcmul_(self.base_weight(matrix.module), change))
         weight, row = delta.weight, 0
         key = self.plan.base_keys[f"{matrix.module}.weight"]
         for block in self.pairs.base.store.blocks(key, _ROWS * weight.shape[1]):
@@ -140,7 +142,7 @@ class Effective:
         if delta is None or self.layout.norm != "layer" or self.layout.post_norms:
             return delta
         if isinstance(delta, DenseDelta):
-            return DenseDelta(delta.weight - delta.weight.mean(dim, keepdim=True))
+            return replace(delta, weight=delta.weight.sub_(delta.weight.mean(dim, keepdim=True)))
         if dim == 1:
             return LowRankDelta(delta.B, delta.A - delta.A.mean(1, keepdim=True))
         return LowRankDelta(delta.B - delta.B.mean(0, keepdim=True), delta.A)
