@@ -56,7 +56,7 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
     actions = plan["actions"]
     terminal.print(
         f"{plan['tensors']} tensors: {actions.get('factor', 0)} to factor, {actions.get('store', 0)} stored exactly "
-        f"if changed, {actions.get('drop', 0)} left out if changed; about {size_text(plan['predicted_bytes'])}, "
+        f"if changed, {actions.get('drop', 0)} left out if changed; {_predicted(plan)}, "
         f"peak memory about {size_text(plan['predicted_peak_memory'])}",
         highlight=False,
         soft_wrap=True,
@@ -65,6 +65,11 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
         terminal.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
     if len(plan["notes"]) > 12:
         terminal.print(f"  and {len(plan['notes']) - 12} more notes; --json has all of them", highlight=False)
+
+
+def _predicted(plan: dict[str, Any]) -> str:
+    size = size_text(plan["predicted_bytes"])
+    return f"at most {size}" if plan["predicted_at_most"] else f"about {size} if all of it changed"
 
 
 def print_summary(conversion: Conversion, directory: Path) -> None:
@@ -274,10 +279,9 @@ def print_batch(result: dict[str, Any], directory: Path) -> None:
     from adapt_convert.formats.batch_html import read_lines
 
     for row in result["jobs"]:
-        size = row.get("bytes", row.get("predicted_bytes"))
-        details = "" if size is None else f"  {size_text(size)}"
-        peak = row.get("predicted_peak_memory")
-        details += "" if peak is None else f", peak memory about {size_text(peak)}"
+        details = f"  {size_text(row['bytes'])}" if "bytes" in row else ""
+        if "predicted_bytes" in row:
+            details = f"  {_predicted(row)}, peak memory about {size_text(row['predicted_peak_memory'])}"
         if row["status"] != "failed":  # those are listed on standard error
             click.echo(f"{row['output']}: {row['status']}{' (earlier)' if row.get('skipped') else ''}{details}")
     if "bases" in result:

@@ -10,7 +10,7 @@ from adapt_convert.convert.architectures import vocabulary_of
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.state import Identity, JobState, files_of, settings_of
 from adapt_convert.convert.opening import open_source, refuse_latte
-from adapt_convert.convert.prediction import predict
+from adapt_convert.convert.prediction import Prediction, predict
 from adapt_convert.convert.preflight import make_plan, require_factors
 from adapt_convert.convert.rank_for_budget import settle_budget
 from adapt_convert.convert.validation.live_model import require_run_extra
@@ -41,8 +41,8 @@ def find(job: Job) -> Found:
     return Found(job, base, source, (Identity.of(base), Identity.of(source)))
 
 
-def foresee(found: Found, base: Checkpoint) -> tuple[int, int]:
-    """Predicted bytes and peak memory, from headers. Raises `AdaptError` for a pair or options that cannot be converted."""
+def foresee(found: Found, base: Checkpoint) -> Prediction:
+    """What a job would write and take, from headers. Raises `AdaptError` for a pair or options that cannot be converted."""
     if found.job.validate:
         _check_validation(found, base)
     found.job.options.require_text()
