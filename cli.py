@@ -52,7 +52,7 @@ main.add_command(validate)
 @OVERWRITE
 @REVISION
 @BASE_REVISION
-@click.option("--task", metavar="NAME", help="Of a shared LoRA the adapter to take, by name or number.")
+@click.option("--task", metavar="NAME", help="Of a shared LoRA the adapter to take, by name or number, in the bundle's rank or --rank.")
 @click.option("--dry-run", is_flag=True, help="Stop after the preflight, which reads headers only.")
 @click.option("--push", "repo", metavar="REPO", help="Then publish it as this Hub repository (org/name).")
 @click.option("--validate", "rerun", is_flag=True, help="Then rerun base, source and adapter, and exit with 3 unless it is the same model.")
@@ -215,7 +215,8 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
 
     Task k is the k-th SOURCE, 0 the base itself: adapt_convert.task_ids(model, [1, 0, 2]). They share one basis of --rank dims
     (a LatTE), or two subspaces of --rank dims for each matrix (a shared LoRA), so adapters trained apart are exact only at the sum
-    of their ranks. `delta BASE BUNDLE --task NAME` makes an adapter of a shared LoRA's one again.
+    of their ranks. `delta BASE BUNDLE --task NAME` makes an adapter of a shared LoRA's one again, of the bundle's rank unless --rank
+    says less.
 
     \b
     Example:
