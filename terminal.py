@@ -56,8 +56,7 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
     actions = plan["actions"]
     terminal.print(
         f"{plan['tensors']} tensors: {actions.get('factor', 0)} to factor, {actions.get('store', 0)} stored exactly "
-        f"if changed, {actions.get('drop', 0)} left out if changed; {_predicted(plan)}, "
-        f"peak memory about {size_text(plan['predicted_peak_memory'])}",
+        f"if changed, {actions.get('drop', 0)} left out if changed; {_predicted(plan)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -68,8 +67,9 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
 
 
 def _predicted(plan: dict[str, Any]) -> str:
-    size = size_text(plan["predicted_bytes"])
-    return f"at most {size}" if plan["predicted_at_most"] else f"about {size} if all of it changed"
+    size, peak = size_text(plan["predicted_bytes"]), plan["predicted_peak_memory"]
+    size = f"at most {size}" if plan["predicted_at_most"] else f"about {size} if all of it changed"
+    return f"{size}, peak memory {'above that of one model in float32' if peak is None else f'about {size_text(peak)}'}"
 
 
 def print_summary(conversion: Conversion, directory: Path) -> None:
@@ -281,7 +281,7 @@ def print_batch(result: dict[str, Any], directory: Path) -> None:
     for row in result["jobs"]:
         details = f"  {size_text(row['bytes'])}" if "bytes" in row else ""
         if "predicted_bytes" in row:
-            details = f"  {_predicted(row)}, peak memory about {size_text(row['predicted_peak_memory'])}"
+            details = f"  {_predicted(row)}"
         if row["status"] != "failed":  # those are listed on standard error
             click.echo(f"{row['output']}: {row['status']}{' (earlier)' if row.get('skipped') else ''}{details}")
     if "bases" in result:

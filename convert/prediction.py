@@ -27,14 +27,18 @@ class Prediction:
     """What a plan would write and take if every tensor of it changed: `bytes` of the weights file, and of `peak_memory`.
 
     `at_most` says that `bytes` are a bound which what is written may stay far below, because only the work shows the ranks.
+    `runs_models` says that models are run, one at a time in float32, whose memory `peak_memory` does not count.
     """
 
     bytes: int
     at_most: bool
     peak_memory: int
+    runs_models: bool
 
     def to_json(self) -> dict[str, Any]:
-        return {"predicted_bytes": self.bytes, "predicted_at_most": self.at_most, "predicted_peak_memory": self.peak_memory}
+        """Without a figure for the memory where it would be that of the smaller part."""
+        peak = None if self.runs_models else self.peak_memory
+        return {"predicted_bytes": self.bytes, "predicted_at_most": self.at_most, "predicted_peak_memory": peak}
 
 
 def predict(plan: Plan, source: Source, options: Options) -> Prediction:
@@ -46,7 +50,8 @@ def predict(plan: Plan, source: Source, options: Options) -> Prediction:
     stored = [_stored(entry, plan, options) for entry in plan.having("store")] + _zero_biases(plan, options)
     header = _FILE + sum(_ROW + len(module) for module in (*modules, *(module for module, _ in stored)))
     work = max(_in_work(plan), _largest_stored(plan))
-    return Prediction(factors + sum(size for _, size in stored) + header, _is_bound(source, options), _RUNTIME + work + factors)
+    size = factors + sum(size for _, size in stored) + header
+    return Prediction(size, _is_bound(source, options), _RUNTIME + work + factors, options.calib is not None)
 
 
 def _is_bound(source: Source, options: Options) -> bool:

@@ -84,6 +84,7 @@ def test_a_rank_that_is_looked_for_is_bounded(to: str, make_pair: Any, tmp_path:
     )
     assert planned["predicted_at_most"]
     assert size < planned["predicted_bytes"] / 4
+    assert planned["predicted_peak_memory"] is None  # models are run
 
 
 METHODS = {
