@@ -93,10 +93,10 @@ def delta(
     where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
     check_destination(directory, overwrite, (base, source))
     if rerun:
-        from adapt_convert.formats.diffusion import refuse_rerun
+        from adapt_convert.formats.diffusion import refuse_diffusion
 
-        parsed.refuse_rerun()
-        refuse_rerun(locate(base, base_revision))
+        parsed.require_peft_form()
+        refuse_diffusion(locate(base, base_revision))
     if repo:
         from adapt_convert.formats.hub import check_login, check_repo
 

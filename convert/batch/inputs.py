@@ -16,6 +16,7 @@ from adapt_convert.convert.rank_for_budget import settle_budget
 from adapt_convert.convert.validation.live_model import require_run_extra
 from adapt_convert.convert.validation.texts import has_tokenizer
 from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.diffusion import refuse_diffusion
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate
 
@@ -56,7 +57,8 @@ def foresee(found: Found, base: Checkpoint) -> Prediction:
 def _check_validation(found: Found, base: Checkpoint) -> None:
     """Refuse, before a conversion, a validation that would have nothing to run on, or nothing to run with."""
     require_run_extra()
-    found.job.options.refuse_rerun()
+    found.job.options.require_peft_form()
+    refuse_diffusion(found.base)
     reads_text = vocabulary_of(base.config) is not None
     if reads_text and not (has_tokenizer(found.source) or has_tokenizer(found.base)):
         raise AdaptError(f"validate: {found.source.origin} and {found.base.origin} have no tokenizer; put its files into one of them")
