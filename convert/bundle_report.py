@@ -34,10 +34,10 @@ def names_apart(names: Sequence[str]) -> list[str]:
     return apart
 
 
-def refuse_shared(found: Mapping[str, Sequence[Entry]]) -> None:
+def refuse_shared(found: Mapping[str, Sequence[Entry]], exclude: Sequence[str]) -> None:
     """Refuse changes that no row of a batch can have for itself; `found` are such tensors, by the source that changes them.
 
-    The advice has the modules of all of them, so that one list mends the bundle.
+    The advice has the modules of all of them beside those of `exclude`, so that one list mends the bundle.
     """
     origins = [origin for origin, entries in found.items() if entries]
     if not origins:
@@ -48,7 +48,7 @@ def refuse_shared(found: Mapping[str, Sequence[Entry]]) -> None:
     who, alone = f"{origins[0]}: changes", "convert this one on its own"
     if origins[1:]:
         who, alone = f"{origins[0]} and {len(origins) - 1} more of the sources: change", "convert these one by one"
-    modules = ",".join(dict.fromkeys(_to_exclude(entry.module) for entry in changed))
+    modules = ",".join(dict.fromkeys([*exclude, *(_to_exclude(entry.module) for entry in changed)]))
     raise AdaptError(f"{who} {listed}, which all rows of a batch share; leave out with --exclude {modules}, or {alone}")
 
 

@@ -199,6 +199,9 @@ def test_one_refusal_names_all_that_rows_share_and_its_advice_mends_it(to: str, 
         adapt_convert.bundle(pair.base, sources, to=to, rank=4)
     with pytest.raises(AdaptError, match=rf"ft: changes {changed}, {advice} this one on its own"):
         adapt_convert.bundle(pair.base, sources[:1], to=to, rank=4)
+    given, _, missing = exclude.partition(",")
+    with pytest.raises(AdaptError, match=rf"share; leave out with --exclude {given},{missing}, or"):
+        adapt_convert.bundle(pair.base, sources, to=to, rank=4, exclude=given)
     assert set(adapt_convert.bundle(pair.base, sources, to=to, rank=4, exclude=exclude).report["tasks"]) == {"ft", "other"}
 
 

@@ -61,7 +61,7 @@ def bundle(
     if not sources:
         raise AdaptError("a bundle needs at least one adapter")
     tasks = [_open(base, source, chosen, progress) for source in sources]
-    refuse_shared({task.effective.pairs.source.origin: _unshared(task) for task in tasks})
+    refuse_shared({task.effective.pairs.source.origin: _unshared(task) for task in tasks}, chosen.exclude)
     for task, name in zip(tasks, names_apart([task.held.name for task in tasks]), strict=True):
         task.held.name = name
     first = tasks[0]

@@ -70,7 +70,7 @@ def bundle_loras(base: str | Path, sources: Sequence[str | Path], *, progress: P
         raise AdaptError("a bundle needs at least one adapter")
     opened = open_base(base)
     tasks = [_open(opened, source, chosen, progress) for source in sources]
-    refuse_shared({task.pairs.source.origin: task.unshared for task in tasks})
+    refuse_shared({task.pairs.source.origin: task.unshared for task in tasks}, chosen.exclude)
     dtype = torch_dtype(chosen.dtype or output_dtype(tasks[0].pairs.source))
     names = names_apart([task.pairs.source.location.name for task in tasks])
     adapter = SharedLoraAdapter({}, [SharedTask(name) for name in names], opened.location.loadable, task_type(tasks[0].plan))
