@@ -360,3 +360,7 @@ def _push(directory: Path, repo: str) -> dict[str, Any]:
     from adapt_convert.formats.hub import push as push_directory
 
     return push_directory(directory, repo)
+
+
+if __name__ == "__main__":
+    main()

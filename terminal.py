@@ -86,6 +86,8 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
         table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
     if "captured_energy_without_magnitude" in report:
         table.add_row("", f"{report['captured_energy_without_magnitude']:.4%} in the DoRA's factors without its magnitudes")
+    if report.get("calibration", {}).get("chosen") == "refined":
+        table.add_row("", "refined to the outputs: the share of the weights' change says little of it")
     ratio = report["inputs"]["source"]["bytes"] / report["bytes"]
     table.add_row("size", f"{size_text(report['bytes'])}, of which stored exactly {size_text(report['bytes_exact'])}")
     table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
