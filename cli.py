@@ -52,7 +52,7 @@ main.add_command(validate)
 @OVERWRITE
 @REVISION
 @BASE_REVISION
-@click.option("--task", metavar="NAME", help="Of a shared LoRA the adapter to take, by name or number.")
+@click.option("--task", metavar="NAME", help="Of a shared LoRA the adapter to take, by name or number, in the bundle's rank or --rank.")
 @click.option("--dry-run", is_flag=True, help="Stop after the preflight, which reads headers only.")
 @click.option("--push", "repo", metavar="REPO", help="Then publish it as this Hub repository (org/name).")
 @click.option("--validate", "rerun", is_flag=True, help="Then rerun base, source and adapter, and exit with 3 unless it is the same model.")
@@ -94,10 +94,10 @@ def delta(
     where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
     check_destination(directory, overwrite, (base, source))
     if rerun:
-        from adapt_convert.formats.diffusion import refuse_rerun
+        from adapt_convert.formats.diffusion import refuse_diffusion
 
-        parsed.refuse_rerun()
-        refuse_rerun(locate(base, base_revision))
+        parsed.require_peft_form()
+        refuse_diffusion(locate(base, base_revision))
     if repo:
         from adapt_convert.formats.hub import check_login, check_repo
 
@@ -216,7 +216,8 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
 
     Task k is the k-th SOURCE, 0 the base itself: adapt_convert.task_ids(model, [1, 0, 2]). They share one basis of --rank dims
     (a LatTE), or two subspaces of --rank dims for each matrix (a shared LoRA), so adapters trained apart are exact only at the sum
-    of their ranks. `delta BASE BUNDLE --task NAME` makes an adapter of a shared LoRA's one again.
+    of their ranks. `delta BASE BUNDLE --task NAME` makes an adapter of a shared LoRA's one again, of the bundle's rank unless --rank
+    says less.
 
     \b
     Example:
@@ -360,3 +361,7 @@ def _push(directory: Path, repo: str) -> dict[str, Any]:
     from adapt_convert.formats.hub import push as push_directory
 
     return push_directory(directory, repo)
+
+
+if __name__ == "__main__":
+    main()

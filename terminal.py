@@ -56,8 +56,7 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
     actions = plan["actions"]
     terminal.print(
         f"{plan['tensors']} tensors: {actions.get('factor', 0)} to factor, {actions.get('store', 0)} stored exactly "
-        f"if changed, {actions.get('drop', 0)} left out if changed; about {size_text(plan['predicted_bytes'])}, "
-        f"peak memory about {size_text(plan['predicted_peak_memory'])}",
+        f"if changed, {actions.get('drop', 0)} left out if changed; {_predicted(plan)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -65,6 +64,12 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
         terminal.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
     if len(plan["notes"]) > 12:
         terminal.print(f"  and {len(plan['notes']) - 12} more notes; --json has all of them", highlight=False)
+
+
+def _predicted(plan: dict[str, Any]) -> str:
+    size, peak = size_text(plan["predicted_bytes"]), plan["predicted_peak_memory"]
+    size = f"at most {size}" if plan["predicted_at_most"] else f"about {size} if all of it changed"
+    return f"{size}, peak memory {'above that of one model in float32' if peak is None else f'about {size_text(peak)}'}"
 
 
 def print_summary(conversion: Conversion, directory: Path) -> None:
@@ -81,6 +86,8 @@ def print_summary(conversion: Conversion, directory: Path) -> None:
         table.add_row("", f"{report['captured_energy_of_all_changes']:.4%} of everything that changed")
     if "captured_energy_without_magnitude" in report:
         table.add_row("", f"{report['captured_energy_without_magnitude']:.4%} in the DoRA's factors without its magnitudes")
+    if report.get("calibration", {}).get("chosen") == "refined":
+        table.add_row("", "refined to the outputs: the share of the weights' change says little of it")
     ratio = report["inputs"]["source"]["bytes"] / report["bytes"]
     table.add_row("size", f"{size_text(report['bytes'])}, of which stored exactly {size_text(report['bytes_exact'])}")
     table.add_row("ratio", f"{ratio:.1f} (source / adapter)")
@@ -274,10 +281,9 @@ def print_batch(result: dict[str, Any], directory: Path) -> None:
     from adapt_convert.formats.batch_html import read_lines
 
     for row in result["jobs"]:
-        size = row.get("bytes", row.get("predicted_bytes"))
-        details = "" if size is None else f"  {size_text(size)}"
-        peak = row.get("predicted_peak_memory")
-        details += "" if peak is None else f", peak memory about {size_text(peak)}"
+        details = f"  {size_text(row['bytes'])}" if "bytes" in row else ""
+        if "predicted_bytes" in row:
+            details = f"  {_predicted(row)}"
         if row["status"] != "failed":  # those are listed on standard error
             click.echo(f"{row['output']}: {row['status']}{' (earlier)' if row.get('skipped') else ''}{details}")
     if "bases" in result:

@@ -166,11 +166,14 @@ def headers(root: Path, rounds: int) -> dict[str, Any]:
     seconds = []
     for _ in range(rounds):
         started = time.process_time()
-        size, peak = foresee(find(job), open_base(job.base))
+        foreseen = foresee(find(job), open_base(job.base))
         seconds.append(time.process_time() - started)
     median = statistics.median(seconds)
-    print(f"70B pair: opened and planned in {median:.3f} s; predicted {size / 1e6:.0f} MB, peak memory {peak / 1e9:.2f} GB per process")
-    return {"seconds": median, "predicted_bytes": size, "predicted_peak_memory": peak}
+    print(
+        f"70B pair: opened and planned in {median:.3f} s; "
+        f"predicted {foreseen.bytes / 1e6:.0f} MB, peak memory {foreseen.peak_memory / 1e9:.2f} GB per process"
+    )
+    return {"seconds": median, "predicted_bytes": foreseen.bytes, "predicted_peak_memory": foreseen.peak_memory}
 
 
 def main() -> None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from adapters import convert_once, reference, validated
 from measuring import machine, save, table
 
 ROWS: dict[str, list[str]] = {
@@ -37,8 +36,8 @@ def main() -> None:
     parser.add_argument("--refine", type=int, metavar="N", help="Also a LoRA and a LoDA with N steps of refinement.")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    base, ft, heldout = (arguments.directory / name for name in ("base", "ft", "heldout.txt"))
-    text = _calibration_text(arguments.directory)
+    text = arguments.directory / "calibration.txt"
+    text.write_text(reference()[0], encoding="utf-8")
     calibrated = ["--calib", str(text), "--calib-tokens", str(arguments.calib_tokens)]
     rows = {
         name: [option.format(base_rank=arguments.base_rank) for option in options] + (calibrated if name != "lora" else [])
@@ -47,17 +46,10 @@ def main() -> None:
     if arguments.refine:
         for target in ("lora", "loda"):
             rows[f"{target}, refined"] = ["--to", target, *calibrated, "--refine", str(arguments.refine)]
-    tool, adapters = str(Path(sys.executable).with_name("adapt-convert")), {}
-    for number, (name, options) in enumerate(rows.items()):
-        adapters[name] = arguments.directory / f"loda-bench-{number}"
-        command = [tool, "delta", str(base), str(ft), *options, "--rank", str(arguments.rank), "--exclude", "embed_tokens"]
-        if not adapters[name].exists():
-            subprocess.run([*command, "-o", str(adapters[name])], check=True, stdout=sys.stderr)
-    report = arguments.directory / "loda-report"
-    run = [tool, "validate", str(base), str(ft), *map(str, adapters.values()), "--text", str(heldout), "--context", "128"]
-    run += ["--max-tokens", "8192", "--dtype", "float32", "--no-speed", "--no-attribution", "--no-card", "-o", str(report)]
-    subprocess.run(run, check=False, stdout=sys.stderr)
-    validation = json.loads((report / "validation.json").read_text())
+    adapters = {name: arguments.directory / f"loda-bench-{number}" for number, name in enumerate(rows)}
+    for name, options in rows.items():
+        convert_once(arguments.directory, adapters[name], [*options, "--rank", str(arguments.rank), "--exclude", "embed_tokens"])
+    validation = validated(arguments.directory, list(adapters.values()), arguments.directory / "loda-report", max_tokens=8192)
     figures = [
         _figures(name, json.loads((path / "conversion.json").read_text()), candidate)
         for (name, path), candidate in zip(adapters.items(), validation["candidates"], strict=True)
@@ -66,15 +58,6 @@ def main() -> None:
     print(table(header, [_cells(row) for row in figures]))
     print(f"\nKL of the base: {validation['base']['kl']:.4f}; rank {arguments.rank}, {arguments.calib_tokens} tokens of calibration")
     save({"machine": machine("torch", "transformers"), "base_kl": validation["base"]["kl"], "rows": figures}, arguments.json)
-
-
-def _calibration_text(directory: Path) -> Path:
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    path = directory / "calibration.txt"
-    path.write_text(text[: len(text) * 9 // 10], encoding="utf-8")
-    return path
 
 
 def _figures(name: str, report: dict[str, Any], candidate: dict[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,12 @@ import argparse
 import json
 import os
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from adapters import TOOL, convert_once, reference, validated
 from smollm2 import dequantise, fine_tune
 
-TOOL = str(Path(sys.executable).with_name("adapt-convert"))
 LORA = ("--to", "lora", "--rank", "4", "--target-modules", "all-linear")
 LINEAR_ONLY = ("--exclude", "embed_tokens,lm_head,input_layernorm,post_attention_layernorm,norm")
 LORTA = ("--to", "lorta", "--rank", "16")
@@ -60,14 +57,11 @@ def prepare_demo(directory: Path) -> None:
 
 def prepare_smollm2(directory: Path, steps: int) -> None:
     """Base, fine-tune, the text it was trained on and the text that was held out."""
-    from pydoc_data.topics import topics
-
     if not (directory / "base" / "tokenizer_config.json").exists():
         dequantise(directory / "base")
     if not (directory / "ft" / "tokenizer_config.json").exists():
         fine_tune(directory / "base", directory / "ft", directory / "heldout.txt", steps)
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    (directory / "seen.txt").write_text(text[: len(text) * 9 // 10], encoding="utf-8")
+    (directory / "seen.txt").write_text(reference()[0], encoding="utf-8")
 
 
 def write_unrelated(directory: Path) -> None:
@@ -84,23 +78,9 @@ def convert(directory: Path, case: str, steps: int, tokens: int) -> list[Path]:
     made = []
     refined = [("-refined", [*calibration, "--calib-tokens", str(tokens), "--refine", str(steps)])] if text else []
     for suffix, extra in (("", list[str]()), *refined):
-        output = directory / f"{case}{suffix}"
-        if not output.exists():
-            started = time.monotonic()
-            subprocess.run([TOOL, "delta", str(directory / "base"), str(directory / "ft"), *options, *extra, "-o", str(output)], check=True)
-            print(f"{output.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-        made.append(output)
+        made.append(directory / f"{case}{suffix}")
+        convert_once(directory, made[-1], [*options, *extra])
     return made
-
-
-def validate(directory: Path, outputs: list[Path]) -> list[dict[str, Any]]:
-    """The validator's rows of the base and of every output, on held-out text."""
-    report = directory / "refine-report"
-    options = ["--text", str(directory / "heldout.txt"), "--context", "128", "--max-tokens", "4096", "--dtype", "float32"]
-    options += ["--no-speed", "--no-card", "--no-attribution", "-o", str(report)]
-    subprocess.run([TOOL, "validate", str(directory / "base"), str(directory / "ft"), *map(str, outputs), *options], check=False)
-    found = json.loads((report / "validation.json").read_text())
-    return [found["base"], *found["candidates"]]
 
 
 def main() -> None:
@@ -117,10 +97,10 @@ def main() -> None:
     prepare_demo(arguments.directory) if arguments.pair == "demo" else prepare_smollm2(arguments.directory, arguments.fine_tune_steps)
     write_unrelated(arguments.directory)
     outputs = [path for case in arguments.cases for path in convert(arguments.directory, case, arguments.steps, arguments.tokens)]
-    rows = validate(arguments.directory, outputs)
+    validation = validated(arguments.directory, outputs, arguments.directory / "refine-report", max_tokens=4096)
     print("| adapter | chosen | held-out KL while converting | KL | 95 % | recovered | top-1 | bytes |\n|---|---|---|---|---|---|---|---|")
     kept = []
-    for row in rows:
+    for row in (validation["base"], *validation["candidates"]):
         file = Path(row["path"]) / "conversion.json"
         about = json.loads(file.read_text()).get("calibration", {}) if file.exists() else {}
         tried = ", ".join(f"{name} {value:.4f}" for name, value in about.get("candidates", {}).items())

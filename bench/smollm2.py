@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapters import TOOL, reference
 
 ROWS, LENGTH, RATE, WARM_UP = 4, 128, 5e-5, 10
 CANDIDATES = (("lora", 4), ("lora", 16), ("lorta", 16), ("latte", 16), ("latte", 64))
@@ -46,15 +47,12 @@ def dequantise(target: Path) -> None:
 
 def fine_tune(base: Path, target: Path, heldout: Path, steps: int) -> None:
     """Train every weight; write the text it has not seen to `heldout`."""
-    from pydoc_data.topics import topics
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    seen, unseen = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    seen, unseen = reference()
     heldout.write_text(unseen, encoding="utf-8")
     tokens = torch.tensor(tokenizer(seen)["input_ids"])
     rows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
@@ -86,12 +84,12 @@ def main() -> None:
         dequantise(base)
     if not (ft / "tokenizer_config.json").exists():
         fine_tune(base, ft, heldout, arguments.steps)
-    tool, adapters = [str(Path(sys.executable).with_name("adapt-convert"))], []
+    adapters = []
     for target, rank in CANDIDATES:
         adapters.append(str(arguments.directory / f"ft-{target}-r{rank}"))
         options = ["--to", target, "--rank", str(rank), "--target-modules", "all-linear", "-o", adapters[-1], "--overwrite"]
-        subprocess.run([*tool, "delta", str(base), str(ft), *options], check=True)
-    run = [*tool, "validate", str(base), str(ft), *adapters, "--text", str(heldout), "--context", "128", "--max-tokens", "4096"]
+        subprocess.run([TOOL, "delta", str(base), str(ft), *options], check=True)
+    run = [TOOL, "validate", str(base), str(ft), *adapters, "--text", str(heldout), "--context", "128", "--max-tokens", "4096"]
     subprocess.run([*run, "--dtype", "float32", "--no-speed", "--no-card", "-o", str(arguments.directory / "report")], check=False)
 
 

@@ -1,16 +1,19 @@
-"""What the bundles of both kinds say of themselves: names of tasks, and one report of several conversions."""
+"""What the bundles of both kinds say of themselves: names of tasks, what rows cannot have apart, and one report of several conversions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapt_convert.convert.options import Options
-from adapt_convert.convert.preflight import Plan
+from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.report import Record, build_report, captured_energy
 from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.source import Source
+
+_NAMED = 3  # tensors that a refusal names one by one
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,30 @@ def names_apart(names: Sequence[str]) -> list[str]:
     for number, name in enumerate(names, 1):
         apart.append(f"{name}-{number}" if name in apart else name)
     return apart
+
+
+def refuse_shared(found: Mapping[str, Sequence[Entry]], exclude: Sequence[str]) -> None:
+    """Refuse changes that no row of a batch can have for itself; `found` are such tensors, by the source that changes them.
+
+    The advice has the modules of all of them beside those of `exclude`, so that one list mends the bundle.
+    """
+    origins = [origin for origin, entries in found.items() if entries]
+    if not origins:
+        return
+    changed = list({entry.name: entry for entries in found.values() for entry in entries}.values())
+    names = [entry.name for entry in changed[:_NAMED]] + ([f"{len(changed) - _NAMED} more"] if len(changed) > _NAMED else [])
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    who, alone = f"{origins[0]}: changes", "convert this one on its own"
+    if origins[1:]:
+        who, alone = f"{origins[0]} and {len(origins) - 1} more of the sources: change", "convert these one by one"
+    modules = ",".join(dict.fromkeys([*exclude, *(_to_exclude(entry.module) for entry in changed)]))
+    raise AdaptError(f"{who} {listed}, which all rows of a batch share; leave out with --exclude {modules}, or {alone}")
+
+
+def _to_exclude(module: str) -> str:
+    """The shortest name that means a module: its last component, unless that is a number, which others have too."""
+    last = module.rpartition(".")[2]
+    return module if last.isdecimal() else last
 
 
 def bundle_report(base: Checkpoint, tasks: Sequence[Bundled], options: Options) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from adapt_convert.convert.experts import is_expert
 from adapt_convert.convert.image_loras import cannot_hold, form_of, namer
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_names import GgufNames
-from adapt_convert.formats.profiles import Profile, profile_named
+from adapt_convert.formats.profiles import IMAGE_FORMS, Profile, profile_named
 
 if TYPE_CHECKING:
     from adapt_convert.convert.family import Family
@@ -38,7 +38,7 @@ def restrict(plan: Plan, base: Checkpoint, profile: Profile) -> Plan:
     Raises `AdaptError` where nothing that it could be given would be the fine-tune: added tokens, and matrices of a kind that it
     does not adapt at all.
     """
-    if profile.layout in ("diffusers", "kohya"):
+    if profile.layout in IMAGE_FORMS:
         name_of = namer(base, profile.layout)
         return _without(plan, profile, lambda entry: cannot_hold(entry, name_of))
     model_type = str(plan.config.get("model_type"))

@@ -38,7 +38,7 @@ from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.lorta import LortaAdapter
 from adapt_convert.formats.peft import LoraAdapter, is_plain_lora
 from adapt_convert.formats.shared_lora import SharedLoraAdapter
-from adapt_convert.formats.source import Source, adapter_config_path
+from adapt_convert.formats.source import Source, adapter_config_path, shared_lora_config_path
 
 Adapter = LoraAdapter | ImageLora | GgufAdapter | LortaAdapter | LatteAdapter | LodaAdapter | SharedLoraAdapter
 Solver = Callable[
@@ -156,7 +156,7 @@ def default_name(source: Location, options: Options, task: str | None = None) ->
     """What to call the output: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`; `style-lora` for a LoRA whose ranks stay what they are."""
     name = f"{source.name}-{task}" if task else source.name
     config = adapter_config_path(source)
-    is_lora = is_plain_lora(read_json(config)) if config else lora_file(source) is not None
+    is_lora = is_plain_lora(read_json(config)) if config else bool(lora_file(source) or shared_lora_config_path(source))
     if options.to == "lora" and is_lora and not options.has_size:
         return f"{name}-lora" + (f"-{options.profile}" if options.profile else "")
     return options.output_name(name)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.diffusion import diffusers_name, kohya_name, layout_of, located
 from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.profiles import IMAGE_FORMS, ImageForm
 
 if TYPE_CHECKING:
     from adapt_convert.convert.preflight import Entry
     from adapt_convert.formats.image_lora import ImageLora
     from adapt_convert.formats.peft import LoraAdapter
 
-ImageForm = Literal["diffusers", "kohya"]
 Form = Literal["peft"] | ImageForm
 _USUAL: dict[str, Form] = {"pipeline": "diffusers", "component": "diffusers", "single file": "kohya", "other": "peft"}
 _TABLES = ("token_embedding", "position_embedding")  # CLIP's
@@ -23,9 +23,9 @@ _TABLES = ("token_embedding", "position_embedding")  # CLIP's
 def form_of(base: Checkpoint, profile: str | None) -> Form:
     """The form asked for by name, or what suits the base. Raises `AdaptError` for one that cannot hold an adapter of it."""
     layout = layout_of(base)
-    if profile not in (None, "peft", "diffusers", "kohya") and layout != "other":
+    if profile not in (None, "peft", *IMAGE_FORMS) and layout != "other":
         raise AdaptError(f"--for {profile}: serves language models, and {base.origin} is a diffusion model; --for diffusers or kohya")
-    form: Form = profile if profile in ("peft", "diffusers", "kohya") else _USUAL[layout]  # type: ignore[assignment]
+    form: Form = profile if profile in ("peft", *IMAGE_FORMS) else _USUAL[layout]  # type: ignore[assignment]
     if layout == "other" and form != "peft":
         raise AdaptError(f"--for {form}: {base.origin} is no diffusion model; its adapters are PEFT's")
     if layout == "pipeline" and form == "peft":

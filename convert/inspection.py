@@ -130,13 +130,11 @@ def _layers(store: TensorStore, config: dict[str, Any]) -> int | None:
 
 def describe_plan(plan: Plan, source: Source, options: Options) -> dict[str, Any]:
     """The plan as plain data: `actions` counts what would become of changed tensors, `losses` what could not be kept."""
-    size, peak = predict(plan, source, options)
     return {
         "tensors": len(plan.entries),
         "actions": dict(Counter(entry.action for entry in plan.entries)),
         "losses": {entry.name: entry.reason for entry in plan.having("drop") if entry.lossy},
         "missing_from_source": list(plan.missing),
         "notes": list(plan.notes),
-        "predicted_bytes": size,
-        "predicted_peak_memory": peak,
+        **predict(plan, source, options).to_json(),
     }

@@ -195,8 +195,8 @@ class Options:
         if self.budget is not None and consumer.uniform:
             raise AdaptError(f"--budget gives every matrix a rank of its own, and {consumer.title} wants one for all: give --rank")
 
-    def refuse_rerun(self) -> None:
-        """Refuse to validate what `transformers` and `peft` do not run."""
+    def require_peft_form(self) -> None:
+        """Refuse to validate a LoRA in a form that `peft` does not run."""
         if self.consumer and self.consumer.layout != "peft":
             raise AdaptError(f"--for {self.profile}: the validator runs PEFT adapters; validate one of the same options without --for")
 

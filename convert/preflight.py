@@ -29,7 +29,8 @@ from adapt_convert.convert.consumers import consumer_of, restrict
 from adapt_convert.convert.experts import is_expert, is_router
 from adapt_convert.convert.family import ATTENTION_ROLES, FUSED, Family
 from adapt_convert.convert.latte.layout import check_latte
-from adapt_convert.convert.loading import knows_loading, why_lost
+from adapt_convert.convert.loading import why_lost
+from adapt_convert.convert.notes import notes_of, unmatched
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.dtypes import FLOATS
@@ -135,8 +136,7 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     # In PEFT an adapter of a tied embedding leaves the head alone unless it names the head too, or asks for tying.
     follows_ties = source.kind not in ("lora", "method") or bool(source.config.get("ensure_weight_tying"))
     plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
-    slips = (f"--exclude {name} matches no module" for name in _unmatched(plan, options))
-    plan = replace(plan, notes=(*slips, *_notes(plan, base, options)))
+    plan = replace(plan, notes=tuple(notes_of(plan, base, options)))
     consumer = consumer_of(base, options) if options.to == "lora" else None
     return restrict(plan, base, consumer) if consumer else plan
 
@@ -149,7 +149,7 @@ def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:
     for name in options.target_modules:
         if name not in TARGET_WORDS and not any(matches(entry.module, name) for entry in plan.entries):
             raise AdaptError(f"--target-modules {name}: no module is called so; there are {_module_list(plan.entries)}")
-    if options.exclude and len(_unmatched(plan, options)) == len(options.exclude):
+    if options.exclude and len(unmatched(plan, options)) == len(options.exclude):
         raise AdaptError(f"--exclude {','.join(options.exclude)}: no module is called so; there are {_module_list(plan.entries)}")
     if not plan.having("factor"):
         raise AdaptError(_nothing_to_factor(plan.entries, plan.family, base, options))
@@ -338,42 +338,6 @@ def _untargeted_reason(options: Options) -> str:
     if options.target_modules:
         return "not in --target-modules"
     return "outside the attention that a LoRTA holds by default; --target-modules all-linear adds the MLP"
-
-
-def _unmatched(plan: Plan, options: Options) -> list[str]:
-    """What `--exclude` names and no module is called, of the source, of the base, or tied."""
-    names = [*plan.base_keys, *(plan.family.tied if plan.family else ())]
-    known = {entry.module for entry in plan.entries} | {name.rpartition(".")[0] for name in names}
-    return [pattern for pattern in options.exclude if not any(matches(module, pattern) for module in known)]
-
-
-def _notes(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
-    notes, entries, missing = [], plan.entries, plan.missing
-    if base.quantisation:
-        notes.append(f"the base is quantised ({base.quantisation}): what its rounding took away is part of every change")
-    if plan.family is None and plan.config.get("model_type") and not knows_loading():
-        notes.append(
-            f"{plan.config['model_type']} is not listed: without transformers an adapter has the names of the files, even old ones"
-        )
-    for entry in entries:
-        copies = len(plan.aliases(entry.name)) + 1
-        if options.to == "lora" and entry.action == "store" and entry.kind == "embedding" and copies > 1:
-            notes.append(f"{entry.name} is shared by {copies} modules, and PEFT stores it once for each")
-        if options.to == "lora" and entry.action == "factor" and entry.kind == "embedding" and copies > 1:
-            notes.append(f"{entry.name} is shared: PEFT runs its LoRA but merges it twice; merge with `adapt-convert merge`")
-        if entry.base_key is None:
-            notes.append(f"{entry.name} {list(entry.part.shape)} is not in the base")
-        elif entry.part.kind == "replace" and entry.part.shape != base.infos[entry.base_key].shape:
-            old, new = base.infos[entry.base_key].shape[0], entry.part.shape[0]
-            what = f"{new - old} rows added" if new > old else f"{old - new} rows cut"
-            notes.append(f"{entry.name} has {new} rows, the base {old}: {what} (vocabulary or classes changed)")
-        if entry.tied_to:
-            notes.append(f"{entry.name} shares {entry.tied_to} in the base")
-        if len(entry.part.shape) == 3:
-            notes.append(f"{entry.name} {list(entry.part.shape)} holds stacked matrices")
-    fused = {e.module.rsplit(".", 1)[-1]: FUSED[e.place.role] for e in entries if e.place and e.place.role in FUSED}
-    notes += [f"fused matrices: {module} ({', '.join(parts)} in one weight)" for module, parts in sorted(fused.items())]
-    return notes + [f"{name} of the base is not in the fine-tune" for name in missing]
 
 
 def output_dtype(source: Source) -> str:

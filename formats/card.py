@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.formats.location import Location
+from adapt_convert.formats.profiles import IMAGE_FORMS
 
 _LOAD = {
     "lora": "PeftModel.from_pretrained({model}, {here})",
@@ -112,7 +113,7 @@ def _loading(report: Mapping[str, Any], layout: str, auto: str, base: Location) 
     path, where = Path(base.origin), json.dumps(base.loadable)
     if layout == "gguf":
         return _LOAD[layout].format(here=_HERE)
-    if layout in ("diffusers", "kohya"):
+    if layout in IMAGE_FORMS:
         load = _LOAD[layout].format(model=f"DiffusionPipeline.from_pretrained({where})", here=_HERE)
         return f"from diffusers import DiffusionPipeline\n\nmodel = {load}\n"
     imported = "from peft import PeftModel" if layout == "lora" else "import adapt_convert"

@@ -49,7 +49,7 @@ class Module:
     other: str | None = None
 
 
-def refuse_rerun(location: Location) -> None:
+def refuse_diffusion(location: Location) -> None:
     """Refuse to validate a diffusion model, told by its files: the validator compares outputs over tokens and classes."""
     config = location.directory / "config.json"
     component = location.file is None and config.is_file() and "_class_name" in read_json(config)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adapt_convert.formats.lora_names import DIFFUSERS_FILE, KOHYA_FILE
 from adapt_convert.formats.peft import LoraAdapter, stored_factors
+from adapt_convert.formats.profiles import ImageForm
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 
 
@@ -27,7 +27,7 @@ class ImageLora:
 
     lora: LoraAdapter
     names: Mapping[str, str]
-    style: Literal["diffusers", "kohya"]
+    style: ImageForm
 
     @property
     def exact(self) -> Mapping[str, Tensor | LazyTensor]:

@@ -14,6 +14,7 @@ from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_header import read_gguf_header
 from adapt_convert.formats.location import Location, locate, read_json
+from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.peft import CONFIG, PREFIX, VARIANTS, changes_base, is_pattern, is_positive, lora_scaling, matching_pattern
 from adapt_convert.formats.profiles import EXPERT, PROFILES, Profile, profile_named
@@ -96,13 +97,22 @@ def lint(adapter: str | Path, consumer: str, revision: str | None = None) -> lis
         return []
     config = read_json(location.directory / CONFIG)
     if config.get("peft_type") != "LORA":
-        if profile.name == "peft":
-            return []
-        return [Finding("refused", f"{profile.title} loads LoRA alone, and this is {config.get('peft_type')}", remedy)]
+        return _of_another_method(config.get("peft_type"), profile, remedy)
     read = _read(config, store)
     if malformed := list(_malformed(config)):
         return malformed
     return [finding for check in _CHECKS for finding in check(read, profile, remedy)]
+
+
+def _of_another_method(method: object, profile: Profile, remedy: str) -> list[Finding]:
+    """PEFT loads all methods but this project's own; others load LoRA alone."""
+    if method == LODA:  # which is no change of weights
+        remedy = f"convert the fine-tune it was made from: adapt-convert delta BASE FT --for {profile.name}"
+    if profile.name != "peft":
+        return [Finding("refused", f"{profile.title} loads LoRA alone, and this is {method}", remedy)]
+    if method in ("LORTA", LODA):
+        return [Finding("refused", f"{profile.title} knows no {method}; adapt_convert.load runs it", remedy)]
+    return []
 
 
 def _weights(location: Location, profile: Profile) -> list[Path]:

@@ -13,6 +13,7 @@ from adapt_convert.formats.errors import AdaptError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _WITH_REVISION = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?", re.ASCII)
+_FILE = re.compile(r"[^@]*\.(safetensors|bin|pt|pth|ckpt|gguf|json)")  # a mistyped path, rather than a repository
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 _WEIGHTS = (
     [
@@ -58,7 +59,7 @@ class Location:
 def locate(origin: str | Path, revision: str | None = None) -> Location:
     """A local path, or else a Hub id of the form `org/name` or `org/name@revision`.
 
-    The Hub is asked only for an id that is no local path, and then only for the files that are read.
+    The Hub is asked only for an id that is no local path, there or mistyped, and then only for the files that are read.
     Raises `AdaptError` when neither exists, or for a `revision` of what has none or names another.
     """
     text = str(origin)
@@ -76,14 +77,15 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
     if path.exists():
         raise AdaptError(f"{text}: is neither a file nor a directory")
     if not is_hub_id(text):
-        raise AdaptError(f"{text}: no such file or directory (a Hub id has the form org/name)")
+        hint = f"a Hub repository of this name is {text}@main" if HUB_ID.fullmatch(text) else "a Hub id has the form org/name"
+        raise AdaptError(f"{text}: no such file or directory ({hint})")
     repo, _, at = text.partition("@")
     return _from_hub(text, repo, at or revision)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form `org/name` or `org/name@revision`, and is no local path."""
-    return _WITH_REVISION.fullmatch(text) is not None and not Path(text).exists()
+    """Whether a text has the form `org/name` or `org/name@revision`, and is no local path; nor, without a revision, ends like a file."""
+    return _WITH_REVISION.fullmatch(text) is not None and not _FILE.fullmatch(text) and not Path(text).exists()
 
 
 def refuse_revision(origin: str, revision: str | None) -> None:

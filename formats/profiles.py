@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from adapt_convert.formats.errors import AdaptError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 GGUF_WEIGHTS = "adapter_model.gguf"
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")  # one matrix of an expert: the stack, its number, its name
-IMAGE_FORMS = ("diffusers", "kohya")  # layouts of diffusion models, for each the profile of the same name
+ImageForm = Literal["diffusers", "kohya"]  # layouts of diffusion models, for each the profile of the same name
+IMAGE_FORMS: tuple[ImageForm, ...] = get_args(ImageForm)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Profile:
     name: str
     title: str
     version: str
-    layout: Literal["peft", "gguf", "diffusers", "kohya"]
+    layout: Literal["peft", "gguf"] | ImageForm
     weights: str
     keys: str
     max_rank: int | None = None

@@ -16,13 +16,15 @@ from typing import Any
 import peft
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import adapt_convert
+from adapt_convert.cli import main
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.location import locate
+from adapt_convert.formats.location import is_hub_id, locate
 
 State = dict[str, torch.Tensor]
 
@@ -261,8 +263,7 @@ def put_into_cache(cache: Path, repo: str, directory: Path, commit: str) -> None
 def offline(cache: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # An address that refuses at once: whatever tries the network fails.
     env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "300"}
-    command = [sys.executable, "-m", "adapt_convert.cli", *arguments]
-    command[1:3] = ["-c", "from adapt_convert.cli import main; main()"]
+    command = [sys.executable, "-c", "from adapt_convert.cli import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -300,6 +301,32 @@ def test_a_local_path_never_asks_the_network(pairs, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(pair.base.parent.parent)
     relative = f"{pair.base.parent.name}/base"  # has the form of a Hub id
     assert adapt_convert.inspect(relative)["tensors"] == len(state_of(pair.base))
-    for mistyped in ("./bsae", "/no/such", "bsae", "a/b/c", "~/nothing-here", "", "org/na me", "../x"):
+    for mistyped in ("./bsae", "/no/such", "bsae", "a/b/c", "~/nothing-here", "", "org/na me", "../x", "ft/model.safetensors"):
         with pytest.raises(AdaptError, match="no such file or directory"):
             locate(mistyped)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("delta", "demo/bsae.safetensors", "ft"),
+        ("delta", "base", "demo/model.safetensors"),
+        ("inspect", "demo/model.gguf"),
+        ("plan", "base", "demo/pytorch_model.bin"),
+        ("merge", "base", "demo/lora.safetensors"),
+        ("bundle", "base", "ft", "demo/lora.pt"),
+        ("lint", "demo/lora.safetensors", "--for", "peft"),
+        ("validate", "base", "ft", "demo/lora.safetensors"),
+    ],
+)
+def test_a_mistyped_file_is_said_to_be_missing_and_not_asked_for(arguments: tuple[str, ...], pairs, tmp_path: Path) -> None:
+    sides = {"base": str(pairs("llama").base), "ft": str(pairs("llama").ft)}
+    result = CliRunner().invoke(main, [sides.get(word, word) for word in arguments])
+    name = next(word for word in arguments if word.startswith("demo/"))
+    assert result.exit_code == 1
+    assert result.output == f"Error: {name}: no such file or directory (a Hub repository of this name is {name}@main)\n"
+
+
+def test_a_revision_makes_a_name_that_ends_like_a_file_a_repository() -> None:
+    assert is_hub_id("org/model.gguf@main")
+    assert not is_hub_id("org/model.gguf")

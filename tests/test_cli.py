@@ -149,6 +149,13 @@ def test_wrong_usage_exits_with_2(here: Path, arguments: list[object]) -> None:
     assert run("delta", "base").exit_code == 2
 
 
+def test_the_module_runs_as_the_command_does(pairs: Any) -> None:
+    """Without a word and with exit code 0 it would pass for a conversion."""
+    command = [sys.executable, "-m", "adapt_convert.cli", "inspect", str(pairs("llama").base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "model_type: llama" in done.stdout
+
+
 def test_help_starts_fast_and_without_torch() -> None:
     code = "import sys; import adapt_convert, adapt_convert.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

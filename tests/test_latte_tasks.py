@@ -168,12 +168,41 @@ def test_what_rows_cannot_have_for_themselves_is_refused_or_left_out(tmp_path: P
     tuned.lm_head.weight.data += 0.1
     tuned.save_pretrained(tmp_path / "ft2")
     sources = [tmp_path / "ft1", tmp_path / "ft2"]
-    with pytest.raises(
-        AdaptError, match=r"ft2: changes lm_head\.weight, which all rows of a batch share; leave it out with --exclude lm_head"
-    ):
+    with pytest.raises(AdaptError, match=r"changes lm_head\.weight, which all rows of a batch share; leave out with --exclude lm_head"):
         bundle(tmp_path / "base", sources, rank=6)
     report = bundle(tmp_path / "base", sources, rank=6, exclude=("lm_head",)).report
     assert report["tensors"]["ft2: lm_head.weight"]["status"] == "dropped"
+
+
+_LAYER = r"model\.layers\.0"
+_REFUSED = {
+    "latte": (r"lm_head\.weight and model\.embed_tokens\.weight", "lm_head,embed_tokens"),
+    "shared-lora": (
+        rf"model\.embed_tokens\.weight, {_LAYER}\.input_layernorm\.weight, {_LAYER}\.post_attention_layernorm\.weight and 3 more",
+        "embed_tokens,input_layernorm,post_attention_layernorm,norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("to", _REFUSED)
+def test_one_refusal_names_all_that_rows_share_and_its_advice_mends_it(to: str, make_pair: Any, tmp_path: Path) -> None:
+    """Every parameter of `ft` changed; `other` changed its embedding beside a matrix."""
+    changed, exclude = _REFUSED[to]
+    pair = make_pair(tmp_path, "llama")
+    other = pair.load(pair.base)
+    for parameter in (other.model.embed_tokens.weight, other.model.layers[0].mlp.down_proj.weight):
+        parameter.data += 0.1
+    other.save_pretrained(tmp_path / "other")
+    sources = [pair.ft, tmp_path / "other"]
+    advice = f"which all rows of a batch share; leave out with --exclude {exclude}, or convert"
+    with pytest.raises(AdaptError, match=rf"ft and 1 more of the sources: change {changed}, {advice} these one by one"):
+        adapt_convert.bundle(pair.base, sources, to=to, rank=4)
+    with pytest.raises(AdaptError, match=rf"ft: changes {changed}, {advice} this one on its own"):
+        adapt_convert.bundle(pair.base, sources[:1], to=to, rank=4)
+    given, _, missing = exclude.partition(",")
+    with pytest.raises(AdaptError, match=rf"share; leave out with --exclude {given},{missing}, or"):
+        adapt_convert.bundle(pair.base, sources, to=to, rank=4, exclude=given)
+    assert set(adapt_convert.bundle(pair.base, sources, to=to, rank=4, exclude=exclude).report["tasks"]) == {"ft", "other"}
 
 
 def test_planting_changes_with_the_seed() -> None:

@@ -222,3 +222,21 @@ def test_kohya_files_under_diffusers(tmp_path: Path) -> None:
     write(2.0, 1.0)
     assert "wrong: alphas from 1 to 2" in str(lint(tmp_path, "diffusers")[0])
     assert lint(tmp_path, "kohya") == []
+
+
+def test_what_peft_does_not_know_is_refused_for_it_too(pairs: Any, tmp_path: Path) -> None:
+    """Held against PEFT's own table of methods; a LoRTA can be converted as the line says, a LoDA cannot."""
+    pair = pairs("llama")
+    out = convert(pair.base, pair.ft, to="lorta", rank=2).save(tmp_path / "lorta")
+    (finding,) = lint(out, "peft")
+    assert finding.effect == "refused"
+    assert f"delta BASE {out} --for peft" in finding.remedy
+    convert(pair.base, out, profile="peft", rank=2)
+    config = json.loads((out / "adapter_config.json").read_text())
+    for method, known in (("LODA", False), ("LORTA", False), ("LOHA", True), ("VERA", True)):
+        assert (method in peft.PEFT_TYPE_TO_CONFIG_MAPPING) == known
+        (out / "adapter_config.json").write_text(json.dumps(config | {"peft_type": method}))
+        assert (lint(out, "peft") == []) == known
+        assert "loads LoRA alone" in lint(out, "vllm")[0].what
+    (out / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LODA"}))
+    assert all("the fine-tune it was made from: adapt-convert delta BASE FT" in lint(out, name)[0].remedy for name in ("peft", "vllm"))

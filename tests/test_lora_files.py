@@ -394,3 +394,6 @@ def test_from_the_command_line(base, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert refused.exit_code == 1
     assert "is a diffusion model, which the validator does not run" in refused.stderr
     assert not (tmp_path / "never").exists()
+    (job,) = adapt_convert.batch({"jobs": [{"base": str(base), "source": "style.safetensors", "validate": True}]}, "many")["jobs"]
+    assert "is a diffusion model, which the validator does not run" in job["error"]
+    assert not (tmp_path / "many" / "style-lora-r16").exists()  # refused before it was converted

@@ -206,10 +206,20 @@ def test_the_schema_is_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(schema())
 
 
-def test_a_problem_names_the_job_and_how_many_more_there_are(here: Path) -> None:
-    rows = [{"source": "fts/ft-a"}, {"source": "fts/ft-b", "rank": 0}, {"source": "nowhere"}]
+def test_problems_name_their_jobs_and_how_many_more_there_are(here: Path) -> None:
+    rows = [
+        {"source": "fts/ft-a"},
+        {"source": "fts/ft-b", "rank": 0},
+        {"source": "nowhere"},
+        {"sorce": "fts/ft-a"},
+        {"source": "no", "rank": 1},
+    ]
+    (here / "jobs.yaml").write_text(yaml.safe_dump({"defaults": {"base": "base"}, "jobs": rows[:3]}))
+    first = r"^jobs\.yaml: jobs\[1\] \(fts/ft-b\): --rank 0: must be a .*; jobs\[2\] \(nowhere\): source: nowhere: no such file"
+    with pytest.raises(AdaptError, match=first + r" or directory, and no pattern that matches any$"):
+        read_manifest("jobs.yaml")
     (here / "jobs.yaml").write_text(yaml.safe_dump({"defaults": {"base": "base"}, "jobs": rows}))
-    with pytest.raises(AdaptError, match=r"^jobs\.yaml: jobs\[1\] \(fts/ft-b\): --rank 0: .* \(and 1 more such\)$"):
+    with pytest.raises(AdaptError, match=first + r".*; jobs\[3\]: sorce: .* \(and 2 more such\)$"):
         read_manifest("jobs.yaml")
 
 

@@ -22,6 +22,7 @@ from adapt_convert.convert.planning.recommendation import recommend
 from adapt_convert.convert.planning.rounding import step
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.plan_table import rounding_line
+from adapt_convert.formats.sizes import size_text
 
 from .test_latte import save_planted
 from .test_lora_modules import save_loras
@@ -172,10 +173,13 @@ def test_the_smallest_adapter_that_holds_enough_is_recommended(make_pair: Any, t
 def test_a_fine_tune_of_full_rank_is_told_to_be_shipped_whole(pairs: Any) -> None:
     data = adapt_convert.plan(pairs("llama").base, pairs("llama").ft, fit_seconds=0).data
     assert data["recommendation"]["options"] is None
-    assert "not low-rank" in data["recommendation"]["sentence"]
-    assert "ship the full delta" in data["recommendation"]["sentence"]
+    sentence = data["recommendation"]["sentence"]
+    assert "ship the full delta" in sentence
     small = [row["captured_of_matrices"] for row in data["candidates"] if row["bytes"] < data["full_bytes"] / 2]
-    assert f"{max(small):.1%}" in data["recommendation"]["sentence"]
+    assert f"the most that fits is {max(small):.1%}" in sentence
+    least = min((row for row in data["candidates"] if row["captured_of_matrices"] >= 0.9), key=lambda row: row["bytes"])
+    assert f"{least['bytes'] / data['full_bytes']:.1%}, of them" in sentence
+    assert f"({least['options']})" in sentence
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of peft's own making
@@ -191,6 +195,22 @@ def test_an_adapter_is_planned_from_its_factors(tmp_path: Path) -> None:
     for number, row in enumerate(data["candidates"]):
         report = adapt_convert.convert(tmp_path / "base", lora, **_options(row)).save(tmp_path / f"out{number}") / "conversion.json"
         assert json.loads(report.read_text())["captured_energy"] == pytest.approx(row["captured_energy"], abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of peft's own making
+def test_of_an_adapter_that_cannot_shrink_it_is_said_what_holds_it_all(tmp_path: Path) -> None:
+    """A LoRA of rank 1 is as low-rank as can be: what fails is to halve its bytes."""
+    case = save_planted(tmp_path, "llama")
+    lora = save_loras(case, [["q_proj"]], tmp_path)[0]
+    data = adapt_convert.plan(tmp_path / "base", lora, fit_seconds=0).data
+    least = min(data["candidates"], key=lambda row: row["bytes"])
+    assert least["captured_energy"] == pytest.approx(1)
+    assert data["recommendation"] == {
+        "options": None,
+        "sentence": f"No adapter below half of the {data['full_bytes']} B of this adapter holds 90% of the change: the smallest that does "
+        f"takes {size_text(least['bytes'])}, {least['bytes'] / data['full_bytes']:.1%} ({least['options']}), and none fits; "
+        "ship it as it is, or measure with `adapt-convert validate` how the model behaves with less.",
+    }
 
 
 def _data_start(path: Path) -> int:
@@ -250,7 +270,8 @@ class _Page(HTMLParser):
 
 
 def test_a_share_near_all_is_said_as_it_was_asked() -> None:
-    assert "holds 99.99% of the change" in recommend([], 0.9999, 1000, True)["sentence"]
+    sentence = recommend([], 0.9999, 1000, True)["sentence"]
+    assert "holds 99.99% of the change: no candidate of any size does, and none fits" in sentence
 
 
 def test_the_command_prints_the_recommendation_and_writes_the_page_alone(pairs: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -30,6 +30,7 @@ from adapt_convert.convert.validation.outputs import Batch, predictions_of
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import read_latte
 from adapt_convert.formats.location import locate
+from adapt_convert.terminal import print_summary
 
 KEPT = "embed_tokens,lm_head,wte,input_layernorm,post_attention_layernorm,norm"
 CPU = torch.device("cpu")
@@ -242,7 +243,9 @@ def test_sigkill_and_the_same_command_again(pairs: Callable[[str], Pair], tmp_pa
         assert (resumed / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(
+    pairs: Callable[[str], Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The weights of one that was pushed far from them: honest with its record, and under suspicion without it."""
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl", skew=0)
     conversion = convert(pair, text, to="lorta", refine=1)
@@ -253,6 +256,8 @@ def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(pa
     conversion.report["tensors"] = {record.entry.name: record.to_json(sides.source, None) for record in conversion.records}
     conversion.report["calibration"]["chosen"] = "refined"
     output = conversion.save(tmp_path / "out")
+    print_summary(conversion, output)
+    assert "refined to the outputs" in capsys.readouterr().out  # beside a captured energy that is far below zero
     options = {"token_ids": text, "speed": False, "attribution": False, "max_tokens": 200}
     suspicious = ("times the strength", "away from the fine-tune")
     assert not any(part in line for line in adapt_convert.validate(pair.base, pair.ft, output, **options).failures for part in suspicious)

@@ -177,6 +177,16 @@ def test_the_command_line_bundles_and_takes_one_out(shared: Path, tmp_path: Path
     assert run("push", tmp_path / "both", "org/both", "--dry-run").exit_code == 0
 
 
+def test_an_adapter_of_no_given_size_has_the_rank_of_its_bundle_and_is_said_to(shared: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    taken = run("delta", shared / "base", shared / "shared", "--task", "lora1")
+    assert taken.exit_code == 0, taken.output
+    assert "note: no size is given: ranks 4 to 6, as in the source; --rank N makes it smaller" in taken.output
+    report = json.loads((tmp_path / "shared-lora1-lora" / "conversion.json").read_text())
+    assert {row["rank"] for row in report["tensors"].values()} == {4, 6}  # of three LoRAs of ranks 1, 2 and 3
+    assert "no size is given" not in run("delta", shared / "base", shared / "shared", "--task", "lora1", "--rank", 2, "--dry-run").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

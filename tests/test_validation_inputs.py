@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adapt_convert
 from adapt_convert.convert.validation import reference_outputs
 from adapt_convert.convert.validation.live_model import load_model, require_run_extra
 from adapt_convert.convert.validation.outputs import Predictions
@@ -268,3 +269,23 @@ def test_batches_change_nothing(pairs: Any) -> None:
     one, four = (validate(pair.base, pair.ft, pair.base, token_ids=IDS, batch=size, speed=False).base.fidelity for size in (1, 4))
     assert one.kl == pytest.approx(four.kl, rel=1e-5)
     assert one.kl_ci95 == pytest.approx(four.kl_ci95, rel=1e-4)
+
+
+@pytest.mark.parametrize("exclude", ["", "embed_tokens,lm_head,norm"])  # with and without values that are stored whole
+def test_a_latte_of_another_base_fails_in_one_line(exclude: str, pairs: Any, make_pair: Any, tmp_path: Path) -> None:
+    other = make_pair(tmp_path, "llama", hidden_size=16)
+    latte = adapt_convert.convert(other.base, other.ft, to="latte", rank=2, exclude=exclude).save(tmp_path / "latte")
+    own = adapt_convert.convert(pairs("llama").base, pairs("llama").ft, to="latte", rank=32).save(tmp_path / "own")
+    result = validate(pairs("llama").base, pairs("llama").ft, latte, own, token_ids=IDS, speed=False)
+    (line,) = result.failures
+    assert line.startswith(f"{latte}: ")
+    assert line.count(str(latte)) == 1
+    assert "made for another base" in line
+
+
+def test_a_failing_task_of_a_bundle_is_named(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    one = adapt_convert.convert(pair.base, pair.ft, to="lora", rank=1, exclude="embed_tokens,norm").save(tmp_path / "one")
+    both = adapt_convert.bundle(pair.base, [pair.ft, one], rank=2, exclude="embed_tokens,lm_head").save(tmp_path / "both")
+    result = validate(pair.base, pair.ft, both, tasks=["ft", "one"], token_ids=IDS, speed=False, attribution=False)
+    assert {line.partition(": ")[0] for line in result.failures} == {f"{both} [ft]", f"{both} [one]"}

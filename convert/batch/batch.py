@@ -148,7 +148,6 @@ def _foresee(root: Path, job: Job) -> dict[str, Any]:
             return row | {"status": "up to date"}
         if not job.overwrite:
             JobState(root, job).refuse_foreign()
-        size, peak = foresee(found, open_base(job.base, job.base_revision))
-        return row | {"status": "to convert", "predicted_bytes": size, "predicted_peak_memory": peak}
+        return row | {"status": "to convert", **foresee(found, open_base(job.base, job.base_revision)).to_json()}
     except AdaptError as error:
         return row | {"status": FAILED, "error": str(error)}

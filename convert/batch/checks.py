@@ -22,7 +22,7 @@ def output_problems(jobs: list[Job]) -> Iterator[str]:
         elif parts[0] in (SUMMARY, LOG, INDEX):
             yield f"{job.output}: the output of {job.source} has the name of a file that the batch itself writes"
         elif job.output in taken:
-            yield f"{job.output}: is the output of both {taken[job.output].source} and {job.source}; use {{name}} in it"
+            yield f"{job.output}: is the output of both {taken[job.output].source} and {job.source}; give each an `output` of its own"
         taken[job.output] = job
     for job in jobs:
         for parent in PurePosixPath(job.output).parents:
@@ -44,7 +44,7 @@ def push_problems(jobs: list[Job]) -> Iterator[str]:
             yield f"push: {error}"
         same = job.push.lower()  # the Hub tells no names apart by case
         if same in taken:
-            yield f"push: {job.push}: both {taken[same].source} and {job.source} would go there; use {{name}} in it"
+            yield f"push: {job.push}: both {taken[same].source} and {job.source} would go there; give each a `push` of its own"
         taken[same] = job
 
 

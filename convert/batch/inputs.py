@@ -10,12 +10,13 @@ from adapt_convert.convert.architectures import vocabulary_of
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.state import Identity, JobState, files_of, settings_of
 from adapt_convert.convert.opening import open_source, refuse_latte
-from adapt_convert.convert.prediction import predict
+from adapt_convert.convert.prediction import Prediction, predict
 from adapt_convert.convert.preflight import make_plan, require_factors
 from adapt_convert.convert.rank_for_budget import settle_budget
 from adapt_convert.convert.validation.live_model import require_run_extra
 from adapt_convert.convert.validation.texts import has_tokenizer
 from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats.diffusion import refuse_diffusion
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate
 
@@ -41,8 +42,8 @@ def find(job: Job) -> Found:
     return Found(job, base, source, (Identity.of(base), Identity.of(source)))
 
 
-def foresee(found: Found, base: Checkpoint) -> tuple[int, int]:
-    """Predicted bytes and peak memory, from headers. Raises `AdaptError` for a pair or options that cannot be converted."""
+def foresee(found: Found, base: Checkpoint) -> Prediction:
+    """What a job would write and take, from headers. Raises `AdaptError` for a pair or options that cannot be converted."""
     if found.job.validate:
         _check_validation(found, base)
     found.job.options.require_text()
@@ -56,7 +57,8 @@ def foresee(found: Found, base: Checkpoint) -> tuple[int, int]:
 def _check_validation(found: Found, base: Checkpoint) -> None:
     """Refuse, before a conversion, a validation that would have nothing to run on, or nothing to run with."""
     require_run_extra()
-    found.job.options.refuse_rerun()
+    found.job.options.require_peft_form()
+    refuse_diffusion(found.base)
     reads_text = vocabulary_of(base.config) is not None
     if reads_text and not (has_tokenizer(found.source) or has_tokenizer(found.base)):
         raise AdaptError(f"validate: {found.source.origin} and {found.base.origin} have no tokenizer; put its files into one of them")

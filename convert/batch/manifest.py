@@ -20,6 +20,7 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, refuse_revision
 from adapt_convert.formats.profiles import PROFILES
 
+_NAMED = 3  # problems that a refusal names one by one
 _SIZES = ("rank", "energy", "budget", "target_kl")
 _WHOLE = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\s*\d+\s*$"}]}
 _NAMES = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
@@ -143,8 +144,8 @@ def parse_manifest(content: object, origin: str = "manifest") -> list[Job]:
 
 
 def _refusal(origin: str, problems: list[str]) -> AdaptError:
-    more = f" (and {len(problems) - 1} more such)" if len(problems) > 1 else ""
-    return AdaptError(f"{origin}: {problems[0]}{more}")
+    more = f" (and {len(problems) - _NAMED} more such)" if len(problems) > _NAMED else ""
+    return AdaptError(f"{origin}: {'; '.join(problems[:_NAMED])}{more}")
 
 
 def _shape_problems(row: object, forbidden: tuple[str, ...] = ()) -> Iterator[str]:

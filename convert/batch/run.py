@@ -95,7 +95,7 @@ class Run:
                     return None
                 key = (found.job.base, found.job.base_revision)
                 opened[key] = opened.get(key) or open_base(*key)
-                peak = foresee(found, opened[key])[1]
+                peak = foresee(found, opened[key]).peak_memory
                 self._begin(state, found)
                 return found, peak
             except Exception as error:  # whatever it is, it is this job's alone

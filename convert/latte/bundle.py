@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt_convert.convert.bundle_report import Bundled, bundle_report, names_apart
+from adapt_convert.convert.bundle_report import Bundled, bundle_report, names_apart, refuse_shared
 from adapt_convert.convert.conversion import Conversion, survey, task_type
 from adapt_convert.convert.latte.deltas import Effective
 from adapt_convert.convert.latte.segments import find_segments
@@ -61,6 +61,7 @@ def bundle(
     if not sources:
         raise AdaptError("a bundle needs at least one adapter")
     tasks = [_open(base, source, chosen, progress) for source in sources]
+    refuse_shared({task.effective.pairs.source.origin: _unshared(task) for task in tasks}, chosen.exclude)
     for task, name in zip(tasks, names_apart([task.held.name for task in tasks]), strict=True):
         task.held.name = name
     first = tasks[0]
@@ -87,16 +88,11 @@ def _open(base: str | Path, source: str | Path, options: Options, progress: Prog
     pairs = Pairs(opened_base, opened_source, options.torch_device())
     effective = Effective(pairs, plan)
     stored, records = survey(pairs, plan, options, progress)
-    _refuse_unshared(stored, effective)
     return _Task(plan, effective, stored, records, LatteTask(opened_source.location.name))
 
 
-def _refuse_unshared(stored: dict[Entry, float], effective: Effective) -> None:
-    per_row = effective.norms_by_task() | {"q_norm", "k_norm"}
-    folded = effective.folded()
-    for entry in stored:
-        if entry.name not in folded and not {entry.module, entry.module.rpartition(".")[2]} & per_row:
-            raise AdaptError(
-                f"{effective.pairs.source.origin}: changes {entry.name}, which all rows of a batch share; "
-                f"leave it out with --exclude {entry.module}, or convert this fine-tune on its own"
-            )
+def _unshared(task: _Task) -> list[Entry]:
+    """What the source changes that is neither folded into its matrices nor held for each task."""
+    per_row = task.effective.norms_by_task() | {"q_norm", "k_norm"}
+    folded = task.effective.folded()
+    return [e for e in task.stored if e.name not in folded and not {e.module, e.module.rpartition(".")[2]} & per_row]

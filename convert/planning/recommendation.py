@@ -14,23 +14,34 @@ WORTH = 0.5  # share of the size of all changed tensors above which an adapter i
 def recommend(found: Sequence[Candidate], capture: float, full_bytes: int, is_checkpoint: bool) -> dict[str, Any]:
     """The smallest candidate that captures the share `capture` of the change of all matrices in less than half of `full_bytes`.
 
-    `options` is None, and the sentence says what to ship instead, where there is none. `full_bytes` are those of the changed tensors,
-    stored as they are.
+    `options` is None, and the sentence says what to ship instead, where there is none: then either none of the candidates captures so
+    much, or those that do are too large, and the sentence says which. `full_bytes` are those of the changed tensors, stored as they
+    are, or of the adapter that is to be converted.
     """
+    whole = f"the {size_text(full_bytes)} of {'the changed tensors' if is_checkpoint else 'this adapter'}"
     small = [one for one in found if one.bytes < WORTH * full_bytes]
-    enough = [one for one in small if one.captured_of_matrices >= capture]
-    if enough:
-        best = min(enough, key=lambda one: (one.bytes, -one.captured_of_matrices))
+    enough = [one for one in found if one.captured_of_matrices >= capture]
+    best = min(enough, key=lambda one: (one.bytes, -one.captured_of_matrices), default=None)
+    if best in small:
+        assert best is not None
         return {
             "options": best.options,
             "sentence": f"Make {best.options}: {size_text(best.bytes)} hold {best.captured_of_matrices:.1%} of the change, "
-            f"{best.bytes / full_bytes:.1%} of the {size_text(full_bytes)} of the changed tensors.",
+            f"{best.bytes / full_bytes:.1%} of {whole}.",
         }
-    what, whole = ("fine-tune", "the full delta") if is_checkpoint else ("adapter", "it as it is")
     nearest = max(small, key=lambda one: (one.captured_of_matrices, -one.bytes), default=None)
     most = f"the most that fits is {nearest.captured_of_matrices:.1%} ({nearest.options})" if nearest else "none fits"
+    ship = "the full delta" if is_checkpoint else "it as it is"
     return {
         "options": None,
-        "sentence": f"This {what} is not low-rank: no adapter below half of the {size_text(full_bytes)} of its changed tensors holds "
-        f"{100 * capture:g}% of the change, {most}; ship {whole}, or measure with `adapt-convert validate` how it behaves with less.",
+        "sentence": f"No adapter below half of {whole} holds {100 * capture:g}% of the change: {_least(best, full_bytes)}, and {most}; "
+        f"ship {ship}, or measure with `adapt-convert validate` how the model behaves with less.",
     }
+
+
+def _least(best: Candidate | None, full_bytes: int) -> str:
+    """What holding enough would take."""
+    if best is None:
+        return "no candidate of any size does"
+    stored = f", of them {size_text(best.bytes_exact)} stored exactly" if best.bytes_exact else ""
+    return f"the smallest that does takes {size_text(best.bytes)}, {best.bytes / full_bytes:.1%}{stored} ({best.options})"

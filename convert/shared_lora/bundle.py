@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.bundle_report import Bundled, bundle_report, names_apart
+from adapt_convert.convert.bundle_report import Bundled, bundle_report, names_apart, refuse_shared
 from adapt_convert.convert.conversion import Conversion, survey, task_type
 from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.opening import open_base, open_source
@@ -38,12 +38,13 @@ _SKETCH = 2  # a dense change enters the search for subspaces by its best approx
 
 @dataclass(frozen=True)
 class _Task:
-    """One adapter: its matrices by module, and the records of everything else."""
+    """One adapter: its matrices by module, the records of everything else, and what it changes that rows cannot have apart."""
 
     pairs: Pairs
     plan: Plan
     entries: dict[str, Entry]
     records: list[Record]
+    unshared: list[Entry]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def bundle_loras(base: str | Path, sources: Sequence[str | Path], *, progress: P
         raise AdaptError("a bundle needs at least one adapter")
     opened = open_base(base)
     tasks = [_open(opened, source, chosen, progress) for source in sources]
+    refuse_shared({task.pairs.source.origin: task.unshared for task in tasks}, chosen.exclude)
     dtype = torch_dtype(chosen.dtype or output_dtype(tasks[0].pairs.source))
     names = names_apart([task.pairs.source.location.name for task in tasks])
     adapter = SharedLoraAdapter({}, [SharedTask(name) for name in names], opened.location.loadable, task_type(tasks[0].plan))
@@ -89,13 +91,8 @@ def _open(base: Checkpoint, origin: str | Path, options: Options, progress: Prog
     pairs = Pairs(base, source, options.torch_device())
     stored, records = survey(pairs, plan, options, progress)
     entries = {entry.module: entry for entry in plan.having("factor")}
-    others = [entry for entry in (*stored, *entries.values()) if entry in stored or entry.kind != "matrix"]
-    if others:
-        raise AdaptError(
-            f"{source.origin}: changes {others[0].name}, which all rows of a batch share; leave it out with "
-            f"--exclude {others[0].module.rpartition('.')[2]}, or convert this one on its own"
-        )
-    return _Task(pairs, plan, entries, records)
+    unshared = [entry for entry in (*stored, *entries.values()) if entry in stored or entry.kind != "matrix"]
+    return _Task(pairs, plan, entries, records, unshared)
 
 
 def _solve(tasks: Sequence[_Task], adapter: SharedLoraAdapter, options: Options, dtype: torch.dtype, progress: Progress) -> None:

@@ -146,7 +146,7 @@ def measure_weights(
     opened: dict[Contender, _Adapter | LatteWeights] = {}
     for candidate, held in holdings.items():
         try:
-            opened[candidate] = LatteWeights(candidate, pairs, plan) if candidate.kind == "latte" else _Adapter(*_open(base, candidate))
+            opened[candidate] = _latte(candidate, pairs, plan) if candidate.kind == "latte" else _Adapter(*_open(base, candidate))
             if isinstance(weights := opened[candidate], LatteWeights) and weights.is_effective:
                 held.shares, held.note = _effective_shares(weights, base, fine_tune, plan, progress), EFFECTIVE
         except AdaptError as error:
@@ -183,7 +183,7 @@ def changes_of(base: Contender, fine_tune: Contender, candidate: Contender, root
     Raises `AdaptError` for a candidate that cannot be read so.
     """
     if candidate.kind == "latte":
-        return LatteWeights(candidate, *_open(base, fine_tune)).changes(root)
+        return _latte(candidate, *_open(base, fine_tune)).changes(root)
     pairs, plan = _open(base, candidate)
     found = []
     for entry in plan.entries:
@@ -241,6 +241,22 @@ class _Adapter:
 def _open(base: Contender, other: Contender, options: Options | None = None) -> tuple[Pairs, Plan]:
     opened_base, source = open_pair(base.path, other.path)
     return Pairs(opened_base, source, torch.device("cpu")), make_plan(opened_base, source, options or Options())
+
+
+def _latte(candidate: Contender, pairs: Pairs, plan: Plan) -> LatteWeights:
+    """A LatTE as changes of the base that `pairs` opened. Raises `AdaptError` for one whose blocks or values are of other shapes."""
+    weights = LatteWeights(candidate, pairs, plan)
+    known = plan.by_name
+    matrices = {f"{module}.weight": delta.shape for module, delta in weights.matrices.items()}
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        name: (shape, known[name].matrix_shape) for name, shape in matrices.items() if name in known
+    }
+    # Of what is held by value the rows may differ: tokens that the fine-tune added.
+    shapes |= {name: (tuple(value.shape[1:]), known[name].part.shape[1:]) for name, value in weights.task.exact.items() if name in known}
+    wrong = next((name for name, (held, expected) in shapes.items() if held != expected), None)
+    if wrong:
+        raise AdaptError(f"{candidate.path}: {wrong} has another shape than in {pairs.base.origin}: made for another base")
+    return weights
 
 
 def _effective_shares(

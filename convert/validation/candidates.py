@@ -18,7 +18,7 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import make_plan
 from adapt_convert.convert.validation.live_model import load_model, quiet, read_config, release
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
-from adapt_convert.formats.diffusion import refuse_rerun
+from adapt_convert.formats.diffusion import refuse_diffusion
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.peft import PREFIX
@@ -47,7 +47,7 @@ class Contender:
 def open_contender(origin: str | Path, kind: str | None = None, task: str | None = None) -> Contender:
     """Find out what a path or Hub id holds; `kind` is given for the base and the fine-tune. Raises `AdaptError`."""
     location = locate(origin)
-    refuse_rerun(location)
+    refuse_diffusion(location)
     config_path = adapter_config_path(location)
     if kind == "base" and (config_path or latte_config_path(location)):
         raise AdaptError(f"{origin}: is an adapter; BASE has to be the full model that it was trained on")

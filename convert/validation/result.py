@@ -150,8 +150,12 @@ class Validation:
 
     @property
     def failures(self) -> list[str]:
-        """One line for every reason of every candidate that fails."""
-        return [f"{row.contender.path}: {reason}" for row in self.candidates for reason in row.reasons]
+        """One line for every reason of every candidate that fails, each with its path, and its task in a bundle."""
+        lines = []
+        for row in self.candidates:
+            path, task = row.contender.path, row.contender.task
+            lines += [f"{path}{f' [{task}]' if task else ''}: {reason.removeprefix(f'{path}: ')}" for reason in row.reasons]
+        return lines
 
     @property
     def warning(self) -> str | None:
