@@ -22,8 +22,7 @@ def recommend(found: Sequence[Candidate], capture: float, full_bytes: int, is_ch
     small = [one for one in found if one.bytes < WORTH * full_bytes]
     enough = [one for one in found if one.captured_of_matrices >= capture]
     best = min(enough, key=lambda one: (one.bytes, -one.captured_of_matrices), default=None)
-    if best in small:
-        assert best is not None
+    if best is not None and best in small:
         return {
             "options": best.options,
             "sentence": f"Make {best.options}: {size_text(best.bytes)} hold {best.captured_of_matrices:.1%} of the change, "
