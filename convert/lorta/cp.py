@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.lorta.cp_als import fit_core, refine, residual_core
-from adapt_convert.convert.lorta.cp_core import Core, Model, balance, normals, solve_proximal
+from adapt_convert.convert.lorta.cp_als import refine, residual_core
+from adapt_convert.convert.lorta.cp_core import Array, Core, Model, as_array, balance, normals, solve_proximal
+from adapt_convert.convert.lorta.cp_start import fit_core
 from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
@@ -32,10 +34,10 @@ _POLISH_SMALL = 26, 1e-4  # the same where passes are cheap: a flat spectrum tak
 _SMALL = 2**26  # numbers of all deltas
 
 
-def _expand(model: Model, bases: Bases, shape: CPShape, scale: float) -> CPFactors:
-    """A balanced model of the core as factors of the deltas, in canonical form; `scale` undoes that of the core."""
-    groups = len(shape.heads)
-    columns = [factor[0].T * scale**0.2 for factor in model]
+def _expand(model: Model, bases: Bases, stream: Stream) -> CPFactors:
+    """A balanced model of the core as factors of the deltas, in canonical form; the stream's scale undoes that of the core."""
+    shape, groups = stream.shape, len(stream.shape.heads)
+    columns = [torch.from_numpy(factor).to(stream.device).T * stream.scale**0.2 for factor in model]
     columns[0] = columns[0] if bases.residual is None else bases.residual.double() @ columns[0]
     columns[1] = columns[1] if bases.channel is None else bases.channel.double() @ columns[1]
     for n in range(3 + groups):
@@ -57,7 +59,7 @@ def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> M
     a = factors.A if bases.residual is None else bases.residual.T @ factors.A
     b = factors.B if bases.channel is None else bases.channel.T @ factors.B
     c_m = [factors.C_m[shape.members(g)] for g in range(len(shape.heads))]
-    return [factor.double().T.unsqueeze(0) / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
+    return [as_array(factor.double().T) / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
 
 
 def _span(old: Tensor, new: Tensor) -> Tensor | None:
@@ -66,12 +68,12 @@ def _span(old: Tensor, new: Tensor) -> Tensor | None:
     return orthonormal(both) if both.shape[1] < both.shape[0] else None
 
 
-def _improve(rhs: Tensor, normal: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+def _improve(rhs: Tensor, normal: Array, factor: Tensor) -> tuple[Tensor, float]:
     """The least-squares factor for its MTTKRP and normal matrix, and how much it lowers the squared error."""
-    old = factor.double()
-    new = solve_proximal(rhs.T, normal, old.T).T
-    step = new - old
-    return new, float((step * (2 * rhs - (new + old) @ normal)).sum())
+    old, product = as_array(factor.double()).T, as_array(rhs).T
+    new = solve_proximal(product, normal, old)
+    gain = np.vdot(new - old, 2 * product - normal @ (new + old))
+    return torch.from_numpy(new.T).to(factor.device), float(gain)
 
 
 def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
@@ -83,7 +85,7 @@ def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int,
     shape = stream.shape
     best: tuple[CPFactors, float] | None = None
     while True:
-        factors = _expand(model, bases, shape, stream.scale)
+        factors = _expand(model, bases, stream)
         residual, product_a, product_b = stream.measure(factors, bases.channel is not None)
         if best is None or residual < best[1]:
             best = factors, residual
@@ -91,10 +93,10 @@ def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int,
             return best
         rounds -= 1
         normal = normals(core, _reduce(factors, Bases(None, None), shape, 1.0))
-        a, gain = _improve(product_a, normal[0][0], factors.A)
+        a, gain = _improve(product_a, normal[0], factors.A)
         channel = None
         if product_b is not None:
-            b, gain_b = _improve(product_b, normal[1][0], factors.B)
+            b, gain_b = _improve(product_b, normal[1], factors.B)
             channel, gain = _span(factors.B, b), gain + gain_b
         if gain <= tolerance * (stream.energy - residual):
             return best
@@ -143,7 +145,7 @@ def fit_cp(
     core = stream.core(bases)
     model = fit_core(core, rank, starts, seed).model
     if bases.residual is None and bases.channel is None:  # the core is the data
-        factors = _expand(model, bases, shape, stream.scale)
+        factors = _expand(model, bases, stream)
         rest = residual_core(core, _reduce(factors, bases, shape, stream.scale))
         return CPFit(factors, stream.energy, rest.energy * stream.scale**2, stream.passes)
     numbers = shape.d * shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))

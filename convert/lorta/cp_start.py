@@ -1,0 +1,189 @@
+"""Where the CP fit of a core starts from, and the best fit of several starts.
+
+Sources: Sanchez and Kowalski 1990 (two slices of a tensor of low rank share their eigenvectors: an algebraic start); Kolda and Bader
+2009 (deflation by rank-1 terms: a greedy start); Halko, Martinsson and Tropp 2011 (randomised subspace iteration).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapt_convert.convert.lorta.cp_als import Sweeper, fit_als, refine, residual_core
+from adapt_convert.convert.lorta.cp_core import (
+    EXACT,
+    TINY,
+    Array,
+    Core,
+    Model,
+    as_array,
+    project,
+    random_model,
+    squares_of,
+    sum_of,
+)
+from adapt_convert.convert.lorta.cp_newton import CoreFit
+from adapt_convert.convert.side_by_side import single_thread
+
+_SEARCHES = 64  # rank-1 searches side by side in each round of the greedy start
+_SEARCH_SWEEPS = 4
+_SHARE = 0.9  # a round adds the terms that explain at least this share of what its best one explains
+_REFIT_SWEEPS = 3
+_ALIKE = 0.1  # cosine above which two rank-1 terms count as one
+_NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
+_PROBE_STEPS = 40  # Newton steps of that look
+_AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
+_OVERSAMPLING, _POWER = 8, 2  # of the leading directions; iterations
+_TERM_SWEEPS = 3
+_NOISE = 0.5  # share of the energy left above which one start is enough
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """The leading directions of a core's first mode: `basis (r, k)`, the core within them, and the energy that each holds."""
+
+    basis: Array
+    projected: list[Array]
+    energies: Array
+
+
+def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
+    size, channels = core.sizes()[:2]
+    width = min(rank + _OVERSAMPLING, size)
+    basis = np.eye(size) if width == size else generator.standard_normal((width, size))
+    for _ in range(_POWER if width < size else 0):
+        parts = zip(project(core, basis), core.tensors, strict=True)
+        images = [core.tensor(y.reshape(width, -1)) @ tensor.flatten(1).T for y, tensor in parts]
+        basis = np.linalg.qr(as_array(sum_of(images).double()).T)[0].T
+    projected = [y.reshape(width, -1).astype(np.float64) for y in project(core, basis)]
+    values, vectors = np.linalg.eigh(sum_of([y @ y.T for y in projected]))
+    turn = vectors[:, : -rank - 1 : -1].T
+    return _Leading(turn @ basis, [(turn @ y).reshape(rank, -1, channels) for y in projected], values[: -rank - 1 : -1])
+
+
+def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generator) -> Model:
+    """A start from the eigenvectors that two slices of the core share, exact where the core is one of that rank in general position.
+
+    Within the leading directions of A and of B each slice is `E diag(.) F^T`; the columns of `E` are those of A, and what a row of its
+    inverse leaves of the core is one term of the model.
+    """
+    rank = len(leading.basis)
+    flat = np.concatenate(leading.projected, axis=1)
+    rows = flat.reshape(-1, flat.shape[2])
+    channels = np.linalg.eigh(rows.T @ rows)[1][:, -rank:]
+    slices = (flat @ channels).transpose(1, 0, 2).reshape(flat.shape[1], -1)
+    pair = generator.standard_normal((2, len(slices)))
+    for _ in range(_POWER):
+        pair = np.linalg.qr(((pair @ slices) @ slices.T).T)[0].T
+    first, second = (pair @ slices).reshape(-1, rank, rank)
+    values, vectors = np.linalg.eig(np.linalg.lstsq(second.T, first.T)[0].T)
+    vectors = np.where(values.imag < 0, vectors.imag, vectors.real)  # of a complex pair, the two directions that it spans
+    inverse = np.linalg.pinv(vectors)
+    terms = [(inverse @ y.reshape(rank, -1)).reshape(y.shape) for y in leading.projected]
+    search = Sweeper(core, [vectors.T @ leading.basis, *random_model(core, rank, generator)[1:]], alone=True)
+    for _ in range(_TERM_SWEEPS):
+        search.others(terms)
+    return search.model
+
+
+def _explained(search: Sweeper, rhs: Array, normal: Array) -> Array:
+    """The energy that each column of a search explains alone, `(r,)`."""
+    factor = search.model[2]
+    out: Array = (factor * (2 * rhs - normal * factor)).sum(1)
+    return out
+
+
+def _distinct(core: Core, model: Model, explained: Array, most: int) -> list[int]:
+    """Which of many rank-1 models explain most of the core, best first, no two of them alike."""
+    squares = squares_of(model)
+    inner = sum_of([np.prod([squares[n] for n in core.positions(group)], axis=0) for group in range(core.groups)])
+    length = np.sqrt(inner.diagonal()) + TINY
+    same = (np.abs(inner / length / length[:, None]) > _ALIKE).tolist()
+    chosen: list[int] = []
+    for index in np.argsort(-explained, kind="stable").tolist():
+        if len(chosen) < most and not any(same[index][other] for other in chosen):
+            chosen.append(index)
+    return chosen
+
+
+def _search(core: Core, pool: Model, most: int, generator: np.random.Generator) -> tuple[Model, Model]:
+    """The best rank-1 terms of a core, as one model of at most `most` columns, and the other distinct ones found.
+
+    Searches start side by side from the pool that the last search left and from random terms.
+    """
+    searches = max(_SEARCHES, 4 * most)
+    pool = [factor[: searches // 2] for factor in pool]
+    fresh = random_model(core, searches - len(pool[0]), generator)
+    search = Sweeper(core, [np.concatenate(parts) for parts in zip(pool, fresh, strict=True)], alone=True)
+    for _ in range(_SEARCH_SWEEPS):
+        last = search.sweep()
+    explained = _explained(search, *last)
+    kept = _distinct(core, search.model, explained, max(_SEARCHES // 2, 2 * most))
+    good = [n for n in kept if explained[n] >= _SHARE * explained[kept[0]]][:most]
+    rest = [n for n in kept if n not in good]
+    return [factor[good] for factor in search.model], [factor[rest] for factor in search.model]
+
+
+def greedy_model(core: Core, rank: int, generator: np.random.Generator) -> Model:
+    """A start by deflation: search rank-1 terms in what the model leaves, add the best ones, refit all, until there are `rank`.
+
+    On flat, noise-like spectra (a full fine-tune) this is worth far more than random starts: SmolLM2 at rank 16 reaches 4.6 % of the
+    energy from any seed, where the best of 40 random starts stays at 4.2 % and the median at 3.6 %.
+    """
+    model = pool = random_model(core, 0, generator)
+    while (have := len(model[0])) < rank:
+        rest = residual_core(core, model) if have else core
+        if rest.energy <= EXACT * core.energy:
+            return [np.pad(factor, ((0, rank - have), (0, 0))) for factor in model]
+        terms, pool = _search(rest, pool, rank - have, generator)
+        fit = fit_als(core, [np.concatenate(parts) for parts in zip(model, terms, strict=True)], _REFIT_SWEEPS, 0.0)
+        # Columns beyond an exact fit would only cancel each other, so find out whether this is one.
+        model = refine(core, fit.model, _PROBE_STEPS).model if fit.loss < _NEARLY * core.energy else fit.model
+    return model
+
+
+def _algebraic_fit(core: Core, rank: int, seed: int) -> CoreFit | None:
+    """A fit from the algebraic start, if nothing but noise is left for another one to find.
+
+    A model of that rank has no more directions of A than `rank`, and holds no more than the leading ones do. What they hold beyond the
+    average of the others is all that stands out of noise: a fit that holds as much has missed no term of the core.
+    """
+    if rank > min(core.sizes()[:2]) or math.prod(core.tensors[0].shape[1:4]) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    leading = _leading(core, rank, generator)
+    held = float(leading.energies.sum())
+    if held <= _NOISE * core.energy:
+        return None
+    others = core.sizes()[0] - rank
+    flat = rank * (core.energy - held) / others if others else 0.0
+    fit = refine(core, _algebraic_model(core, leading, generator))
+    return fit if core.energy - fit.loss >= held - flat - _AGREED * core.energy else None
+
+
+def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
+    """The best of at most `starts` fits; greedy starts, but a random one in every third place.
+
+    More starts are for structured data: an exact fit ends the search, so do two alike, and so does one that leaves more than half of
+    the energy, as greedy starts on noise-like data end within a percent of each other. An algebraic start comes first, and is the only
+    one where it has found all there is.
+    """
+    if starts < 1:
+        raise ValueError(f"fit_core: starts must be at least 1, got {starts}")
+    with single_thread():
+        fit = _algebraic_fit(core, rank, seed)
+    if fit:
+        return fit
+    fits: list[CoreFit] = []
+    for start in range(starts):
+        generator = np.random.default_rng(seed + 1_000_003 * start)
+        with single_thread():
+            first = random_model(core, rank, generator) if start % 3 == 2 else greedy_model(core, rank, generator)
+            fits.append(refine(core, first))
+        left = [fit.loss / (core.energy + TINY) for fit in fits]
+        agreed = start > 0 and abs(left[-1] - min(left[:-1])) < _AGREED
+        if agreed or not EXACT < left[-1] < _NOISE:
+            break
+    return min(fits, key=lambda fit: fit.loss)
