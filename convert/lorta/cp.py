@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adapt_convert.convert.lorta.cp_als import refine, residual_core
 from adapt_convert.convert.lorta.cp_core import Array, Core, Model, as_array, balance, normals, solve_proximal
+from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.lorta.cp_start import fit_core
 from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
@@ -32,6 +33,7 @@ from adapt_convert.convert.side_by_side import single_thread
 _POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
 _POLISH_SMALL = 26, 1e-4  # the same where passes are cheap: a flat spectrum takes them all
 _SMALL = 2**26  # numbers of all deltas
+_LIKELY = 4  # a gain of at most so many times the tolerance is likely to be the last one
 
 
 def _expand(model: Model, bases: Bases, stream: Stream) -> CPFactors:
@@ -62,10 +64,10 @@ def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> M
     return [as_array(factor.double().T) / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
 
 
-def _span(old: Tensor, new: Tensor) -> Tensor | None:
-    """A basis of both, or `None` (the identity) where that is no larger."""
-    both = torch.cat([old.double(), new], dim=1)
-    return orthonormal(both) if both.shape[1] < both.shape[0] else None
+def _span(*parts: Tensor) -> Tensor | None:
+    """A basis of all columns, or `None` (the identity) where that is no larger."""
+    columns = torch.cat([part.double() for part in parts], dim=1)
+    return orthonormal(columns) if columns.shape[1] < columns.shape[0] else None
 
 
 def _improve(rhs: Tensor, normal: Array, factor: Tensor) -> tuple[Tensor, float]:
@@ -76,34 +78,35 @@ def _improve(rhs: Tensor, normal: Array, factor: Tensor) -> tuple[Tensor, float]
     return torch.from_numpy(new.T).to(factor.device), float(gain)
 
 
-def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
-    """Measure the fit exactly; as long as the full data promises a gain, move the bases to the better A (and B) and fit again.
+def _polish(stream: Stream, core: Core, fit: CoreFit, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
+    """As long as the full data promises a gain, move the bases to the better A (and B) and fit again; measure what comes out exactly.
 
-    For fixed other factors the best A follows from its MTTKRP, which the measuring pass brings along, and so does the gain. The
-    basis of the next core spans the old and the new A, so that its fit starts from the old one and cannot lose it.
+    For fixed other factors the best A follows from its MTTKRP, and so does the gain. The basis of the next core spans the old and the
+    new A, so that its fit starts from the old one and cannot lose it, and the A before, which makes the rounds conjugate gradients
+    (LOBPCG: Knyazev 2001). The residual is measured by the pass that brings the MTTKRP where it is likely to be the last one.
     """
-    shape = stream.shape
-    best: tuple[CPFactors, float] | None = None
+    shape, last = stream.shape, True
+    factors, older = _expand(fit.model, bases, stream), list[Tensor]()
     while True:
-        factors = _expand(model, bases, stream)
-        residual, product_a, product_b = stream.measure(factors, bases.channel is not None)
-        if best is None or residual < best[1]:
-            best = factors, residual
-        if rounds == 0 or best[0] is not factors:
-            return best
-        rounds -= 1
+        residual, product_a, product_b = stream.measure(factors, bases.channel is not None, last)
+        captured = (core.energy - fit.loss) * stream.scale**2
         normal = normals(core, _reduce(factors, Bases(None, None), shape, 1.0))
         a, gain = _improve(product_a, normal[0], factors.A)
         channel = None
         if product_b is not None:
             b, gain_b = _improve(product_b, normal[1], factors.B)
             channel, gain = _span(factors.B, b), gain + gain_b
-        if gain <= tolerance * (stream.energy - residual):
-            return best
-        bases = Bases(_span(factors.A, a), channel)
+        if rounds == 0 or gain <= tolerance * captured:
+            break
+        rounds -= 1
+        last = rounds == 0 or gain <= _LIKELY * tolerance * captured
+        bases = Bases(_span(factors.A, a, *older), channel)
         core = stream.core(bases)
         with single_thread():
-            model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
+            fit = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale)))
+        older = [factors.A]
+        factors = _expand(fit.model, bases, stream)
+    return factors, stream.residual(factors) if residual is None else residual
 
 
 def _check(slabs: Sequence[Slab], shape: CPShape, rank: int) -> None:
@@ -143,12 +146,12 @@ def fit_cp(
     stream = Stream(slabs, shape, device, progress)
     bases = find_bases(stream, rank, seed)
     core = stream.core(bases)
-    model = fit_core(core, rank, starts, seed).model
+    fit = fit_core(core, rank, starts, seed)
     if bases.residual is None and bases.channel is None:  # the core is the data
-        factors = _expand(model, bases, stream)
+        factors = _expand(fit.model, bases, stream)
         rest = residual_core(core, _reduce(factors, bases, shape, stream.scale))
         return CPFit(factors, stream.energy, rest.energy * stream.scale**2, stream.passes)
     numbers = shape.d * shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
     rounds, tolerance = _POLISH_SMALL if numbers <= _SMALL else _POLISH
-    factors, residual = _polish(stream, core, model, bases, rounds if polish is None else polish, tolerance)
+    factors, residual = _polish(stream, core, fit, bases, rounds if polish is None else polish, tolerance)
     return CPFit(factors, stream.energy, residual, stream.passes)

@@ -89,29 +89,41 @@ class Stream:
             tensor /= self.scale
         return Core.of(tensors)
 
-    def measure(self, factors: CPFactors, channel: bool) -> tuple[float, Tensor, Tensor | None]:
-        """Exact residual of the factors, the MTTKRP of A `(d, r)` and, if asked, that of B `(d_h, r)`, float64."""
+    def measure(self, factors: CPFactors, channel: bool, exact: bool) -> tuple[float | None, Tensor, Tensor | None]:
+        """The MTTKRP of A `(d, r)` and, with `channel`, of B `(d_h, r)`, float64; with `exact` also the residual of the factors."""
         shape, rank = self.shape, factors.rank
-        missing = {(layer, matrix) for layer in range(shape.layers) for matrix in range(len(shape.group))}
-        missing -= {(slab.layer, slab.matrix) for slab in self.slabs}
-        residual = sum(factors.slab(shape, *place).energy() for place in sorted(missing))
+        residual = self._missing(factors) if exact else None
         product_a = torch.zeros(shape.d, rank, dtype=torch.float64, device=self.device)
         product_b = torch.zeros(shape.d_h, rank, dtype=torch.float64, device=self.device) if channel else None
 
         def parts(slab: Slab, delta: Delta) -> tuple[float, Tensor, Tensor | None]:
-            missed = residual_energy(delta, factors.slab(shape, slab.layer, slab.matrix))
+            missed = residual_energy(delta, factors.slab(shape, slab.layer, slab.matrix)) if exact else 0.0
             part_a = delta.matmul(factors.right(shape, slab.layer, slab.matrix))
             if product_b is None:
                 return missed, part_a, None
             heads = factors.C_h[shape.group[slab.matrix]] * factors.C_l[slab.layer] * factors.C_m[slab.matrix]
             return missed, part_a, torch.einsum("hjr,hr->jr", delta.rmatmul(factors.A).view(-1, shape.d_h, rank), heads)
 
-        for _, (missed, part_a, part_b) in self.read("residual", parts):
-            residual += missed
+        for _, (missed, part_a, part_b) in self.read("residual" if exact else "products", parts):
+            residual = None if residual is None else residual + missed
             product_a += part_a
             if product_b is not None and part_b is not None:
                 product_b += part_b
         return residual, product_a, product_b
+
+    def residual(self, factors: CPFactors) -> float:
+        """The exact residual of the factors."""
+
+        def missed(slab: Slab, delta: Delta) -> float:
+            return residual_energy(delta, factors.slab(self.shape, slab.layer, slab.matrix))
+
+        return self._missing(factors) + sum(part for _, part in self.read("residual", missed))
+
+    def _missing(self, factors: CPFactors) -> float:
+        """The energy that the factors have where there is no slab."""
+        places = {(layer, matrix) for layer in range(self.shape.layers) for matrix in range(len(self.shape.group))}
+        places -= {(slab.layer, slab.matrix) for slab in self.slabs}
+        return sum(factors.slab(self.shape, *place).energy() for place in sorted(places))
 
 
 def orthonormal(columns: Tensor) -> Tensor:
