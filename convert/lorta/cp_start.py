@@ -35,14 +35,15 @@ _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
 _PROBE_STEPS = 40  # Newton steps of that look
 _AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
-_OVERSAMPLING, _POWER = 8, 2  # of the leading directions; iterations
+_OVERSAMPLING, _POWER = 8, 2  # of the leading directions: more of them than asked for, iterations
+_PAIRS = 8  # of slices, of which the best one gives the algebraic start
 _TERM_SWEEPS = 3
 _NOISE = 0.5  # share of the energy left above which one start is enough
 
 
 @dataclass(frozen=True)
 class _Leading:
-    """The leading directions of a core's first mode: `basis (r, k)`, the core within them, and the energy that each holds."""
+    """The leading directions of a core's first mode: `basis (r, k)`, the core within them, and the energies of these and the next ones."""
 
     basis: Array
     projected: list[Array]
@@ -60,7 +61,7 @@ def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
     projected = [y.reshape(width, -1).astype(np.float64) for y in project(core, basis)]
     values, vectors = np.linalg.eigh(sum_of([y @ y.T for y in projected]))
     turn = vectors[:, : -rank - 1 : -1].T
-    return _Leading(turn @ basis, [(turn @ y).reshape(rank, -1, channels) for y in projected], values[: -rank - 1 : -1])
+    return _Leading(turn @ basis, [(turn @ y).reshape(rank, -1, channels) for y in projected], values[::-1])
 
 
 def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generator) -> Model:
@@ -74,18 +75,28 @@ def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generat
     rows = flat.reshape(-1, flat.shape[2])
     channels = np.linalg.eigh(rows.T @ rows)[1][:, -rank:]
     slices = (flat @ channels).transpose(1, 0, 2).reshape(flat.shape[1], -1)
-    pair = generator.standard_normal((2, len(slices)))
-    for _ in range(_POWER):
-        pair = np.linalg.qr(((pair @ slices) @ slices.T).T)[0].T
-    first, second = (pair @ slices).reshape(-1, rank, rank)
-    values, vectors = np.linalg.eig(np.linalg.lstsq(second.T, first.T)[0].T)
-    vectors = np.where(values.imag < 0, vectors.imag, vectors.real)  # of a complex pair, the two directions that it spans
+    vectors = _shared_eigenvectors(slices, rank, generator)
     inverse = np.linalg.pinv(vectors)
     terms = [(inverse @ y.reshape(rank, -1)).reshape(y.shape) for y in leading.projected]
     search = Sweeper(core, [vectors.T @ leading.basis, *random_model(core, rank, generator)[1:]], alone=True)
     for _ in range(_TERM_SWEEPS):
         search.others(terms)
     return search.model
+
+
+def _shared_eigenvectors(slices: Array, rank: int, generator: np.random.Generator) -> Array:
+    """`E (r, r)` of slices `E diag(.) F^T (n, r r)`, from the pair of mixtures, of several, whose eigenvalues lie furthest apart."""
+    mixtures = generator.standard_normal((2 * _PAIRS, len(slices)))
+    mixtures = np.linalg.qr(((mixtures @ slices) @ slices.T).T)[0].T @ slices  # from the directions that the slices share
+    first, second = (generator.standard_normal((_PAIRS, 2, len(mixtures))) @ mixtures).reshape(_PAIRS, 2, rank, rank).swapaxes(0, 1)
+    square = second @ second.mT
+    square += np.eye(rank) * (EXACT * np.trace(square, axis1=1, axis2=2)[:, None, None] + TINY)
+    values, vectors = np.linalg.eig(np.linalg.solve(square, second @ first.mT).mT)
+    apart = np.abs(values.real[:, :, None] - values.real[:, None, :])
+    length = np.sqrt(1 + values.real**2)
+    apart = apart / (length[:, :, None] * length[:, None, :]) + np.eye(rank)
+    best = int(apart.min((1, 2)).argmax())
+    return np.where(values[best].imag < 0, vectors[best].imag, vectors[best].real)  # of a complex pair, the two directions that it spans
 
 
 def _explained(search: Sweeper, rhs: Array, normal: Array) -> Array:
@@ -147,20 +158,26 @@ def greedy_model(core: Core, rank: int, generator: np.random.Generator) -> Model
 def _algebraic_fit(core: Core, rank: int, seed: int) -> CoreFit | None:
     """A fit from the algebraic start, if nothing but noise is left for another one to find.
 
-    A model of that rank has no more directions of A than `rank`, and holds no more than the leading ones do. What they hold beyond the
-    average of the others is all that stands out of noise: a fit that holds as much has missed no term of the core.
+    No model of that rank holds more than the leading `rank` directions of A do. The other directions are those of white noise if the
+    largest of them is no larger than it would be there (Marchenko and Pastur 1967); then their average is what noise adds to each of
+    the leading ones, and a fit that holds what these have beyond it has missed no term of the core.
     """
-    if rank > min(core.sizes()[:2]) or math.prod(core.tensors[0].shape[1:4]) < 2:
+    size, channels = core.sizes()[:2]
+    columns = sum(math.prod(tensor.shape[1:]) for tensor in core.tensors)
+    if rank > min(size, channels) or columns == channels:
         return None
     generator = np.random.default_rng(seed)
     leading = _leading(core, rank, generator)
-    held = float(leading.energies.sum())
-    if held <= _NOISE * core.energy:
+    held = float(leading.energies[:rank].sum())
+    noise = 0.0
+    if size >= 2 * rank:
+        noise = (core.energy - held) / (size - rank)
+        if leading.energies[rank] > noise * (1 + math.sqrt(size / columns)) ** 2 + _AGREED * core.energy:
+            return None
+    if held - rank * noise <= _NOISE * core.energy:
         return None
-    others = core.sizes()[0] - rank
-    flat = rank * (core.energy - held) / others if others else 0.0
     fit = refine(core, _algebraic_model(core, leading, generator))
-    return fit if core.energy - fit.loss >= held - flat - _AGREED * core.energy else None
+    return fit if core.energy - fit.loss >= held - rank * noise - _AGREED * core.energy else None
 
 
 def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
