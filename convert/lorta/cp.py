@@ -39,20 +39,20 @@ _LIKELY = 4  # a gain of at most so many times the tolerance is likely to be the
 def _expand(model: Model, bases: Bases, stream: Stream) -> CPFactors:
     """A balanced model of the core as factors of the deltas, in canonical form; the stream's scale undoes that of the core."""
     shape, groups = stream.shape, len(stream.shape.heads)
-    columns = [torch.from_numpy(factor).to(stream.device).T * stream.scale**0.2 for factor in model]
-    columns[0] = columns[0] if bases.residual is None else bases.residual.double() @ columns[0]
-    columns[1] = columns[1] if bases.channel is None else bases.channel.double() @ columns[1]
-    for n in range(3 + groups):
-        largest = columns[n].gather(0, columns[n].abs().argmax(dim=0, keepdim=True))
-        sign = torch.where(largest < 0, -1.0, 1.0).double()
-        columns[n] = columns[n] * sign
-        for group in range(groups) if n < 3 else [n - 3]:
-            columns[3 + groups + group] = columns[3 + groups + group] * sign
-    c_m = columns[0].new_zeros(len(shape.group), columns[0].shape[1])
+    columns = [factor.T * stream.scale**0.2 for factor in model]
+    for side, basis in enumerate((bases.residual, bases.channel)):
+        columns[side] = columns[side] if basis is None else as_array(basis).astype(np.float64) @ columns[side]
+    c_m = np.zeros((len(shape.group), columns[0].shape[1]))
     for group in range(groups):
         c_m[shape.members(group)] = columns[3 + groups + group]
-    order = c_m.norm(dim=0).argsort(descending=True, stable=True)
-    a, b, c_l, *c_h, c_m = (factor[:, order].float().contiguous() for factor in [*columns[: 3 + groups], c_m])
+    for n in range(3 + groups):
+        largest = np.take_along_axis(columns[n], np.abs(columns[n]).argmax(axis=0)[None], axis=0)
+        sign = np.where(largest < 0, -1.0, 1.0)
+        columns[n] = columns[n] * sign
+        rows = slice(None) if n < 3 else shape.members(n - 3)
+        c_m[rows] = c_m[rows] * sign
+    order = np.argsort(-np.linalg.norm(c_m, axis=0), kind="stable")
+    a, b, c_l, *c_h, c_m = (torch.from_numpy(factor[:, order].astype(np.float32, order="C")).to(stream.device) for factor in [*columns[: 3 + groups], c_m])
     return CPFactors(a, b, tuple(c_h), c_l, c_m)
 
 
@@ -151,7 +151,6 @@ def fit_cp(
         factors = _expand(fit.model, bases, stream)
         rest = residual_core(core, _reduce(factors, bases, shape, stream.scale))
         return CPFit(factors, stream.energy, rest.energy * stream.scale**2, stream.passes)
-    numbers = shape.d * shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
-    rounds, tolerance = _POLISH_SMALL if numbers <= _SMALL else _POLISH
+    rounds, tolerance = _POLISH_SMALL if shape.numbers <= _SMALL else _POLISH
     factors, residual = _polish(stream, core, fit, bases, rounds if polish is None else polish, tolerance)
     return CPFit(factors, stream.energy, residual, stream.passes)

@@ -35,7 +35,7 @@ from adapt_convert.convert.lorta.cp_newton import CoreFit, fit_newton
 _INNER = 2  # cheap sweeps over B and the C factors per product with the core
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
 _NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 1e-6  # tolerance relative to the loss
-_CLOSE = 0.1  # share of the energy left below which the fit goes on in float64
+_CLOSE = 1e-3  # share of the energy left below which the fit goes on in float64
 
 
 class Sweeper:
@@ -73,15 +73,24 @@ class Sweeper:
         return last
 
 
-def fit_als(core: Core, model: Model, sweeps: int, tolerance: float) -> CoreFit:
-    """ALS of one model until a sweep gains less than `tolerance` of the energy, or `sweeps` are done."""
-    loss, sweeper = core.energy, Sweeper(core, model)
-    for sweep in range(sweeps):
-        fresh = loss_of(core, *sweeper.sweep(), sweeper.model[2])
-        gain, loss = loss - fresh, fresh
-        if gain <= tolerance * core.energy and sweep:
+def fit_als(core: Core, model: Model, sweeps: int, tolerance: float) -> tuple[CoreFit, float]:
+    """ALS of one model until a sweep gains less than `tolerance` of the energy, or `sweeps` are done.
+
+    Also what is left to gain if the gains go on falling as they did in the last sweeps, geometrically.
+    """
+    sweeper, losses = Sweeper(core, model), list[float]()
+    for _ in range(sweeps):
+        losses.append(loss_of(core, *sweeper.sweep(), sweeper.model[2]))
+        if len(losses) > 2 and losses[-2] - losses[-1] <= tolerance * core.energy:
             break
-    return CoreFit(balance(core, sweeper.model), loss)
+    return CoreFit(balance(core, sweeper.model), losses[-1]), _left(losses)
+
+
+def _left(losses: list[float]) -> float:
+    if len(losses) < 3:
+        return losses[-1]
+    before, last = losses[-3] - losses[-2], losses[-2] - losses[-1]
+    return last * last / (before - last) if before > last > 0 else max(last, 0.0)
 
 
 def residual_core(core: Core, model: Model) -> Core:
@@ -94,9 +103,10 @@ def residual_core(core: Core, model: Model) -> Core:
 
 
 def refine(core: Core, model: Model, steps: int = _NEWTON_STEPS) -> CoreFit:
-    """ALS, then Gauss-Newton; in float64 when the fit is close, as a float32 core resolves its loss to ~1e-7 of the energy only."""
-    fit = fit_als(core, model, _ALS_SWEEPS, _ALS_TOLERANCE)
-    if fit.loss >= _CLOSE * core.energy:
+    """ALS, then Gauss-Newton unless ALS has converged; in float64 when the fit is close, as a float32 core resolves its loss to ~1e-7 of
+    the energy only."""
+    fit, left = fit_als(core, model, _ALS_SWEEPS, _ALS_TOLERANCE)
+    if fit.loss >= _CLOSE * core.energy and left > _NEWTON_TOLERANCE * fit.loss:
         fit = fit_newton(core, fit.model, steps, _NEWTON_TOLERANCE)
     if fit.loss < _CLOSE * core.energy:
         fit = fit_newton(core.double(), fit.model, steps, _NEWTON_TOLERANCE)

@@ -37,7 +37,7 @@ _PROBE_STEPS = 40  # Newton steps of that look
 _AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
 _OVERSAMPLING, _POWER = 8, 2  # of the leading directions: more of them than asked for, iterations
 _PAIRS = 8  # of slices, of which the best one gives the algebraic start
-_TERM_SWEEPS = 3
+_TERM_SWEEPS = 2
 _NOISE = 0.5  # share of the energy left above which one start is enough
 
 
@@ -149,7 +149,7 @@ def greedy_model(core: Core, rank: int, generator: np.random.Generator) -> Model
         if rest.energy <= EXACT * core.energy:
             return [np.pad(factor, ((0, rank - have), (0, 0))) for factor in model]
         terms, pool = _search(rest, pool, rank - have, generator)
-        fit = fit_als(core, [np.concatenate(parts) for parts in zip(model, terms, strict=True)], _REFIT_SWEEPS, 0.0)
+        fit, _ = fit_als(core, [np.concatenate(parts) for parts in zip(model, terms, strict=True)], _REFIT_SWEEPS, 0.0)
         # Columns beyond an exact fit would only cancel each other, so find out whether this is one.
         model = refine(core, fit.model, _PROBE_STEPS).model if fit.loss < _NEARLY * core.energy else fit.model
     return model

@@ -18,6 +18,7 @@ from adapt_convert.convert.side_by_side import side_by_side
 
 Result = TypeVar("Result")
 
+_TINY = 2**20  # numbers of all deltas: up to here other threads cost more than they gain
 _CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
 
 
@@ -43,7 +44,7 @@ class Stream:
         return math.ldexp(1.0, math.frexp(self.energy)[1] // 2)
 
     def read(self, purpose: str, work: Callable[[Slab, Delta], Result]) -> Iterator[tuple[Slab, Result]]:
-        """`work(slab, delta)` of every slab, in order but several at a time; the delta is gone when `work` returns."""
+        """`work(slab, delta)` of every slab, in order but, unless they are tiny, several at a time; the delta is gone when `work` returns."""
         self.passes += 1
         first = self.passes == 1
 
@@ -51,7 +52,9 @@ class Stream:
             return delta.energy() if first else 0.0, work(slab, delta)
 
         slabs = self.progress(self.slabs, f"pass {self.passes}: {purpose}")
-        for slab, (energy, result) in side_by_side(slabs, self._nbytes, self._load, measured, self.device):
+        tiny = ((slab, measured(slab, self._load(slab))) for slab in slabs)
+        several = side_by_side(slabs, self._nbytes, self._load, measured, self.device)
+        for slab, (energy, result) in tiny if self.shape.numbers <= _TINY else several:
             self.energy += energy
             yield slab, result
 
@@ -154,8 +157,7 @@ def find_bases(stream: Stream, rank: int, seed: int) -> Bases:
     The power pass is not a luxury: the spectrum of a full fine-tune is nearly flat, and a plain sketch of it is hardly better than chance.
     """
     shape = stream.shape
-    columns = shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
-    k = max(4 * rank, 64, _CORE_FLOATS // columns)
+    k = max(4 * rank, 64, _CORE_FLOATS * shape.d // shape.numbers)
     narrow, wide = shape.d > k, shape.d_h > max(4 * k, 256)
     if not narrow and not wide:
         return Bases(None, None)
