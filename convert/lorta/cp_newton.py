@@ -30,9 +30,11 @@ from adapt_convert.convert.lorta.cp_core import (
     project,
     solve_proximal,
     squares_of,
+    sum_of,
 )
 
 _CG_STEPS = 30
+_DEPTH = 4  # steps that an extrapolation looks back
 _CG_TOLERANCE = 0.05  # inexact Newton: the direction need not be better than the model it minimises
 
 
@@ -114,19 +116,43 @@ def _solve_a(core: Core, model: Model) -> tuple[Model, float, Array]:
     return [a, *model[1:]], loss_of(core, rhs, normal, a), rhs
 
 
+def _extrapolated(step: Array, moves: list[Array], changes: list[Array]) -> Array:
+    """Anderson's step: `step` where the mixture of the last points is whose own step would be the shortest, for steps linear in the point."""
+    if not moves:
+        return step
+    weights = np.linalg.lstsq(np.stack([change.ravel() for change in changes], axis=1), step.ravel())[0]
+    total = sum_of([weight * (move + change) for weight, move, change in zip(weights, moves, changes, strict=True)])
+    out: Array = step - total
+    return out
+
+
 def fit_newton(core: Core, model: Model, iterations: int, tolerance: float) -> CoreFit:
-    """Levenberg-Marquardt, with A re-solved after every step (its product is at hand), until a step gains < `tolerance` of the loss."""
+    """Levenberg-Marquardt, with A re-solved after every step (its product is at hand), until a step gains < `tolerance` of the loss.
+
+    Where much is left unexplained, `J^T J` is not all of the curvature and steps fall short by a constant factor, so they are
+    extrapolated (Walker and Ni 2011), unless that would go uphill.
+    """
     model, loss, rhs = _solve_a(core, balance(core, model))
     system = _System(core, model)
     gradient = _gradient(core, model, rhs, system.normals)
     mu, growth = 1e-3 * max(float(n.diagonal().max()) for n in system.normals) + TINY, 2.0
+    moves, changes, before = list[Array](), list[Array](), None
     for _ in range(iterations):
         step = system.direction(gradient, mu)
+        if before is not None:
+            changes = [*changes, step - before][-_DEPTH:]
+        before = step
+        move = _extrapolated(step, moves, changes)
         predicted = -float(np.vdot(gradient, step)) - 0.5 * float(np.vdot(step, system.apply(step, 0.0)))
-        moved = [factor + part for factor, part in zip(model, system.parts(step), strict=True)]
+        moved = [factor + part for factor, part in zip(model, system.parts(move), strict=True)]
         trial, new, trial_rhs = _solve_a(core, moved)
-        ratio = 0.5 * (loss - new) / predicted if predicted > 0 else -1.0
+        if moves and not new < loss:
+            moves, changes = [], []
+            moved = [factor + part for factor, part in zip(model, system.parts(step), strict=True)]
+            trial, new, trial_rhs = _solve_a(core, moved)
         if new < loss:
+            ratio = 0.5 * (loss - new) / predicted if predicted > 0 else -1.0
+            moves = [*moves, np.concatenate(trial, axis=1) - np.concatenate(model, axis=1)][-_DEPTH:]
             gain, loss, model, rhs = loss - new, new, trial, trial_rhs
             mu, growth = mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), 2.0
             if gain <= tolerance * loss or loss <= EXACT * core.energy:
@@ -135,6 +161,7 @@ def fit_newton(core: Core, model: Model, iterations: int, tolerance: float) -> C
             gradient = _gradient(core, model, rhs, system.normals)
         else:
             mu, growth = mu * growth, growth * 2
+            before = None
             if growth > 2**12:
                 break
     return CoreFit(balance(core, model), loss)
