@@ -52,8 +52,12 @@ def _expand(model: Model, bases: Bases, stream: Stream) -> CPFactors:
         rows = slice(None) if n < 3 else shape.members(n - 3)
         c_m[rows] = c_m[rows] * sign
     order = np.argsort(-np.linalg.norm(c_m, axis=0), kind="stable")
-    a, b, c_l, *c_h, c_m = (torch.from_numpy(factor[:, order].astype(np.float32, order="C")).to(stream.device) for factor in [*columns[: 3 + groups], c_m])
-    return CPFactors(a, b, tuple(c_h), c_l, c_m)
+    a, b, c_l, *c_h, last = (_float(factor[:, order], stream.device) for factor in [*columns[: 3 + groups], c_m])
+    return CPFactors(a, b, tuple(c_h), c_l, last)
+
+
+def _float(factor: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(factor.astype(np.float32, order="C")).to(device)
 
 
 def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> Model:

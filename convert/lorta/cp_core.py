@@ -193,8 +193,7 @@ def solve_proximal(rhs: Array, normal: Array, old: Array) -> Array:
     _, solution, failed = lapack.dposv(damped, target)
     if failed:  # not positive definite, but for rounding
         solution = np.linalg.solve(damped, target)
-    out: Array = solution
-    return out
+    return np.ascontiguousarray(solution)
 
 
 def loss_of(core: Core, rhs: Array, normal: Array, factor: Array) -> float:

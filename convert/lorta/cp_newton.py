@@ -30,11 +30,10 @@ from adapt_convert.convert.lorta.cp_core import (
     project,
     solve_proximal,
     squares_of,
-    sum_of,
 )
 
 _CG_STEPS = 30
-_DEPTH = 4  # steps that an extrapolation looks back
+_DEPTH = 3  # steps that an extrapolation looks back
 _CG_TOLERANCE = 0.05  # inexact Newton: the direction need not be better than the model it minimises
 
 
@@ -117,12 +116,12 @@ def _solve_a(core: Core, model: Model) -> tuple[Model, float, Array]:
 
 
 def _extrapolated(step: Array, moves: list[Array], changes: list[Array]) -> Array:
-    """Anderson's step: `step` where the mixture of the last points is whose own step would be the shortest, for steps linear in the point."""
+    """Anderson's step: where the mixture of the last points leads whose own step would be the shortest, were steps linear in the point."""
     if not moves:
         return step
-    weights = np.linalg.lstsq(np.stack([change.ravel() for change in changes], axis=1), step.ravel())[0]
-    total = sum_of([weight * (move + change) for weight, move, change in zip(weights, moves, changes, strict=True)])
-    out: Array = step - total
+    rows = np.stack([change.ravel() for change in changes])
+    weights = np.linalg.lstsq(rows @ rows.T, rows @ step.ravel())[0]
+    out: Array = step - np.tensordot(weights, np.stack(moves) + np.stack(changes), axes=1)
     return out
 
 

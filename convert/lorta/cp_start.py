@@ -28,8 +28,8 @@ from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.side_by_side import single_thread
 
 _SEARCHES = 64  # rank-1 searches side by side in each round of the greedy start
-_SEARCH_SWEEPS = 4
-_SHARE = 0.9  # a round adds the terms that explain at least this share of what its best one explains
+_HALVINGS, _SEARCH_SWEEPS = 4, 2  # of the searches; sweeps before each
+_SHARE, _SHARE_OF_NOISE = 0.9, 0.5  # a round adds the terms that explain at least this share of what its best one explains
 _REFIT_SWEEPS = 3
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
@@ -43,14 +43,20 @@ _NOISE = 0.5  # share of the energy left above which one start is enough
 
 @dataclass(frozen=True)
 class _Leading:
-    """The leading directions of a core's first mode: `basis (r, k)`, the core within them, and the energies of these and the next ones."""
+    """The leading directions of a core's first mode, of which a model of rank r has no more than r.
+
+    `basis (r, k)`, the core `projected` into it, the energy `held` by them, and the part of it that is white `noise`: 0 where the other
+    directions are not those of white noise, as their average says nothing then.
+    """
 
     basis: Array
     projected: list[Array]
-    energies: Array
+    held: float
+    noise: float
 
 
 def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
+    """By randomised subspace iteration."""
     size, channels = core.sizes()[:2]
     width = min(rank + _OVERSAMPLING, size)
     basis = np.eye(size) if width == size else generator.standard_normal((width, size))
@@ -61,7 +67,12 @@ def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
     projected = [y.reshape(width, -1).astype(np.float64) for y in project(core, basis)]
     values, vectors = np.linalg.eigh(sum_of([y @ y.T for y in projected]))
     turn = vectors[:, : -rank - 1 : -1].T
-    return _Leading(turn @ basis, [(turn @ y).reshape(rank, -1, channels) for y in projected], values[::-1])
+    within = [(turn @ y).reshape(len(turn), -1, channels) for y in projected]
+    held = float(values[-rank:].sum())
+    noise = (core.energy - held) / (size - rank) if size >= 2 * rank else 0.0
+    edge = noise * (1 + math.sqrt(size / sum(y.shape[1] for y in projected))) ** 2  # Marchenko and Pastur 1967
+    white = size >= 2 * rank and values[-rank - 1] <= edge + _AGREED * core.energy
+    return _Leading(turn @ basis, within, held, rank * noise if white else 0.0)
 
 
 def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generator) -> Model:
@@ -99,46 +110,47 @@ def _shared_eigenvectors(slices: Array, rank: int, generator: np.random.Generato
     return np.where(values[best].imag < 0, vectors[best].imag, vectors[best].real)  # of a complex pair, the two directions that it spans
 
 
-def _explained(search: Sweeper, rhs: Array, normal: Array) -> Array:
-    """The energy that each column of a search explains alone, `(r,)`."""
-    factor = search.model[2]
-    out: Array = (factor * (2 * rhs - normal * factor)).sum(1)
-    return out
-
-
-def _distinct(core: Core, model: Model, explained: Array, most: int) -> list[int]:
-    """Which of many rank-1 models explain most of the core, best first, no two of them alike."""
-    squares = squares_of(model)
+def _best(core: Core, search: Sweeper, last: tuple[Array, Array], most: int) -> tuple[list[int], Array]:
+    """Which of the columns of a search explain most of the core, best first, no two of them alike; and what each column explains."""
+    rhs, normal = last
+    explained = (search.model[2] * (2 * rhs - normal * search.model[2])).sum(1)
+    squares = squares_of(search.model)
     inner = sum_of([np.prod([squares[n] for n in core.positions(group)], axis=0) for group in range(core.groups)])
     length = np.sqrt(inner.diagonal()) + TINY
-    same = (np.abs(inner / length / length[:, None]) > _ALIKE).tolist()
-    chosen: list[int] = []
+    other = np.abs(inner / length / length[:, None]) <= _ALIKE
+    chosen, free = [], np.ones(len(other), dtype=bool)
     for index in np.argsort(-explained, kind="stable").tolist():
-        if len(chosen) < most and not any(same[index][other] for other in chosen):
+        if len(chosen) < most and free[index]:
             chosen.append(index)
-    return chosen
+            free &= other[index]
+    return chosen, explained
 
 
-def _search(core: Core, pool: Model, most: int, generator: np.random.Generator) -> tuple[Model, Model]:
-    """The best rank-1 terms of a core, as one model of at most `most` columns, and the other distinct ones found.
+def _search(core: Core, pool: Model, most: int, share: float, generator: np.random.Generator) -> tuple[Model, Model]:
+    """The best rank-1 terms of a core, at most `most` and from `share` of the very best on, as one model; and the other distinct ones.
 
-    Searches start side by side from the pool that the last search left and from random terms.
+    Searches start side by side from the pool that the last search left and from random terms; every few sweeps the better half of the
+    distinct ones goes on.
     """
     searches = max(_SEARCHES, 4 * most)
     pool = [factor[: searches // 2] for factor in pool]
     fresh = random_model(core, searches - len(pool[0]), generator)
     search = Sweeper(core, [np.concatenate(parts) for parts in zip(pool, fresh, strict=True)], alone=True)
-    for _ in range(_SEARCH_SWEEPS):
-        last = search.sweep()
-    explained = _explained(search, *last)
-    kept = _distinct(core, search.model, explained, max(_SEARCHES // 2, 2 * most))
-    good = [n for n in kept if explained[n] >= _SHARE * explained[kept[0]]][:most]
-    rest = [n for n in kept if n not in good]
+    for _ in range(_HALVINGS):
+        searches = max(searches // 2, 2 * most)
+        for _ in range(_SEARCH_SWEEPS):
+            last = search.sweep()
+        chosen, explained = _best(core, search, last, searches)
+        search = Sweeper(core, [factor[chosen] for factor in search.model], alone=True)
+    explained = explained[chosen]
+    good = np.flatnonzero(explained >= share * explained[0])[:most]
+    rest = np.setdiff1d(np.arange(len(chosen)), good)
     return [factor[good] for factor in search.model], [factor[rest] for factor in search.model]
 
 
-def greedy_model(core: Core, rank: int, generator: np.random.Generator) -> Model:
-    """A start by deflation: search rank-1 terms in what the model leaves, add the best ones, refit all, until there are `rank`.
+def greedy_model(core: Core, rank: int, share: float, generator: np.random.Generator) -> Model:
+    """A start by deflation: search rank-1 terms in what the model leaves, add those that explain `share` of what the best one does, refit
+    all, until there are `rank`.
 
     On flat, noise-like spectra (a full fine-tune) this is worth far more than random starts: SmolLM2 at rank 16 reaches 4.6 % of the
     energy from any seed, where the best of 40 random starts stays at 4.2 % and the median at 3.6 %.
@@ -148,56 +160,50 @@ def greedy_model(core: Core, rank: int, generator: np.random.Generator) -> Model
         rest = residual_core(core, model) if have else core
         if rest.energy <= EXACT * core.energy:
             return [np.pad(factor, ((0, rank - have), (0, 0))) for factor in model]
-        terms, pool = _search(rest, pool, rank - have, generator)
+        terms, pool = _search(rest, pool, rank - have, share, generator)
         fit, _ = fit_als(core, [np.concatenate(parts) for parts in zip(model, terms, strict=True)], _REFIT_SWEEPS, 0.0)
         # Columns beyond an exact fit would only cancel each other, so find out whether this is one.
         model = refine(core, fit.model, _PROBE_STEPS).model if fit.loss < _NEARLY * core.energy else fit.model
     return model
 
 
-def _algebraic_fit(core: Core, rank: int, seed: int) -> CoreFit | None:
+def _algebraic_fit(core: Core, rank: int, leading: _Leading, generator: np.random.Generator) -> CoreFit | None:
     """A fit from the algebraic start, if nothing but noise is left for another one to find.
 
-    No model of that rank holds more than the leading `rank` directions of A do. The other directions are those of white noise if the
-    largest of them is no larger than it would be there (Marchenko and Pastur 1967); then their average is what noise adds to each of
-    the leading ones, and a fit that holds what these have beyond it has missed no term of the core.
+    No model holds more than the leading directions do. Of white noise they hold the average of the others, so a fit that holds what they
+    do beyond it has missed no term of the core.
     """
-    size, channels = core.sizes()[:2]
-    columns = sum(math.prod(tensor.shape[1:]) for tensor in core.tensors)
-    if rank > min(size, channels) or columns == channels:
-        return None
-    generator = np.random.default_rng(seed)
-    leading = _leading(core, rank, generator)
-    held = float(leading.energies[:rank].sum())
-    noise = 0.0
-    if size >= 2 * rank:
-        noise = (core.energy - held) / (size - rank)
-        if leading.energies[rank] > noise * (1 + math.sqrt(size / columns)) ** 2 + _AGREED * core.energy:
-            return None
-    if held - rank * noise <= _NOISE * core.energy:
+    slices = sum(y.shape[1] for y in leading.projected)
+    if rank > min(core.sizes()[:2]) or slices == 1 or not leading.noise and leading.held < (1 - _NEARLY) * core.energy:
         return None
     fit = refine(core, _algebraic_model(core, leading, generator))
-    return fit if core.energy - fit.loss >= held - rank * noise - _AGREED * core.energy else None
+    return fit if core.energy - fit.loss >= leading.held - leading.noise - _AGREED * core.energy else None
 
 
 def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
     """The best of at most `starts` fits; greedy starts, but a random one in every third place.
 
     More starts are for structured data: an exact fit ends the search, so do two alike, and so does one that leaves more than half of
-    the energy, as greedy starts on noise-like data end within a percent of each other. An algebraic start comes first, and is the only
-    one where it has found all there is.
+    the energy, as greedy starts on noise-like data end within a percent of each other. On structured data an algebraic start comes
+    before them, and is the only one where it has found all there is.
     """
     if starts < 1:
         raise ValueError(f"fit_core: starts must be at least 1, got {starts}")
+    generator = np.random.default_rng(seed)
     with single_thread():
-        fit = _algebraic_fit(core, rank, seed)
+        leading = _leading(core, rank, generator)
+        structured = leading.held - leading.noise > _NOISE * core.energy
+        fit = _algebraic_fit(core, rank, leading, generator) if structured else None
     if fit:
         return fit
     fits: list[CoreFit] = []
     for start in range(starts):
         generator = np.random.default_rng(seed + 1_000_003 * start)
         with single_thread():
-            first = random_model(core, rank, generator) if start % 3 == 2 else greedy_model(core, rank, generator)
+            if start % 3 == 2:
+                first = random_model(core, rank, generator)
+            else:
+                first = greedy_model(core, rank, _SHARE if structured else _SHARE_OF_NOISE, generator)
             fits.append(refine(core, first))
         left = [fit.loss / (core.energy + TINY) for fit in fits]
         agreed = start > 0 and abs(left[-1] - min(left[:-1])) < _AGREED
