@@ -32,6 +32,7 @@ from adapt_convert.convert.side_by_side import single_thread
 
 _POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
 _POLISH_SMALL = 26, 1e-4  # the same where passes are cheap: a flat spectrum takes them all
+_NEAR_EXACT = 1e-4  # share of the energy left below which float32 sums of columns that cancel would show in it
 _SMALL = 2**26  # numbers of all deltas
 _LIKELY = 4  # a gain of at most so many times the tolerance is likely to be the last one
 
@@ -153,7 +154,8 @@ def fit_cp(
     fit = fit_core(core, rank, starts, seed)
     if bases.residual is None and bases.channel is None:  # the core is the data
         factors = _expand(fit.model, bases, stream)
-        rest = residual_core(core, _reduce(factors, bases, shape, stream.scale))
+        precise = core.double() if fit.loss < _NEAR_EXACT * core.energy else core
+        rest = residual_core(precise, _reduce(factors, bases, shape, stream.scale))
         return CPFit(factors, stream.energy, rest.energy * stream.scale**2, stream.passes)
     rounds, tolerance = _POLISH_SMALL if shape.numbers <= _SMALL else _POLISH
     factors, residual = _polish(stream, core, fit, bases, rounds if polish is None else polish, tolerance)

@@ -34,7 +34,7 @@ from adapt_convert.convert.lorta.cp_newton import CoreFit, fit_newton
 
 _INNER = 2  # cheap sweeps over B and the C factors per product with the core
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
-_NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 1e-6  # tolerance relative to the loss
+_NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 2e-6  # tolerance relative to the loss
 _CLOSE = 1e-3  # share of the energy left below which the fit goes on in float64
 
 

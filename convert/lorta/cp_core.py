@@ -113,7 +113,8 @@ def as_array(tensor: Tensor) -> Array:
 def product_b(core: Core, model: Model, projected: list[Array]) -> Array:
     """MTTKRP of B, `(r, p)` float64."""
     parts = (joined(core, model, group).astype(y.dtype)[:, None, :] @ y for group, y in enumerate(projected))
-    return sum_of([part[:, 0].astype(np.float64) for part in parts])
+    out: Array = sum_of([part[:, 0].astype(np.float64) for part in parts])
+    return out
 
 
 def contract_b(core: Core, model: Model, projected: list[Array]) -> list[Array]:
@@ -144,7 +145,8 @@ def product_c_m(model: Model, rest: list[Array], group: int) -> Array:
 
 def product_c_l(core: Core, model: Model, rest: list[Array]) -> Array:
     """MTTKRP of C_l, `(r, L)` float64."""
-    return sum_of([(model[core.positions(group)[4]][:, None, :] @ part)[:, 0] for group, part in enumerate(rest)])
+    out: Array = sum_of([(model[core.positions(group)[4]][:, None, :] @ part)[:, 0] for group, part in enumerate(rest)])
+    return out
 
 
 def sum_of(parts: list[Any]) -> Any:

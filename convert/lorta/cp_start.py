@@ -27,9 +27,9 @@ from adapt_convert.convert.lorta.cp_core import (
 from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.side_by_side import single_thread
 
-_SEARCHES = 64  # rank-1 searches side by side in each round of the greedy start
+_SEARCHES = 96  # rank-1 searches side by side in each round of the greedy start
 _HALVINGS, _SEARCH_SWEEPS = 4, 2  # of the searches; sweeps before each
-_SHARE, _SHARE_OF_NOISE = 0.9, 0.5  # a round adds the terms that explain at least this share of what its best one explains
+_SHARE, _SHARE_OF_NOISE = 0.9, 0.7  # a round adds the terms that explain at least this share of what its best one explains
 _REFIT_SWEEPS = 3
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
@@ -46,13 +46,14 @@ class _Leading:
     """The leading directions of a core's first mode, of which a model of rank r has no more than r.
 
     `basis (r, k)`, the core `projected` into it, the energy `held` by them, and the part of it that is white `noise`: 0 where the other
-    directions are not those of white noise, as their average says nothing then.
+    directions are not those of white noise, as their average says nothing then. `full`: none of the leading directions is one of noise.
     """
 
     basis: Array
     projected: list[Array]
     held: float
     noise: float
+    full: bool
 
 
 def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
@@ -72,7 +73,8 @@ def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
     noise = (core.energy - held) / (size - rank) if size >= 2 * rank else 0.0
     edge = noise * (1 + math.sqrt(size / sum(y.shape[1] for y in projected))) ** 2  # Marchenko and Pastur 1967
     white = size >= 2 * rank and values[-rank - 1] <= edge + _AGREED * core.energy
-    return _Leading(turn @ basis, within, held, rank * noise if white else 0.0)
+    full = size < 2 * rank or values[-rank] > edge or rank * noise <= _AGREED * core.energy
+    return _Leading(turn @ basis, within, held, rank * noise if white else 0.0, full)
 
 
 def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generator) -> Model:
@@ -107,7 +109,9 @@ def _shared_eigenvectors(slices: Array, rank: int, generator: np.random.Generato
     length = np.sqrt(1 + values.real**2)
     apart = apart / (length[:, :, None] * length[:, None, :]) + np.eye(rank)
     best = int(apart.min((1, 2)).argmax())
-    return np.where(values[best].imag < 0, vectors[best].imag, vectors[best].real)  # of a complex pair, the two directions that it spans
+    # Of a pair of complex columns, the two directions that it spans.
+    out: Array = np.where(values[best].imag < 0, vectors[best].imag, vectors[best].real)
+    return out
 
 
 def _best(core: Core, search: Sweeper, last: tuple[Array, Array], most: int) -> tuple[list[int], Array]:
@@ -118,7 +122,8 @@ def _best(core: Core, search: Sweeper, last: tuple[Array, Array], most: int) -> 
     inner = sum_of([np.prod([squares[n] for n in core.positions(group)], axis=0) for group in range(core.groups)])
     length = np.sqrt(inner.diagonal()) + TINY
     other = np.abs(inner / length / length[:, None]) <= _ALIKE
-    chosen, free = [], np.ones(len(other), dtype=bool)
+    chosen: list[int] = []
+    free = np.ones(len(other), dtype=bool)
     for index in np.argsort(-explained, kind="stable").tolist():
         if len(chosen) < most and free[index]:
             chosen.append(index)
@@ -174,7 +179,9 @@ def _algebraic_fit(core: Core, rank: int, leading: _Leading, generator: np.rando
     do beyond it has missed no term of the core.
     """
     slices = sum(y.shape[1] for y in leading.projected)
-    if rank > min(core.sizes()[:2]) or slices == 1 or not leading.noise and leading.held < (1 - _NEARLY) * core.energy:
+    if rank > min(core.sizes()[:2]) or slices == 1 or not leading.full:
+        return None
+    if not leading.noise and leading.held < (1 - _NEARLY) * core.energy:
         return None
     fit = refine(core, _algebraic_model(core, leading, generator))
     return fit if core.energy - fit.loss >= leading.held - leading.noise - _AGREED * core.energy else None

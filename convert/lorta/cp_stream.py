@@ -44,7 +44,7 @@ class Stream:
         return math.ldexp(1.0, math.frexp(self.energy)[1] // 2)
 
     def read(self, purpose: str, work: Callable[[Slab, Delta], Result]) -> Iterator[tuple[Slab, Result]]:
-        """`work(slab, delta)` of every slab, in order but, unless they are tiny, several at a time; the delta is gone when `work` returns."""
+        """`work(slab, delta)` of every slab, in order, several at a time unless tiny; the delta is gone when `work` returns."""
         self.passes += 1
         first = self.passes == 1
 
