@@ -18,6 +18,7 @@ from adapt_convert.convert.side_by_side import side_by_side
 
 Result = TypeVar("Result")
 
+_BLOCK = 128  # columns of a Gram matrix computed at a time
 _TINY = 2**20  # numbers of all deltas: up to here other threads cost more than they gain
 _CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
 
@@ -135,10 +136,13 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def _gram(delta: Delta) -> Tensor:
-    """`X X^T (d, d)`, float32."""
+    """`X X^T (d, d)`, float32: of a dense delta only what lies below the diagonal, and in blocks on it."""
     if isinstance(delta, LowRankDelta):
         return delta.B @ (delta.A @ delta.A.T) @ delta.B.T
-    return delta.weight @ delta.weight.T
+    out = delta.weight.new_zeros(len(delta.weight), len(delta.weight))
+    for start in range(0, len(out), _BLOCK):
+        torch.mm(delta.weight[start:], delta.weight[start : start + _BLOCK].T, out=out[start:, start : start + _BLOCK])
+    return out
 
 
 def _fold(columns: Tensor, weights: Tensor) -> Tensor:
@@ -166,7 +170,7 @@ def find_bases(stream: Stream, rank: int, seed: int) -> Bases:
         total = torch.zeros(shape.d, shape.d, dtype=torch.float64, device=stream.device)
         for _, part in stream.read("Gram matrix", lambda slab, delta: _gram(delta)):
             total += part
-        return Bases(torch.linalg.eigh(total).eigenvectors[:, -k:].flip(1).float(), None)
+        return Bases(torch.linalg.eigh(total, UPLO="L").eigenvectors[:, -k:].flip(1).float(), None)
     bases = _sketch_pass(stream, k if narrow else 0, 2 * k if wide else 0, seed)
     return _power_pass(stream, bases, generator)
 
