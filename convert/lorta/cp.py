@@ -31,7 +31,7 @@ from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_thread
 
 _POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
-_POLISH_SMALL = 26, 1e-4  # the same where passes are cheap: a flat spectrum takes them all
+_POLISH_SMALL = 30, 3e-5  # the same where passes are cheap: a flat spectrum takes them all
 _NEAR_EXACT = 1e-4  # share of the energy left below which float32 sums of columns that cancel would show in it
 _SMALL = 2**26  # numbers of all deltas
 _LIKELY = 4  # a gain of at most so many times the tolerance is likely to be the last one
@@ -140,7 +140,7 @@ def fit_cp(
 ) -> CPFit:
     """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 4 or 6.
 
-    A flat spectrum takes up to 14 passes, or 56 where all deltas together have at most 67 million numbers.
+    A flat spectrum takes up to 14 passes, or 64 where all deltas together have at most 67 million numbers.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
     `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.

@@ -27,7 +27,7 @@ from adapt_convert.convert.lorta.cp_core import (
 from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.side_by_side import single_thread
 
-_SEARCHES = 96  # rank-1 searches side by side in each round of the greedy start
+_SEARCHES, _LATER = 96, 48  # rank-1 searches side by side in the first round of the greedy start, and in those that have a pool
 _HALVINGS, _SEARCH_SWEEPS = 4, 2  # of the searches; sweeps before each
 _SHARE = 0.7  # a round adds the terms that explain at least this share of what its best one explains
 _REFIT_SWEEPS = 3, 8  # after each round, of the first start and of others, which should go another way
@@ -137,7 +137,7 @@ def _search(core: Core, pool: Model, most: int, generator: np.random.Generator) 
     Searches start side by side from the pool that the last search left and from random terms; every few sweeps the better half of the
     distinct ones goes on.
     """
-    searches = max(_SEARCHES, 4 * most)
+    searches = max(_LATER if len(pool[0]) else _SEARCHES, 4 * most)
     pool = [factor[: searches // 2] for factor in pool]
     fresh = random_model(core, searches - len(pool[0]), generator)
     search = Sweeper(core, [np.concatenate(parts) for parts in zip(pool, fresh, strict=True)], alone=True)
