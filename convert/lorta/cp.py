@@ -3,12 +3,12 @@
 Paper: arXiv 2410.04060, `X_lm[:, h, :] ~ A diag(C_h[h] * C_l[l] * C_m[m]) B^T`. Matrices with another number of heads (grouped-query
 attention) have their own `C_h` and share `A`, `B` and `C_l`. The tensor of all deltas is never formed: a pass over the data finds a
 basis of the residual side (CANDELINC: Carroll, Pruzansky and Kruskal 1980; randomised: Halko, Martinsson and Tropp 2011), another one
-contracts every delta with it, the fit happens on that core, and polishing passes move the basis to where the exact
-least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned. A tensor of up to 16 MB is its
-own core, read once.
+contracts every delta with it, the fit happens on that core (convert/lorta/cp_start.py), and polishing passes move the basis to where the
+exact least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned. A tensor of up to 16 MB is
+its own core, read once.
 
 Memory beside one loaded delta: the core, `k` floats per column of every delta, where `k = max(4 r, 64)` or, as long as the core stays below
-16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); three times the same again while starts are searched,
+16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); four times the same again while starts are searched,
 or where the fit is near exact and goes on in float64; and `d * d` floats where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
 width) is compressed to `2 k`.
 """
@@ -142,8 +142,9 @@ def fit_cp(
 
     A flat spectrum takes up to 14 passes, or 64 where all deltas together have at most 67 million numbers.
 
-    `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
-    `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.
+    `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy), and one before
+    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement. The same input, seed
+    and device give the same bytes.
 
     Raises `ValueError` for a slab outside of the shape, given twice, or of another size than the shape says.
     """

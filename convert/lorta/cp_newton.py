@@ -21,6 +21,7 @@ from adapt_convert.convert.lorta.cp_core import (
     contract_b,
     contract_heads,
     loss_of,
+    matmul,
     normal_of,
     product_a,
     product_b,
@@ -69,17 +70,17 @@ class _System:
 
     def apply(self, step: Array, mu: float) -> Array:
         parts = self.parts(step)
-        cross = np.stack([factor @ part.T for part, factor in zip(parts, self.model, strict=True)])
+        cross = np.stack([matmul(factor, part.T) for part, factor in zip(parts, self.model, strict=True)])
         mixed = (self.pairs * cross).sum(1)
         blocks = zip(parts, self.normals, self.model, mixed, strict=True)
-        return np.concatenate([normal @ part + mix @ factor for part, normal, factor, mix in blocks], axis=1) + mu * step
+        return np.concatenate([matmul(normal, part) + matmul(mix, factor) for part, normal, factor, mix in blocks], axis=1) + mu * step
 
     def direction(self, gradient: Array, mu: float) -> Array:
         """Preconditioned conjugate gradients for `(J^T J + mu I) s = -gradient`."""
         inverse = np.linalg.inv(np.stack(self.normals) + mu * np.eye(len(gradient)))
 
         def condition(vector: Array) -> Array:
-            return np.concatenate([own @ part for own, part in zip(inverse, self.parts(vector), strict=True)], axis=1)
+            return np.concatenate([matmul(own, part) for own, part in zip(inverse, self.parts(vector), strict=True)], axis=1)
 
         step, residual = np.zeros_like(gradient), -gradient
         z = condition(residual)
