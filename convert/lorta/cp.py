@@ -3,12 +3,12 @@
 Paper: arXiv 2410.04060, `X_lm[:, h, :] ~ A diag(C_h[h] * C_l[l] * C_m[m]) B^T`. Matrices with another number of heads (grouped-query
 attention) have their own `C_h` and share `A`, `B` and `C_l`. The tensor of all deltas is never formed: a pass over the data finds a
 basis of the residual side (CANDELINC: Carroll, Pruzansky and Kruskal 1980; randomised: Halko, Martinsson and Tropp 2011), another one
-contracts every delta with it, the fit happens on that core, and polishing passes move the basis to where the exact
-least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned. A tensor of up to 16 MB is its
-own core, read once.
+contracts every delta with it, the fit happens on that core (convert/lorta/cp_start.py), and polishing passes move the basis to where the
+exact least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned. A tensor of up to 16 MB is
+its own core, read once.
 
 Memory beside one loaded delta: the core, `k` floats per column of every delta, where `k = max(4 r, 64)` or, as long as the core stays below
-16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); three times the same again while starts are searched,
+16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); four times the same again while starts are searched,
 or where the fit is near exact and goes on in float64; and `d * d` floats where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
 width) is compressed to `2 k`.
 """
@@ -17,39 +17,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.lorta.cp_als import fit_core, refine, residual_core
-from adapt_convert.convert.lorta.cp_core import Core, Model, balance, normals, solve_proximal
+from adapt_convert.convert.lorta.cp_als import refine, residual_core
+from adapt_convert.convert.lorta.cp_core import Array, Core, Model, as_array, balance, normals, solve_proximal
+from adapt_convert.convert.lorta.cp_newton import CoreFit
+from adapt_convert.convert.lorta.cp_start import fit_core
 from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_thread
 
 _POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
-_POLISH_SMALL = 26, 1e-4  # the same where passes are cheap: a flat spectrum takes them all
+_POLISH_SMALL = 30, 3e-5  # the same where passes are cheap: a flat spectrum takes them all
+_NEAR_EXACT = 1e-4  # share of the energy left below which float32 sums of columns that cancel would show in it
 _SMALL = 2**26  # numbers of all deltas
+_LIKELY = 4  # a gain of at most so many times the tolerance is likely to be the last one
 
 
-def _expand(model: Model, bases: Bases, shape: CPShape, scale: float) -> CPFactors:
-    """A balanced model of the core as factors of the deltas, in canonical form; `scale` undoes that of the core."""
-    groups = len(shape.heads)
-    columns = [factor[0].T * scale**0.2 for factor in model]
-    columns[0] = columns[0] if bases.residual is None else bases.residual.double() @ columns[0]
-    columns[1] = columns[1] if bases.channel is None else bases.channel.double() @ columns[1]
-    for n in range(3 + groups):
-        largest = columns[n].gather(0, columns[n].abs().argmax(dim=0, keepdim=True))
-        sign = torch.where(largest < 0, -1.0, 1.0).double()
-        columns[n] = columns[n] * sign
-        for group in range(groups) if n < 3 else [n - 3]:
-            columns[3 + groups + group] = columns[3 + groups + group] * sign
-    c_m = columns[0].new_zeros(len(shape.group), columns[0].shape[1])
+def _expand(model: Model, bases: Bases, stream: Stream) -> CPFactors:
+    """A balanced model of the core as factors of the deltas, in canonical form; the stream's scale undoes that of the core."""
+    shape, groups = stream.shape, len(stream.shape.heads)
+    columns = [factor.T * stream.scale**0.2 for factor in model]
+    for side, basis in enumerate((bases.residual, bases.channel)):
+        columns[side] = columns[side] if basis is None else as_array(basis).astype(np.float64) @ columns[side]
+    c_m = np.zeros((len(shape.group), columns[0].shape[1]))
     for group in range(groups):
         c_m[shape.members(group)] = columns[3 + groups + group]
-    order = c_m.norm(dim=0).argsort(descending=True, stable=True)
-    a, b, c_l, *c_h, c_m = (factor[:, order].float().contiguous() for factor in [*columns[: 3 + groups], c_m])
-    return CPFactors(a, b, tuple(c_h), c_l, c_m)
+    for n in range(3 + groups):
+        largest = np.take_along_axis(columns[n], np.abs(columns[n]).argmax(axis=0)[None], axis=0)
+        sign = np.where(largest < 0, -1.0, 1.0)
+        columns[n] = columns[n] * sign
+        rows = slice(None) if n < 3 else shape.members(n - 3)
+        c_m[rows] = c_m[rows] * sign
+    order = np.argsort(-np.linalg.norm(c_m, axis=0), kind="stable")
+    a, b, c_l, *c_h, last = (_float(factor[:, order], stream.device) for factor in [*columns[: 3 + groups], c_m])
+    return CPFactors(a, b, tuple(c_h), c_l, last)
+
+
+def _float(factor: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(factor.astype(np.float32, order="C")).to(device)
 
 
 def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> Model:
@@ -57,51 +66,52 @@ def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> M
     a = factors.A if bases.residual is None else bases.residual.T @ factors.A
     b = factors.B if bases.channel is None else bases.channel.T @ factors.B
     c_m = [factors.C_m[shape.members(g)] for g in range(len(shape.heads))]
-    return [factor.double().T.unsqueeze(0) / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
+    return [as_array(factor.double().T) / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
 
 
-def _span(old: Tensor, new: Tensor) -> Tensor | None:
-    """A basis of both, or `None` (the identity) where that is no larger."""
-    both = torch.cat([old.double(), new], dim=1)
-    return orthonormal(both) if both.shape[1] < both.shape[0] else None
+def _span(*parts: Tensor) -> Tensor | None:
+    """A basis of all columns, or `None` (the identity) where that is no larger."""
+    columns = torch.cat([part.double() for part in parts], dim=1)
+    return orthonormal(columns) if columns.shape[1] < columns.shape[0] else None
 
 
-def _improve(rhs: Tensor, normal: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+def _improve(rhs: Tensor, normal: Array, factor: Tensor) -> tuple[Tensor, float]:
     """The least-squares factor for its MTTKRP and normal matrix, and how much it lowers the squared error."""
-    old = factor.double()
-    new = solve_proximal(rhs.T, normal, old.T).T
-    step = new - old
-    return new, float((step * (2 * rhs - (new + old) @ normal)).sum())
+    old, product = as_array(factor.double()).T, as_array(rhs).T
+    new = solve_proximal(product, normal, old)
+    gain = np.vdot(new - old, 2 * product - normal @ (new + old))
+    return torch.from_numpy(new.T).to(factor.device), float(gain)
 
 
-def _polish(stream: Stream, core: Core, model: Model, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
-    """Measure the fit exactly; as long as the full data promises a gain, move the bases to the better A (and B) and fit again.
+def _polish(stream: Stream, core: Core, fit: CoreFit, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
+    """As long as the full data promises a gain, move the bases to the better A (and B) and fit again; measure what comes out exactly.
 
-    For fixed other factors the best A follows from its MTTKRP, which the measuring pass brings along, and so does the gain. The
-    basis of the next core spans the old and the new A, so that its fit starts from the old one and cannot lose it.
+    For fixed other factors the best A follows from its MTTKRP, and so does the gain. The basis of the next core spans the old and the
+    new A, so that its fit starts from the old one and cannot lose it, and the A before, which makes the rounds conjugate gradients
+    (LOBPCG: Knyazev 2001). The residual is measured by the pass that brings the MTTKRP where it is likely to be the last one.
     """
-    shape = stream.shape
-    best: tuple[CPFactors, float] | None = None
+    shape, last = stream.shape, True
+    factors, older = _expand(fit.model, bases, stream), list[Tensor]()
     while True:
-        factors = _expand(model, bases, shape, stream.scale)
-        residual, product_a, product_b = stream.measure(factors, bases.channel is not None)
-        if best is None or residual < best[1]:
-            best = factors, residual
-        if rounds == 0 or best[0] is not factors:
-            return best
-        rounds -= 1
+        residual, product_a, product_b = stream.measure(factors, bases.channel is not None, last)
+        captured = (core.energy - fit.loss) * stream.scale**2
         normal = normals(core, _reduce(factors, Bases(None, None), shape, 1.0))
-        a, gain = _improve(product_a, normal[0][0], factors.A)
+        a, gain = _improve(product_a, normal[0], factors.A)
         channel = None
         if product_b is not None:
-            b, gain_b = _improve(product_b, normal[1][0], factors.B)
+            b, gain_b = _improve(product_b, normal[1], factors.B)
             channel, gain = _span(factors.B, b), gain + gain_b
-        if gain <= tolerance * (stream.energy - residual):
-            return best
-        bases = Bases(_span(factors.A, a), channel)
+        if rounds == 0 or gain <= tolerance * captured:
+            break
+        rounds -= 1
+        last = rounds == 0 or gain <= _LIKELY * tolerance * captured
+        bases = Bases(_span(factors.A, a, *older), channel)
         core = stream.core(bases)
         with single_thread():
-            model = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale))).model
+            fit = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale)))
+        older = [factors.A]
+        factors = _expand(fit.model, bases, stream)
+    return factors, stream.residual(factors) if residual is None else residual
 
 
 def _check(slabs: Sequence[Slab], shape: CPShape, rank: int) -> None:
@@ -130,10 +140,11 @@ def fit_cp(
 ) -> CPFit:
     """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 4 or 6.
 
-    A flat spectrum takes up to 14 passes, or 56 where all deltas together have at most 67 million numbers.
+    A flat spectrum takes up to 14 passes, or 64 where all deltas together have at most 67 million numbers.
 
-    `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy: see
-    `fit_core`); `polish`: rounds of two passes, at most, after the first measurement. The same input, seed and device give the same bytes.
+    `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy), and one before
+    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement. The same input, seed
+    and device give the same bytes.
 
     Raises `ValueError` for a slab outside of the shape, given twice, or of another size than the shape says.
     """
@@ -141,12 +152,12 @@ def fit_cp(
     stream = Stream(slabs, shape, device, progress)
     bases = find_bases(stream, rank, seed)
     core = stream.core(bases)
-    model = fit_core(core, rank, starts, seed).model
+    fit = fit_core(core, rank, starts, seed)
     if bases.residual is None and bases.channel is None:  # the core is the data
-        factors = _expand(model, bases, shape, stream.scale)
-        rest = residual_core(core, _reduce(factors, bases, shape, stream.scale))
+        factors = _expand(fit.model, bases, stream)
+        precise = core.double() if fit.loss < _NEAR_EXACT * core.energy else core
+        rest = residual_core(precise, _reduce(factors, bases, shape, stream.scale))
         return CPFit(factors, stream.energy, rest.energy * stream.scale**2, stream.passes)
-    numbers = shape.d * shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
-    rounds, tolerance = _POLISH_SMALL if numbers <= _SMALL else _POLISH
-    factors, residual = _polish(stream, core, model, bases, rounds if polish is None else polish, tolerance)
+    rounds, tolerance = _POLISH_SMALL if shape.numbers <= _SMALL else _POLISH
+    factors, residual = _polish(stream, core, fit, bases, rounds if polish is None else polish, tolerance)
     return CPFit(factors, stream.energy, residual, stream.passes)

@@ -5,19 +5,31 @@ The core is a set of five-way tensors, one per head count, coupled through share
     T_g[a, m, l, h, j] ~ sum_rho A[rho, a] C_m^g[rho, m] C_l[rho, l] C_h^g[rho, h] B[rho, j].
 
 A model is a flat list of factors `[A, B, C_l, C_h^0 .. C_h^{G-1}, C_m^0 .. C_m^{G-1}]`, so group `g` uses the positions
-`(0, 1, 2, 3 + g, 3 + G + g)`. Each factor is `(s, r, size)` float64: `s` models of rank `r` side by side, which cost the calls of one.
+`(0, 1, 2, 3 + g, 3 + G + g)`. Each factor is `(r, size)` float64, in NumPy whatever the core's device: all but the two products with
+the core is thousands of operations on a few numbers, and a call is what they cost. (`einsum` on the larger
+arrays, as it starts no threads.)
+
+The columns of a model are added up, or they are `r` models of one column each, side by side. Those have normal matrices of one number,
+`(r, 1)` in place of `(r, r)`; all else is the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
-Model = list[Tensor]
+Array = npt.NDArray[Any]
+Model = list[Array]
 
 _PROXIMAL = 1e-9  # relative weight of the old factor in a normal equation: keeps a singular one solvable, moves no digit of a good one
+_LARGE = 2**17  # multiplications of a product
+_FEW = 2**9  # numbers on the right of an equation: a Cholesky solution of more starts threads
 EXACT = 1e-13  # share of the energy below which nothing is left to fit
 TINY = 1e-30  # added where a whole column or core may be zero
 
@@ -32,7 +44,7 @@ class Core:
     @staticmethod
     def of(tensors: tuple[Tensor, ...]) -> Core:
         squares = (torch.linalg.vector_norm(tensor.flatten(1), dim=1).double().square().sum() for tensor in tensors)
-        return Core(tensors, float(sum(squares, torch.zeros((), dtype=torch.float64))))
+        return Core(tensors, sum(map(float, squares)))
 
     @property
     def groups(self) -> int:
@@ -44,6 +56,10 @@ class Core:
 
     def double(self) -> Core:
         return self if self.dtype == torch.float64 else Core.of(tuple(tensor.double() for tensor in self.tensors))
+
+    def tensor(self, array: Array) -> Tensor:
+        """An array beside the core: on its device and of its dtype."""
+        return torch.from_numpy(array).to(self.tensors[0])
 
     def positions(self, group: int) -> tuple[int, int, int, int, int]:
         """Where the factors of `group` stand in a model, in the order A, B, C_l, C_h, C_m."""
@@ -57,112 +73,156 @@ class Core:
         return [first[0], first[4], first[2], *heads, *matrices]
 
 
-def random_model(core: Core, count: int, rank: int, generator: torch.Generator) -> Model:
-    """`count` models of Gaussian factors, drawn on the CPU so that a seed means the same on every device."""
-    draw = [torch.randn(count, rank, size, generator=generator, dtype=torch.float64) for size in core.sizes()]
-    return [factor.to(core.tensors[0].device) for factor in draw]
+def random_model(core: Core, rank: int, generator: np.random.Generator) -> Model:
+    """A model of Gaussian factors."""
+    return [generator.standard_normal((rank, size)) for size in core.sizes()]
 
 
-def joined(core: Core, model: Model, group: int, heads: bool = True) -> Tensor:
-    """`(s r, M L heads)`, or without the heads `(s r, M L)`: the entries of C_m, C_l (and C_h) multiplied, float64."""
-    _, _, c_l, c_h, c_m = (model[n].flatten(0, 1) for n in core.positions(group))
-    both = (c_m.unsqueeze(2) * c_l.unsqueeze(1)).flatten(1)
-    return (both.unsqueeze(2) * c_h.unsqueeze(1)).flatten(1) if heads else both
+def joined(core: Core, model: Model, group: int) -> Array:
+    """`(r, M L heads)`: the entries of C_m, C_l and C_h multiplied."""
+    _, _, c_l, c_h, c_m = (model[n] for n in core.positions(group))
+    both = _outer(c_m, c_l)
+    return _outer(both, c_h)
+
+
+def _outer(left: Array, right: Array) -> Array:
+    """`(r, m), (r, n) -> (r, m n)`: the outer product of each row."""
+    return (left[:, :, None] * right[:, None, :]).reshape(len(left), -1)
 
 
 def khatri_rao(core: Core, model: Model, group: int) -> Tensor:
-    """`(s r, M L heads p)`: what a column has in place of a row of the core flattened after its first mode, of the core's dtype."""
-    c, b = joined(core, model, group).to(core.dtype), model[1].flatten(0, 1).to(core.dtype)
+    """`(r, M L heads p)`: what a column has in place of a row of the core flattened after its first mode, beside the core."""
+    c, b = core.tensor(joined(core, model, group)), core.tensor(model[1])
     return (c.unsqueeze(2) * b.unsqueeze(1)).flatten(1)
 
 
-def product_a(core: Core, model: Model) -> Tensor:
-    """MTTKRP of the first mode, `sum_g T_g W_g`, `(s, r, k)` float64."""
+def product_a(core: Core, model: Model) -> Array:
+    """MTTKRP of the first mode, `sum_g T_g W_g`, `(r, k)` float64."""
     out = sum_of([khatri_rao(core, model, group) @ tensor.flatten(1).T for group, tensor in enumerate(core.tensors)])
-    return out.double().view_as(model[0])
+    return as_array(out.double())
 
 
-def project(core: Core, a: Tensor) -> list[Tensor]:
-    """`A^T T_g (s r, M_g L heads_g, p)`, of the core's dtype: all that the other modes need of the core."""
-    rows = a.flatten(0, 1).to(core.dtype)
-    return [(rows @ tensor.flatten(1)).view(len(rows), -1, tensor.shape[4]) for tensor in core.tensors]
+def project(core: Core, a: Array) -> list[Array]:
+    """`A^T T_g (r, M_g L heads_g, p)`, of the core's dtype: all that the other modes need of the core."""
+    rows = core.tensor(a)
+    return [as_array((rows @ tensor.flatten(1)).view(len(a), -1, tensor.shape[4])) for tensor in core.tensors]
 
 
-def product_b(core: Core, model: Model, projected: list[Tensor]) -> Tensor:
-    """MTTKRP of B, `(s, r, p)` float64."""
-    parts = [torch.bmm(joined(core, model, group).to(core.dtype).unsqueeze(1), y) for group, y in enumerate(projected)]
-    return sum_of(parts).double().view_as(model[1])
+def as_array(tensor: Tensor) -> Array:
+    array: Array = tensor.cpu().numpy()
+    return array
 
 
-def contract_b(core: Core, model: Model, projected: list[Tensor]) -> list[Tensor]:
-    """`(s r, M_g L, heads_g)` float64: the core contracted with A and B."""
-    b = model[1].flatten(0, 1).unsqueeze(2).to(core.dtype)
+def product_b(core: Core, model: Model, projected: list[Array]) -> Array:
+    """MTTKRP of B, `(r, p)` float64."""
+    parts = (np.einsum("rn,rnp->rp", joined(core, model, group).astype(y.dtype), y) for group, y in enumerate(projected))
+    out: Array = sum_of([part.astype(np.float64) for part in parts])
+    return out
+
+
+def contract_b(core: Core, model: Model, projected: list[Array]) -> list[Array]:
+    """`(r, M_g L, heads_g)` float64: the core contracted with A and B."""
+    b = model[1].astype(projected[0].dtype)
     parts = zip(projected, core.tensors, strict=True)
-    return [torch.bmm(y, b).double().view(len(b), -1, tensor.shape[3]) for y, tensor in parts]
+    return [np.einsum("rnp,rp->rn", y, b).astype(np.float64).reshape(len(b), -1, tensor.shape[3]) for y, tensor in parts]
 
 
-def product_c(core: Core, model: Model, small: list[Tensor], n: int) -> Tensor:
-    """MTTKRP of the factor at position `n >= 2`, `(s, r, size)` float64."""
-    if n > 2 and n < 3 + core.groups:
-        heads: Tensor = torch.bmm(joined(core, model, n - 3, heads=False).unsqueeze(1), small[n - 3])
-        return heads.view_as(model[n])
-    parts = []
-    for group in range(core.groups) if n == 2 else [n - 3 - core.groups]:
-        _, _, c_l, c_h, c_m = (model[place].flatten(0, 1) for place in core.positions(group))
-        rest = torch.bmm(small[group], c_h.unsqueeze(2)).view(len(c_h), c_m.shape[1], c_l.shape[1])
-        parts.append(torch.bmm(c_m.unsqueeze(1), rest) if n == 2 else torch.bmm(rest, c_l.unsqueeze(2)))
-    return sum_of(parts).view_as(model[n])
+def product_c_h(core: Core, model: Model, small: list[Array], group: int) -> Array:
+    """MTTKRP of C_h of a group, `(r, heads_g)` float64."""
+    _, _, c_l, _, c_m = (model[n] for n in core.positions(group))
+    out: Array = (_outer(c_m, c_l)[:, None, :] @ small[group])[:, 0]
+    return out
 
 
-def sum_of(parts: list[Tensor]) -> Tensor:
+def contract_heads(core: Core, model: Model, small: list[Array]) -> list[Array]:
+    """`(r, M_g, L)` float64: the core contracted with all factors but C_l and C_m."""
+    parts = (each @ model[3 + group][:, :, None] for group, each in enumerate(small))
+    return [part.reshape(len(part), -1, model[2].shape[1]) for part in parts]
+
+
+def product_c_m(model: Model, rest: list[Array], group: int) -> Array:
+    """MTTKRP of C_m of a group, `(r, M_g)` float64."""
+    out: Array = (rest[group] @ model[2][:, :, None])[:, :, 0]
+    return out
+
+
+def product_c_l(core: Core, model: Model, rest: list[Array]) -> Array:
+    """MTTKRP of C_l, `(r, L)` float64."""
+    out: Array = sum_of([(model[core.positions(group)[4]][:, None, :] @ part)[:, 0] for group, part in enumerate(rest)])
+    return out
+
+
+def matmul(left: Array, right: Array) -> Array:
+    """`left @ right`; a large product in torch, which `single_thread` holds to one thread, where NumPy's would wake and keep several."""
+    if left.size * right.shape[-1] < _LARGE:
+        out: Array = left @ right
+        return out
+    return as_array(torch.from_numpy(left) @ torch.from_numpy(right))
+
+
+def sum_of(parts: list[Any]) -> Any:
     out = parts[0]
     for part in parts[1:]:
         out = out + part
     return out
 
 
-def squares_of(model: Model) -> Model:
-    """The Gram matrices `(s, r, r)` of all factors."""
-    return [factor @ factor.mT for factor in model]
+def squares_of(model: Model, alone: bool = False) -> list[Array]:
+    """The Gram matrices `(r, r)` of all factors; with `alone` their diagonals, `(r, 1)`, of columns that are models of their own."""
+    return [square_of(factor, alone) for factor in model]
 
 
-def normal_of(core: Core, squares: Model, n: int) -> Tensor:
-    """The normal matrix `(s, r, r)` of factor n from the Gram matrices of all factors: groups that share the factor add up."""
+def square_of(factor: Array, alone: bool) -> Array:
+    square: Array = np.einsum("rn,rn->r", factor, factor)[:, None] if alone else matmul(factor, factor.T)
+    return square
+
+
+def normal_of(core: Core, squares: list[Array], n: int) -> Array:
+    """The normal matrix of factor n from the Gram matrices of all factors: groups that share the factor add up."""
     parts = []
     for group in range(core.groups):
         places = core.positions(group)
         if n in places:
             first, second, third, fourth = (squares[place] for place in places if place != n)
             parts.append(first * second * third * fourth)
-    return sum_of(parts)
+    out: Array = sum_of(parts)
+    return out
 
 
-def normals(core: Core, model: Model) -> Model:
-    """The normal matrices of all factors."""
+def normals(core: Core, model: Model) -> list[Array]:
+    """The normal matrices `(r, r)` of all factors."""
     squares = squares_of(model)
     return [normal_of(core, squares, n) for n in range(len(model))]
 
 
-def solve_proximal(rhs: Tensor, normal: Tensor, old: Tensor) -> Tensor:
+def solve_proximal(rhs: Array, normal: Array, old: Array) -> Array:
     """`argmin_U <U, normal U> - 2 <U, rhs> + mu ||U - old||^2`: least squares that cannot divide by zero and never goes uphill."""
-    mu = (normal.diagonal(dim1=-2, dim2=-1).mean(-1) * _PROXIMAL + TINY)[..., None, None]
-    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    solution: Tensor = torch.linalg.solve(torch.addcmul(normal, mu, eye), torch.addcmul(rhs, mu, old))
-    return solution
+    if normal.shape[1] < len(normal):  # of columns that are models of their own
+        return rhs / (normal + TINY)
+    damped = normal.copy()
+    mu = normal.trace() / len(normal) * _PROXIMAL + TINY
+    damped.reshape(-1)[:: len(normal) + 1] += mu
+    target = rhs + mu * old
+    if target.size < _FEW:
+        _, solution, failed = lapack.dposv(damped, target)
+        if not failed:  # positive definite, also after rounding
+            return np.ascontiguousarray(solution)
+    out: Array = np.linalg.solve(damped, target)
+    return out
 
 
-def loss_of(core: Core, rhs: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
-    """`||T||^2 - 2 <T, T~> + ||T~||^2 (s,)` from the product and the normal matrix of one factor shared by all groups."""
-    return core.energy + (factor * (normal @ factor - 2 * rhs)).sum((1, 2))
+def loss_of(core: Core, rhs: Array, normal: Array, factor: Array) -> float:
+    """`||T||^2 - 2 <T, T~> + ||T~||^2` from the product and the normal matrix of one factor shared by all groups."""
+    return core.energy + float(np.vdot(factor, normal @ factor - 2 * rhs))
 
 
 def balance(core: Core, model: Model) -> Model:
     """The same tensors with equal column norms: per group C_h and C_m, over the model A, B, C_l, each C_h and the stacked C_m."""
-    norms = [torch.linalg.vector_norm(factor, dim=2, keepdim=True) for factor in model]
+    norms = [np.sqrt(square_of(factor, alone=True)) for factor in model]
     units = [factor / (norm + TINY) for factor, norm in zip(model, norms, strict=True)]
     shared = norms[0] * norms[1] * norms[2]
-    weights = torch.stack([shared * norms[3 + g] * norms[3 + core.groups + g] for g in range(core.groups)])
-    total = torch.linalg.vector_norm(weights, dim=0)
-    scale = total.pow(0.2)
+    weights = [shared * norms[3 + g] * norms[3 + core.groups + g] for g in range(core.groups)]
+    total = np.sqrt(sum_of([weight * weight for weight in weights]))
+    scale = total**0.2
     split = [units[3 + core.groups + g] * (weights[g] / (total + TINY) * scale) for g in range(core.groups)]
     return [unit * scale for unit in units[: 3 + core.groups]] + split

@@ -18,6 +18,8 @@ from adapt_convert.convert.side_by_side import side_by_side
 
 Result = TypeVar("Result")
 
+_BLOCK = 128  # columns of a Gram matrix computed at a time
+_TINY = 2**20  # numbers of all deltas: up to here other threads cost more than they gain
 _CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
 
 
@@ -43,7 +45,7 @@ class Stream:
         return math.ldexp(1.0, math.frexp(self.energy)[1] // 2)
 
     def read(self, purpose: str, work: Callable[[Slab, Delta], Result]) -> Iterator[tuple[Slab, Result]]:
-        """`work(slab, delta)` of every slab, in order but several at a time; the delta is gone when `work` returns."""
+        """`work(slab, delta)` of every slab, in order, several at a time unless tiny; the delta is gone when `work` returns."""
         self.passes += 1
         first = self.passes == 1
 
@@ -51,7 +53,9 @@ class Stream:
             return delta.energy() if first else 0.0, work(slab, delta)
 
         slabs = self.progress(self.slabs, f"pass {self.passes}: {purpose}")
-        for slab, (energy, result) in side_by_side(slabs, self._nbytes, self._load, measured, self.device):
+        tiny = ((slab, measured(slab, self._load(slab))) for slab in slabs)
+        several = side_by_side(slabs, self._nbytes, self._load, measured, self.device)
+        for slab, (energy, result) in tiny if self.shape.numbers <= _TINY else several:
             self.energy += energy
             yield slab, result
 
@@ -89,29 +93,41 @@ class Stream:
             tensor /= self.scale
         return Core.of(tensors)
 
-    def measure(self, factors: CPFactors, channel: bool) -> tuple[float, Tensor, Tensor | None]:
-        """Exact residual of the factors, the MTTKRP of A `(d, r)` and, if asked, that of B `(d_h, r)`, float64."""
+    def measure(self, factors: CPFactors, channel: bool, exact: bool) -> tuple[float | None, Tensor, Tensor | None]:
+        """The MTTKRP of A `(d, r)` and, with `channel`, of B `(d_h, r)`, float64; with `exact` also the residual of the factors."""
         shape, rank = self.shape, factors.rank
-        missing = {(layer, matrix) for layer in range(shape.layers) for matrix in range(len(shape.group))}
-        missing -= {(slab.layer, slab.matrix) for slab in self.slabs}
-        residual = sum(factors.slab(shape, *place).energy() for place in sorted(missing))
+        residual = self._missing(factors) if exact else None
         product_a = torch.zeros(shape.d, rank, dtype=torch.float64, device=self.device)
         product_b = torch.zeros(shape.d_h, rank, dtype=torch.float64, device=self.device) if channel else None
 
         def parts(slab: Slab, delta: Delta) -> tuple[float, Tensor, Tensor | None]:
-            missed = residual_energy(delta, factors.slab(shape, slab.layer, slab.matrix))
+            missed = residual_energy(delta, factors.slab(shape, slab.layer, slab.matrix)) if exact else 0.0
             part_a = delta.matmul(factors.right(shape, slab.layer, slab.matrix))
             if product_b is None:
                 return missed, part_a, None
             heads = factors.C_h[shape.group[slab.matrix]] * factors.C_l[slab.layer] * factors.C_m[slab.matrix]
             return missed, part_a, torch.einsum("hjr,hr->jr", delta.rmatmul(factors.A).view(-1, shape.d_h, rank), heads)
 
-        for _, (missed, part_a, part_b) in self.read("residual", parts):
-            residual += missed
+        for _, (missed, part_a, part_b) in self.read("residual" if exact else "products", parts):
+            residual = None if residual is None else residual + missed
             product_a += part_a
             if product_b is not None and part_b is not None:
                 product_b += part_b
         return residual, product_a, product_b
+
+    def residual(self, factors: CPFactors) -> float:
+        """The exact residual of the factors."""
+
+        def missed(slab: Slab, delta: Delta) -> float:
+            return residual_energy(delta, factors.slab(self.shape, slab.layer, slab.matrix))
+
+        return self._missing(factors) + sum(part for _, part in self.read("residual", missed))
+
+    def _missing(self, factors: CPFactors) -> float:
+        """The energy that the factors have where there is no slab."""
+        places = {(layer, matrix) for layer in range(self.shape.layers) for matrix in range(len(self.shape.group))}
+        places -= {(slab.layer, slab.matrix) for slab in self.slabs}
+        return sum(factors.slab(self.shape, *place).energy() for place in sorted(places))
 
 
 def orthonormal(columns: Tensor) -> Tensor:
@@ -120,10 +136,13 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def _gram(delta: Delta) -> Tensor:
-    """`X X^T (d, d)`, float32."""
+    """`X X^T (d, d)`, float32: of a dense delta only what lies below the diagonal, and in blocks on it."""
     if isinstance(delta, LowRankDelta):
         return delta.B @ (delta.A @ delta.A.T) @ delta.B.T
-    return delta.weight @ delta.weight.T
+    out = delta.weight.new_zeros(len(delta.weight), len(delta.weight))
+    for start in range(0, len(out), _BLOCK):
+        torch.mm(delta.weight[start:], delta.weight[start : start + _BLOCK].T, out=out[start:, start : start + _BLOCK])
+    return out
 
 
 def _fold(columns: Tensor, weights: Tensor) -> Tensor:
@@ -142,8 +161,7 @@ def find_bases(stream: Stream, rank: int, seed: int) -> Bases:
     The power pass is not a luxury: the spectrum of a full fine-tune is nearly flat, and a plain sketch of it is hardly better than chance.
     """
     shape = stream.shape
-    columns = shape.layers * sum(shape.columns(matrix) for matrix in range(len(shape.group)))
-    k = max(4 * rank, 64, _CORE_FLOATS // columns)
+    k = max(4 * rank, 64, _CORE_FLOATS * shape.d // shape.numbers)
     narrow, wide = shape.d > k, shape.d_h > max(4 * k, 256)
     if not narrow and not wide:
         return Bases(None, None)
@@ -152,7 +170,7 @@ def find_bases(stream: Stream, rank: int, seed: int) -> Bases:
         total = torch.zeros(shape.d, shape.d, dtype=torch.float64, device=stream.device)
         for _, part in stream.read("Gram matrix", lambda slab, delta: _gram(delta)):
             total += part
-        return Bases(torch.linalg.eigh(total).eigenvectors[:, -k:].flip(1).float(), None)
+        return Bases(torch.linalg.eigh(total, UPLO="L").eigenvectors[:, -k:].flip(1).float(), None)
     bases = _sketch_pass(stream, k if narrow else 0, 2 * k if wide else 0, seed)
     return _power_pass(stream, bases, generator)
 

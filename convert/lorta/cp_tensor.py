@@ -43,6 +43,11 @@ class CPShape:
         """Columns of a delta of this matrix, `heads * d_h`."""
         return self.heads[self.group[matrix]] * self.d_h
 
+    @property
+    def numbers(self) -> int:
+        """Entries of all deltas together."""
+        return self.d * self.layers * sum(self.columns(matrix) for matrix in range(len(self.group)))
+
     def members(self, group: int) -> list[int]:
         """The matrices of a group, in order."""
         return [matrix for matrix, own in enumerate(self.group) if own == group]

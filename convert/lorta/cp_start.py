@@ -1,0 +1,218 @@
+"""Where the CP fit of a core starts from, and the best fit of several starts.
+
+Sources: Sanchez and Kowalski 1990 (two slices of a tensor of low rank share their eigenvectors: an algebraic start); Kolda and Bader
+2009 (deflation by rank-1 terms: a greedy start); Halko, Martinsson and Tropp 2011 (randomised subspace iteration).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapt_convert.convert.lorta.cp_als import Sweeper, fit_als, refine, residual_core
+from adapt_convert.convert.lorta.cp_core import (
+    EXACT,
+    TINY,
+    Array,
+    Core,
+    Model,
+    as_array,
+    matmul,
+    project,
+    random_model,
+    squares_of,
+    sum_of,
+)
+from adapt_convert.convert.lorta.cp_newton import CoreFit
+from adapt_convert.convert.side_by_side import single_thread
+
+_SEARCHES, _LATER = 96, 48  # rank-1 searches side by side in the first round of the greedy start, and in those that have a pool
+_HALVINGS, _SEARCH_SWEEPS = 4, 2  # of the searches; sweeps before each
+_SHARE = 0.7  # a round adds the terms that explain at least this share of what its best one explains
+_REFIT_SWEEPS = 3, 8  # after each round, of the first start and of others, which should go another way
+_ALIKE = 0.1  # cosine above which two rank-1 terms count as one
+_NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
+_PROBE_STEPS = 40  # Newton steps of that look
+_AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
+_OVERSAMPLING, _POWER = 8, 2  # of the leading directions: more of them than asked for, iterations
+_PAIRS = 8  # of slices, of which the best one gives the algebraic start
+_TERM_SWEEPS = 2  # over the other factors of each of its terms
+_NOISE = 0.5  # share of the energy left above which one start is enough
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """The leading directions of a core's first mode, of which a model of rank r has no more than r.
+
+    `basis (r, k)`, the core `projected` into it, the energy `held` by them, and the part of it that is white `noise`: 0 where the other
+    directions are not those of white noise, as their average says nothing then. `full`: none of the leading directions is one of noise.
+    """
+
+    basis: Array
+    projected: list[Array]
+    held: float
+    noise: float
+    full: bool
+
+
+def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
+    """By randomised subspace iteration."""
+    size, channels = core.sizes()[:2]
+    width = min(rank + _OVERSAMPLING, size)
+    basis = np.eye(size) if width == size else generator.standard_normal((width, size))
+    for _ in range(_POWER if width < size else 0):
+        parts = zip(project(core, basis), core.tensors, strict=True)
+        images = [core.tensor(y.reshape(width, -1)) @ tensor.flatten(1).T for y, tensor in parts]
+        basis = np.linalg.qr(as_array(sum_of(images).double()).T)[0].T
+    projected = [y.reshape(width, -1) for y in project(core, basis)]
+    values, vectors = np.linalg.eigh(sum_of([matmul(y, y.T).astype(np.float64) for y in projected]))
+    turn = vectors[:, : -rank - 1 : -1].T
+    within = [matmul(turn.astype(y.dtype), y).reshape(len(turn), -1, channels) for y in projected]
+    held = float(values[-rank:].sum())
+    noise = (core.energy - held) / (size - rank) if size >= 2 * rank else 0.0
+    edge = noise * (1 + math.sqrt(size / sum(y.shape[1] for y in projected))) ** 2  # Marchenko and Pastur 1967
+    white = size >= 2 * rank and values[-rank - 1] <= edge + _AGREED * core.energy
+    full = size < 2 * rank or values[-rank] > edge or rank * noise <= _AGREED * core.energy
+    return _Leading(turn @ basis, within, held, rank * noise if white else 0.0, full)
+
+
+def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generator) -> Model:
+    """A start from the eigenvectors that two slices of the core share, exact where the core is one of that rank in general position.
+
+    Within the leading directions of A and of B each slice is `E diag(.) F^T`; the columns of `E` are those of A, and what a row of its
+    inverse leaves of the core is one term of the model.
+    """
+    rank = len(leading.basis)
+    flat = np.concatenate(leading.projected, axis=1)
+    rows = flat.reshape(-1, flat.shape[2])
+    channels = np.linalg.eigh(matmul(rows.T, rows).astype(np.float64))[1][:, -rank:]
+    slices = matmul(flat, channels.astype(flat.dtype)).transpose(1, 0, 2).reshape(flat.shape[1], -1)
+    vectors = _shared_eigenvectors(slices, rank, generator)
+    inverse = np.linalg.pinv(vectors)
+    terms = [matmul(inverse.astype(y.dtype), y.reshape(rank, -1)).reshape(y.shape) for y in leading.projected]
+    search = Sweeper(core, [vectors.T @ leading.basis, *random_model(core, rank, generator)[1:]], alone=True)
+    for _ in range(_TERM_SWEEPS):
+        search.others(terms)
+    return search.model
+
+
+def _shared_eigenvectors(slices: Array, rank: int, generator: np.random.Generator) -> Array:
+    """`E (r, r)` of slices `E diag(.) F^T (n, r r)`, from the pair of mixtures, of several, whose eigenvalues lie furthest apart."""
+    mixtures = generator.standard_normal((2 * _PAIRS, len(slices))).astype(slices.dtype)
+    mixtures = np.linalg.qr(matmul(matmul(mixtures, slices), slices.T).T)[0].T  # the directions that the slices share
+    mixtures = matmul(np.ascontiguousarray(mixtures), slices).astype(np.float64)
+    first, second = (generator.standard_normal((_PAIRS, 2, len(mixtures))) @ mixtures).reshape(_PAIRS, 2, rank, rank).swapaxes(0, 1)
+    square = second @ second.mT
+    square += np.eye(rank) * (EXACT * np.trace(square, axis1=1, axis2=2)[:, None, None] + TINY)
+    values, vectors = np.linalg.eig(np.linalg.solve(square, second @ first.mT).mT)
+    apart = np.abs(values.real[:, :, None] - values.real[:, None, :])
+    length = np.sqrt(1 + values.real**2)
+    apart = apart / (length[:, :, None] * length[:, None, :]) + np.eye(rank)
+    best = int(apart.min((1, 2)).argmax())
+    # Of a pair of complex columns, the two directions that it spans.
+    out: Array = np.where(values[best].imag < 0, vectors[best].imag, vectors[best].real)
+    return out
+
+
+def _best(core: Core, search: Sweeper, last: tuple[Array, Array], most: int) -> tuple[list[int], Array]:
+    """Which of the columns of a search explain most of the core, best first, no two of them alike; and what each column explains."""
+    rhs, normal = last
+    explained = (search.model[2] * (2 * rhs - normal * search.model[2])).sum(1)
+    squares = squares_of(search.model)
+    inner = sum_of([np.prod([squares[n] for n in core.positions(group)], axis=0) for group in range(core.groups)])
+    length = np.sqrt(inner.diagonal()) + TINY
+    other = np.abs(inner / length / length[:, None]) <= _ALIKE
+    chosen: list[int] = []
+    free = np.ones(len(other), dtype=bool)
+    for index in np.argsort(-explained, kind="stable").tolist():
+        if len(chosen) < most and free[index]:
+            chosen.append(index)
+            free &= other[index]
+    return chosen, explained
+
+
+def _search(core: Core, pool: Model, most: int, generator: np.random.Generator) -> tuple[Model, Model]:
+    """The best rank-1 terms of a core, as one model of at most `most` columns, and the other distinct ones found.
+
+    Searches start side by side from the pool that the last search left and from random terms; every few sweeps the better half of the
+    distinct ones goes on.
+    """
+    searches = max(_LATER if len(pool[0]) else _SEARCHES, 4 * most)
+    pool = [factor[: searches // 2] for factor in pool]
+    fresh = random_model(core, searches - len(pool[0]), generator)
+    search = Sweeper(core, [np.concatenate(parts) for parts in zip(pool, fresh, strict=True)], alone=True)
+    for _ in range(_HALVINGS):
+        searches = max(searches // 2, 2 * most)
+        for _ in range(_SEARCH_SWEEPS):
+            last = search.sweep()
+        chosen, explained = _best(core, search, last, searches)
+        search = Sweeper(core, [factor[chosen] for factor in search.model], alone=True)
+    explained = explained[chosen]
+    good = np.flatnonzero(explained >= _SHARE * explained[0])[:most]
+    rest = np.setdiff1d(np.arange(len(chosen)), good)
+    return [factor[good] for factor in search.model], [factor[rest] for factor in search.model]
+
+
+def greedy_model(core: Core, rank: int, sweeps: int, generator: np.random.Generator) -> Model:
+    """A start by deflation: search rank-1 terms in what the model leaves, add the best ones, refit all in some `sweeps`, until there are
+    `rank`.
+
+    On flat, noise-like spectra (a full fine-tune) this is worth far more than random starts: SmolLM2 at rank 16 reaches 4.6 % of the
+    energy from any seed, where the best of 40 random starts stays at 4.2 % and the median at 3.6 %.
+    """
+    model = pool = random_model(core, 0, generator)
+    while (have := len(model[0])) < rank:
+        rest = residual_core(core, model) if have else core
+        if rest.energy <= EXACT * core.energy:
+            return [np.pad(factor, ((0, rank - have), (0, 0))) for factor in model]
+        terms, pool = _search(rest, pool, rank - have, generator)
+        fit, _ = fit_als(core, [np.concatenate(parts) for parts in zip(model, terms, strict=True)], sweeps, 0.0)
+        # Columns beyond an exact fit would only cancel each other, so find out whether this is one.
+        model = refine(core, fit.model, _PROBE_STEPS).model if fit.loss < _NEARLY * core.energy else fit.model
+    return model
+
+
+def _algebraic_fit(core: Core, rank: int, generator: np.random.Generator) -> CoreFit | None:
+    """A fit from the algebraic start, if nothing but noise is left for another one to find.
+
+    No model holds more than the leading directions do. Of white noise they hold the average of the others, so a fit that holds what they
+    do beyond it has missed no term of the core.
+    """
+    if rank > min(core.sizes()[:2]) or sum(math.prod(tensor.shape[1:4]) for tensor in core.tensors) == 1:
+        return None
+    leading = _leading(core, rank, generator)
+    least = leading.held - leading.noise
+    # Without any noise to speak of, only a fit of nearly all will do.
+    if not leading.full or least <= (_NOISE if leading.noise else 1 - _NEARLY) * core.energy:
+        return None
+    fit = refine(core, _algebraic_model(core, leading, generator))
+    return fit if core.energy - fit.loss >= least - _AGREED * core.energy else None
+
+
+def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
+    """The best of at most `starts` fits; greedy starts, but a random one in every third place.
+
+    More starts are for structured data: an exact fit ends the search, so do two alike, and so does one that leaves more than half of
+    the energy, as greedy starts on noise-like data end within a few percent of each other. On structured data an algebraic start comes
+    before them, and is the only one where it has found all there is.
+    """
+    if starts < 1:
+        raise ValueError(f"fit_core: starts must be at least 1, got {starts}")
+    with single_thread():
+        fit = _algebraic_fit(core, rank, np.random.default_rng(seed))
+    if fit:
+        return fit
+    fits: list[CoreFit] = []
+    for start in range(starts):
+        generator = np.random.default_rng(seed + 1_000_003 * start)
+        with single_thread():
+            sweeps = _REFIT_SWEEPS[min(start, 1)]
+            first = random_model(core, rank, generator) if start % 3 == 2 else greedy_model(core, rank, sweeps, generator)
+            fits.append(refine(core, first))
+        left = [fit.loss / (core.energy + TINY) for fit in fits]
+        agreed = start > 0 and abs(left[-1] - min(left[:-1])) < _AGREED
+        if agreed or not EXACT < left[-1] < _NOISE:
+            break
+    return min(fits, key=lambda fit: fit.loss)
