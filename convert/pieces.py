@@ -19,7 +19,7 @@ from torch import Tensor
 class Piece:
     """What was worked out for one tensor: `tensors` on the CPU, `figures` as plain data.
 
-    `digests` are the SHA-256 of the tensors of `base` and `source` that it was made from, by name.
+    `digests` are the BLAKE3 hashes of the tensors of `base` and `source` that it was made from, by name.
     """
 
     tensors: dict[str, Tensor]

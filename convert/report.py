@@ -102,7 +102,7 @@ def build_report(base: Checkpoint, source: Source, options: Options, records: It
                 "kind": side.kind,
                 "revision": side.location.revision,
                 "bytes": side.store.nbytes,
-                "sha256": side.store.content_hash(),
+                "blake3": side.store.content_hash(),
             }
             for role, side in (("base", base), ("source", source))
         },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
 
 from adapt_convert.formats.dequantised import DequantisedFile
 from adapt_convert.formats.errors import AdaptError
@@ -72,7 +73,7 @@ class TensorStore:
         tensor = owner.read(stored)
         self._read.append(name)
         if name not in self._digests:
-            self._digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
+            self._digests[name] = blake3(byte_view(tensor)).hexdigest()
         return tensor
 
     def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
@@ -81,7 +82,7 @@ class TensorStore:
         What is converted block by block stays in the processor's cache, and memory holds no second copy of the tensor.
         """
         self._read.append(name)
-        digest = None if name in self._digests else hashlib.sha256()
+        digest = None if name in self._digests else blake3()
         owner, stored = self._owner[name]
         for block in owner.blocks(stored, elements):
             if digest:
@@ -129,13 +130,16 @@ class TensorStore:
         return list(dict.fromkeys(self._wholes.get(name, name) for name in names))
 
     def content_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet."""
+        """BLAKE3 over names, dtypes, shapes and contents of all tensors, in name order; reads what was not read yet.
+
+        SHA-256 would take more of a conversion's time than reading and subtracting together.
+        """
         import torch
 
         unread = [name for name in self.infos if name not in self._digests]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(self._hash, unread))
-        total = hashlib.sha256()
+        total = blake3()
         for name, info in sorted(self.infos.items()):
             total.update(json.dumps([name, info.dtype, info.shape, self._digests[name]]).encode())
         return total.hexdigest()
@@ -150,11 +154,11 @@ class TensorStore:
         return len(self._read)
 
     def learn(self, digests: Mapping[str, str]) -> None:
-        """Take the SHA-256 of tensors from an earlier reading, so that `content_hash` need not read them."""
+        """Take the BLAKE3 of tensors from an earlier reading, so that `content_hash` need not read them."""
         self._digests |= digests
 
     def known(self, names: Iterable[str]) -> dict[str, str]:
-        """The SHA-256 of those of the tensors that were read."""
+        """The BLAKE3 of those of the tensors that were read."""
         return {name: self._digests[name] for name in names if name in self._digests}
 
     @property

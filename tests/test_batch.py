@@ -117,7 +117,7 @@ def test_the_same_bytes_as_a_single_conversion(many: Path, clean: subprocess.Com
             assert (many / "clean" / f"{source}-lora-r3" / name).read_bytes() == expected
         report, expected = (json.loads((d / "conversion.json").read_text()) for d in (many / "clean" / f"{source}-lora-r3", alone))
         assert report["tensors"] == expected["tensors"]
-        assert report["inputs"]["base"]["sha256"] == expected["inputs"]["base"]["sha256"]
+        assert report["inputs"]["base"]["blake3"] == expected["inputs"]["base"]["blake3"]
         assert "seconds" not in report
 
 

@@ -101,7 +101,7 @@ def test_every_layout_gives_the_same_adapter(pairs, plain_llama, tmp_path: Path,
     got = json.loads((out / "conversion.json").read_text())
     assert got["tensors"] == report["tensors"]
     for role in ("base", "source"):  # names the weights, not the files
-        assert got["inputs"][role]["sha256"] == report["inputs"][role]["sha256"]
+        assert got["inputs"][role]["blake3"] == report["inputs"][role]["blake3"]
 
 
 def test_content_hash_tells_weights_apart(pairs, tmp_path: Path) -> None:

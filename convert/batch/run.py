@@ -33,7 +33,7 @@ def _on_gpu(job: Job) -> bool:
 
 
 def _about(found: Found, weights: Mapping[str, str | None] | None = None) -> dict[str, Any]:
-    """What a record says a job is made from; `weights` are the SHA-256 of both sides, by role, once they were read."""
+    """What a record says a job is made from; `weights` are the BLAKE3 hashes of both sides, by role, once they were read."""
     base, source = found.identities
     known = weights or {"base": None, "source": None}
     return {

@@ -32,7 +32,7 @@ _SLUG = 60  # characters
 class Identity:
     """What an input is: the commit of a Hub model; else its small files by content and its weights by size and time.
 
-    `weights` is the SHA-256 of all tensors, known once they were read: it settles whether weights whose time has changed have
+    `weights` is the BLAKE3 hash of all tensors, known once they were read: it settles whether weights whose time has changed have
     changed themselves.
     """
 

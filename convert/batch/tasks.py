@@ -76,7 +76,7 @@ def share(group: Group, key: str) -> dict[str, Any]:
     """Read one tensor of the base and work out, for every job of the group, what it needs of it.
 
     A job that fails is left out here from then on: `finish` will meet the same failure and report it. Returns the tensor's
-    SHA-256 and how often it was read.
+    BLAKE3 hash and how often it was read.
     """
     torch.set_num_threads(1)  # the same in every process and with any number of them: rounding depends on it
     base, opened = _open(group)
@@ -122,7 +122,7 @@ def _finish(job: Job, state: JobState, base_digests: dict[str, str]) -> dict[str
     result = {
         "captured_energy": report["captured_energy"],
         "bytes": report["bytes"],
-        "weights": {role: report["inputs"][role]["sha256"] for role in ("base", "source")},
+        "weights": {role: report["inputs"][role]["blake3"] for role in ("base", "source")},
         "base_reads": conversion.base.store.reads,
         "passed": _validate(job, state.output) if job.validate else None,
         "files": files_of(state.output),

@@ -336,7 +336,7 @@ def _against_record(candidate: Contender, holdings: Holdings, pairs: Pairs) -> l
     if not isinstance(inputs, dict) or not isinstance(tensors, dict):
         return []
     for role, store in (("base", pairs.base.store), ("source", pairs.source.store)):
-        if not isinstance(inputs.get(role), dict) or inputs[role].get("sha256") != store.content_hash():
+        if not isinstance(inputs.get(role), dict) or inputs[role].get("blake3") != store.content_hash():
             return []
     calibration = record.get("calibration")
     holdings.refined = isinstance(calibration, dict) and calibration.get("chosen") == "refined"
