@@ -6,11 +6,14 @@ while one thread waits for the disk the others compute. It also makes results in
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from threadpoolctl import ThreadpoolController
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,19 @@ Result = TypeVar("Result")
 IN_FLIGHT = 3 * 2**29  # bytes of loaded items held at a time, unless one alone is larger
 DELTA_BYTES = 6  # of each number of a loaded delta, at most: float32, and bfloat16 where products may be rough
 _READERS = 2  # threads beside a GPU, which only load
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextmanager
+def single_blas_thread() -> Iterator[None]:
+    """The BLAS of NumPy and SciPy, which does not listen to torch, uses one thread in the block: as fast on small arrays, and with
+    the same rounding on every machine."""
+    with _blas().limit(limits=1, user_api="blas"):
+        yield
 
 
 @contextmanager

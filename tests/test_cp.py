@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -208,13 +211,43 @@ def test_canonical_form() -> None:
         assert bool((factor.gather(0, factor.abs().argmax(0, keepdim=True)) > 0).all())
 
 
+@pytest.mark.parametrize("make", [gaussian, lambda shape, seed: planted(shape, 3, seed, 0.1)], ids=["noise", "planted"])
 @pytest.mark.parametrize("shape", [GQA, MLP])
-def test_same_seed_same_bytes(shape: CPShape) -> None:
-    deltas = gaussian(shape, 3)
+def test_same_seed_same_bytes(shape: CPShape, make: Callable[[CPShape, int], Deltas]) -> None:
+    deltas = make(shape, 3)
     first, second = (fit_cp(as_slabs(deltas), shape, 3, seed=11) for _ in range(2))
     assert first.residual == second.residual
     for left, right in zip(all_tensors(first.factors), all_tensors(second.factors), strict=True):
         assert left.numpy().tobytes() == right.numpy().tobytes()
+
+
+_FIT = """
+import hashlib, torch
+from adapt_convert.convert.delta import DenseDelta
+from adapt_convert.convert.lorta.cp import fit_cp
+from adapt_convert.convert.lorta.cp_tensor import CPShape, Slab
+torch.set_num_threads(1)
+shape = CPShape(512, 64, 3, (4, 2), (0, 1, 1, 0))
+draw = torch.Generator().manual_seed(0)
+left, right = torch.randn(512, 72, generator=draw), torch.randn(72, 256, generator=draw)
+def load(layer, matrix):
+    mixed = (left * torch.randn(72, generator=draw)) @ right[:, :shape.columns(matrix)]
+    delta = DenseDelta(mixed + 20 * torch.randn(mixed.shape, generator=draw))
+    return lambda: delta
+slabs = [Slab(layer, matrix, load(layer, matrix)) for layer in range(3) for matrix in range(4)]
+factors = fit_cp(slabs, shape, 64, starts=1, polish=1).factors
+print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in (factors.A, factors.B, *factors.C_h, factors.C_l, factors.C_m))).hexdigest())
+"""
+
+
+def test_same_bytes_whatever_the_threads_of_blas() -> None:
+    """Those of NumPy and SciPy count from the environment when they are loaded."""
+    found = {}
+    for threads in "12":
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
+        found[threads] = subprocess.run([sys.executable, "-c", _FIT], env=environment, capture_output=True, text=True, check=True).stdout
+    assert len(found["1"].strip()) == 64
+    assert found["1"] == found["2"]
 
 
 def _some_zero() -> Deltas:
@@ -347,6 +380,15 @@ def test_bad_slabs(change: dict[str, object], message: str) -> None:
         fit_cp(slabs, GQA, 2)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_deltas_that_are_not_finite(value: float, rank: int) -> None:
+    deltas = gaussian(GQA, 0)
+    deltas[1, 1].dense()[3, 4] = value
+    with pytest.raises(ValueError, match="not finite"):
+        fit_cp(as_slabs(deltas), GQA, rank)
+
+
 def test_bad_sizes() -> None:
     with pytest.raises(ValueError, match="rank must be at least 1"):
         fit_cp([], GQA, 0)
@@ -398,6 +440,27 @@ def test_the_algebraic_start_is_trusted_only_if_all_else_is_noise(
     fit = fit_cp(as_slabs(deltas), shape, 4)
     assert started == greedy
     assert 1 - fit.residual / fit.energy >= tensorly_captured(deltas, shape, 4) - 1e-4
+
+
+def test_the_algebraic_start_is_exact_where_the_core_is() -> None:
+    """Without a single step of a solver after it."""
+    draw = np.random.default_rng(0)
+    shapes = [(12, 2, 4, heads, 6) for heads in (3, 2)]
+    a, b, c_l = (draw.standard_normal((4, size)) for size in (12, 6, 4))
+    tensors = [np.einsum("ra,rm,rl,rh,rj->amlhj", a, draw.standard_normal((4, 2)), c_l, draw.standard_normal((4, s[3])), b) for s in shapes]
+    core = Core.of(tuple(torch.from_numpy(tensor) for tensor in tensors))
+    generator = np.random.default_rng(1)
+    model = cp_start._algebraic_model(core, cp_start._leading(core, 4, generator), generator)
+    assert residual_core(core, model).energy < 1e-15 * core.energy
+
+
+def test_slices_that_rotate_have_real_directions() -> None:
+    """Eigenvectors of a rotation are complex; the two directions that they span are not."""
+    turns = [np.array([[np.cos(x), -np.sin(x)], [np.sin(x), np.cos(x)]]) for x in (0.3, 1.1)]
+    slices = np.stack([np.block([[turn, np.zeros((2, 1))], [np.zeros((1, 2)), np.ones((1, 1))]]).reshape(-1) for turn in turns])
+    found = cp_start._shared_eigenvectors(slices, 3, np.random.default_rng(0))
+    assert found.dtype == np.float64
+    assert np.linalg.svd(found)[1].min() > 0.1
 
 
 def test_extrapolated_steps_lead_to_a_stationary_point() -> None:

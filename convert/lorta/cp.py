@@ -15,6 +15,7 @@ width) is compressed to `2 k`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ from adapt_convert.convert.lorta.cp_start import fit_core
 from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
-from adapt_convert.convert.side_by_side import single_thread
+from adapt_convert.convert.side_by_side import single_blas_thread, single_thread
 
 _POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
 _POLISH_SMALL = 30, 3e-5  # the same where passes are cheap: a flat spectrum takes them all
@@ -114,9 +115,10 @@ def _polish(stream: Stream, core: Core, fit: CoreFit, bases: Bases, rounds: int,
     return factors, stream.residual(factors) if residual is None else residual
 
 
-def _check(slabs: Sequence[Slab], shape: CPShape, rank: int) -> None:
-    if rank < 1:
-        raise ValueError(f"fit_cp: rank must be at least 1, got {rank}")
+def _check(slabs: Sequence[Slab], shape: CPShape, rank: int, starts: int) -> None:
+    for name, value in (("rank", rank), ("starts", starts)):
+        if value < 1:
+            raise ValueError(f"fit_cp: {name} must be at least 1, got {value}")
     seen: set[tuple[int, int]] = set()
     for slab in slabs:
         place = slab.layer, slab.matrix
@@ -138,20 +140,28 @@ def fit_cp(
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     progress: Progress = silent,
 ) -> CPFit:
-    """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 4 or 6.
+    """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 3 to 7.
 
     A flat spectrum takes up to 14 passes, or 64 where all deltas together have at most 67 million numbers.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy), and one before
-    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement. The same input, seed
-    and device give the same bytes.
+    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement, and one pass more
+    where no other was foreseen to be the last. The same input, seed and device give the same bytes.
 
-    Raises `ValueError` for a slab outside of the shape, given twice, or of another size than the shape says.
+    Raises `ValueError` for a slab outside of the shape, given twice, of another size than the shape says, or not finite.
     """
-    _check(slabs, shape, rank)
+    _check(slabs, shape, rank, starts)
     stream = Stream(slabs, shape, device, progress)
+    with single_blas_thread():
+        return _fit(stream, rank, seed, starts, polish)
+
+
+def _fit(stream: Stream, rank: int, seed: int, starts: int, polish: int | None) -> CPFit:
+    shape = stream.shape
     bases = find_bases(stream, rank, seed)
     core = stream.core(bases)
+    if not math.isfinite(stream.energy):
+        raise ValueError("fit_cp: the deltas are not finite (NaN or Inf)")
     fit = fit_core(core, rank, starts, seed)
     if bases.residual is None and bases.channel is None:  # the core is the data
         factors = _expand(fit.model, bases, stream)

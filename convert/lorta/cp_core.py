@@ -6,8 +6,7 @@ The core is a set of five-way tensors, one per head count, coupled through share
 
 A model is a flat list of factors `[A, B, C_l, C_h^0 .. C_h^{G-1}, C_m^0 .. C_m^{G-1}]`, so group `g` uses the positions
 `(0, 1, 2, 3 + g, 3 + G + g)`. Each factor is `(r, size)` float64, in NumPy whatever the core's device: all but the two products with
-the core is thousands of operations on a few numbers, and a call is what they cost. (`einsum` on the larger
-arrays, as it starts no threads.)
+the core is thousands of operations on a few numbers, and a call is what they cost. Its BLAS uses one thread (`single_blas_thread`).
 
 The columns of a model are added up, or they are `r` models of one column each, side by side. Those have normal matrices of one number,
 `(r, 1)` in place of `(r, r)`; all else is the same.
@@ -28,8 +27,6 @@ Array = npt.NDArray[Any]
 Model = list[Array]
 
 _PROXIMAL = 1e-9  # relative weight of the old factor in a normal equation: keeps a singular one solvable, moves no digit of a good one
-_LARGE = 2**17  # multiplications of a product
-_FEW = 2**9  # numbers on the right of an equation: a Cholesky solution of more starts threads
 EXACT = 1e-13  # share of the energy below which nothing is left to fit
 TINY = 1e-30  # added where a whole column or core may be zero
 
@@ -152,14 +149,6 @@ def product_c_l(core: Core, model: Model, rest: list[Array]) -> Array:
     return out
 
 
-def matmul(left: Array, right: Array) -> Array:
-    """`left @ right`; a large product in torch, which `single_thread` holds to one thread, where NumPy's would wake and keep several."""
-    if left.size * right.shape[-1] < _LARGE:
-        out: Array = left @ right
-        return out
-    return as_array(torch.from_numpy(left) @ torch.from_numpy(right))
-
-
 def sum_of(parts: list[Any]) -> Any:
     out = parts[0]
     for part in parts[1:]:
@@ -173,7 +162,7 @@ def squares_of(model: Model, alone: bool = False) -> list[Array]:
 
 
 def square_of(factor: Array, alone: bool) -> Array:
-    square: Array = np.einsum("rn,rn->r", factor, factor)[:, None] if alone else matmul(factor, factor.T)
+    square: Array = np.einsum("rn,rn->r", factor, factor)[:, None] if alone else factor @ factor.T
     return square
 
 
@@ -203,10 +192,9 @@ def solve_proximal(rhs: Array, normal: Array, old: Array) -> Array:
     mu = normal.trace() / len(normal) * _PROXIMAL + TINY
     damped.reshape(-1)[:: len(normal) + 1] += mu
     target = rhs + mu * old
-    if target.size < _FEW:
-        _, solution, failed = lapack.dposv(damped, target)
-        if not failed:  # positive definite, also after rounding
-            return np.ascontiguousarray(solution)
+    _, solution, failed = lapack.dposv(damped, target)
+    if not failed:  # positive definite, also after rounding
+        return np.ascontiguousarray(solution)
     out: Array = np.linalg.solve(damped, target)
     return out
 

@@ -21,7 +21,6 @@ from adapt_convert.convert.lorta.cp_core import (
     contract_b,
     contract_heads,
     loss_of,
-    matmul,
     normal_of,
     product_a,
     product_b,
@@ -70,17 +69,17 @@ class _System:
 
     def apply(self, step: Array, mu: float) -> Array:
         parts = self.parts(step)
-        cross = np.stack([matmul(factor, part.T) for part, factor in zip(parts, self.model, strict=True)])
+        cross = np.stack([factor @ part.T for part, factor in zip(parts, self.model, strict=True)])
         mixed = (self.pairs * cross).sum(1)
         blocks = zip(parts, self.normals, self.model, mixed, strict=True)
-        return np.concatenate([matmul(normal, part) + matmul(mix, factor) for part, normal, factor, mix in blocks], axis=1) + mu * step
+        return np.concatenate([normal @ part + mix @ factor for part, normal, factor, mix in blocks], axis=1) + mu * step
 
     def direction(self, gradient: Array, mu: float) -> Array:
         """Preconditioned conjugate gradients for `(J^T J + mu I) s = -gradient`."""
         inverse = np.linalg.inv(np.stack(self.normals) + mu * np.eye(len(gradient)))
 
         def condition(vector: Array) -> Array:
-            return np.concatenate([matmul(own, part) for own, part in zip(inverse, self.parts(vector), strict=True)], axis=1)
+            return np.concatenate([own @ part for own, part in zip(inverse, self.parts(vector), strict=True)], axis=1)
 
         step, residual = np.zeros_like(gradient), -gradient
         z = condition(residual)
@@ -121,7 +120,7 @@ def _extrapolated(step: Array, moves: list[Array], changes: list[Array]) -> Arra
     if not moves:
         return step
     rows = np.stack([change.ravel() for change in changes])
-    weights = np.linalg.lstsq(rows @ rows.T, rows @ step.ravel())[0]
+    weights = np.linalg.lstsq(rows @ rows.T, rows @ step.ravel(), rcond=None)[0]
     out: Array = step - np.tensordot(weights, np.stack(moves) + np.stack(changes), axes=1)
     return out
 

@@ -19,7 +19,6 @@ from adapt_convert.convert.lorta.cp_core import (
     Core,
     Model,
     as_array,
-    matmul,
     project,
     random_model,
     squares_of,
@@ -67,9 +66,9 @@ def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
         images = [core.tensor(y.reshape(width, -1)) @ tensor.flatten(1).T for y, tensor in parts]
         basis = np.linalg.qr(as_array(sum_of(images).double()).T)[0].T
     projected = [y.reshape(width, -1) for y in project(core, basis)]
-    values, vectors = np.linalg.eigh(sum_of([matmul(y, y.T).astype(np.float64) for y in projected]))
+    values, vectors = np.linalg.eigh(sum_of([(y @ y.T).astype(np.float64) for y in projected]))
     turn = vectors[:, : -rank - 1 : -1].T
-    within = [matmul(turn.astype(y.dtype), y).reshape(len(turn), -1, channels) for y in projected]
+    within = [(turn.astype(y.dtype) @ y).reshape(len(turn), -1, channels) for y in projected]
     held = float(values[-rank:].sum())
     noise = (core.energy - held) / (size - rank) if size >= 2 * rank else 0.0
     edge = noise * (1 + math.sqrt(size / sum(y.shape[1] for y in projected))) ** 2  # Marchenko and Pastur 1967
@@ -87,11 +86,11 @@ def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generat
     rank = len(leading.basis)
     flat = np.concatenate(leading.projected, axis=1)
     rows = flat.reshape(-1, flat.shape[2])
-    channels = np.linalg.eigh(matmul(rows.T, rows).astype(np.float64))[1][:, -rank:]
-    slices = matmul(flat, channels.astype(flat.dtype)).transpose(1, 0, 2).reshape(flat.shape[1], -1)
+    channels = np.linalg.eigh((rows.T @ rows).astype(np.float64))[1][:, -rank:]
+    slices = (flat @ channels.astype(flat.dtype)).transpose(1, 0, 2).reshape(flat.shape[1], -1)
     vectors = _shared_eigenvectors(slices, rank, generator)
     inverse = np.linalg.pinv(vectors)
-    terms = [matmul(inverse.astype(y.dtype), y.reshape(rank, -1)).reshape(y.shape) for y in leading.projected]
+    terms = [(inverse.astype(y.dtype) @ y.reshape(rank, -1)).reshape(y.shape) for y in leading.projected]
     search = Sweeper(core, [vectors.T @ leading.basis, *random_model(core, rank, generator)[1:]], alone=True)
     for _ in range(_TERM_SWEEPS):
         search.others(terms)
@@ -101,8 +100,8 @@ def _algebraic_model(core: Core, leading: _Leading, generator: np.random.Generat
 def _shared_eigenvectors(slices: Array, rank: int, generator: np.random.Generator) -> Array:
     """`E (r, r)` of slices `E diag(.) F^T (n, r r)`, from the pair of mixtures, of several, whose eigenvalues lie furthest apart."""
     mixtures = generator.standard_normal((2 * _PAIRS, len(slices))).astype(slices.dtype)
-    mixtures = np.linalg.qr(matmul(matmul(mixtures, slices), slices.T).T)[0].T  # the directions that the slices share
-    mixtures = matmul(np.ascontiguousarray(mixtures), slices).astype(np.float64)
+    mixtures = np.linalg.qr((mixtures @ slices @ slices.T).T)[0].T  # the directions that the slices share
+    mixtures = (mixtures @ slices).astype(np.float64)
     first, second = (generator.standard_normal((_PAIRS, 2, len(mixtures))) @ mixtures).reshape(_PAIRS, 2, rank, rank).swapaxes(0, 1)
     square = second @ second.mT
     square += np.eye(rank) * (EXACT * np.trace(square, axis1=1, axis2=2)[:, None, None] + TINY)
@@ -178,14 +177,14 @@ def _algebraic_fit(core: Core, rank: int, generator: np.random.Generator) -> Cor
     """A fit from the algebraic start, if nothing but noise is left for another one to find.
 
     No model holds more than the leading directions do. Of white noise they hold the average of the others, so a fit that holds what they
-    do beyond it has missed no term of the core.
+    do beyond it has missed no term of the core; another fit may hold a little more of the noise.
     """
     if rank > min(core.sizes()[:2]) or sum(math.prod(tensor.shape[1:4]) for tensor in core.tensors) == 1:
         return None
     leading = _leading(core, rank, generator)
     least = leading.held - leading.noise
     # Without any noise to speak of, only a fit of nearly all will do.
-    if not leading.full or least <= (_NOISE if leading.noise else 1 - _NEARLY) * core.energy:
+    if not leading.full or least <= (1 - _NOISE if leading.noise else 1 - _NEARLY) * core.energy:
         return None
     fit = refine(core, _algebraic_model(core, leading, generator))
     return fit if core.energy - fit.loss >= least - _AGREED * core.energy else None
@@ -198,8 +197,6 @@ def fit_core(core: Core, rank: int, starts: int, seed: int) -> CoreFit:
     the energy, as greedy starts on noise-like data end within a few percent of each other. On structured data an algebraic start comes
     before them, and is the only one where it has found all there is.
     """
-    if starts < 1:
-        raise ValueError(f"fit_core: starts must be at least 1, got {starts}")
     with single_thread():
         fit = _algebraic_fit(core, rank, np.random.default_rng(seed))
     if fit:

@@ -72,7 +72,7 @@ class Stream:
         return delta
 
     def core(self, bases: Bases) -> Core:
-        """`T_g[:, m, l, h, :] = Q^T X_h P / sqrt(energy)`, float32; zeros where there is no slab."""
+        """`T_g[:, m, l, h, :] = Q^T X_h P`, over the stream's scale, float32; zeros where there is no slab."""
         shape = self.shape
         k = shape.d if bases.residual is None else bases.residual.shape[1]
         p = shape.d_h if bases.channel is None else bases.channel.shape[1]
