@@ -191,7 +191,8 @@ def merge(
     Example:
       adapt-convert merge ./base ./ft-lora-r16 -o ./merged
     """
-    from adapt_convert.convert.merge import merge as merge_adapter
+    with importing():
+        from adapt_convert.convert.merge import merge as merge_adapter
     from adapt_convert.formats.atomic import check_destination
     from adapt_convert.formats.location import locate
 
@@ -223,8 +224,9 @@ def bundle(base: str, sources: tuple[str, ...], output: Path | None, overwrite: 
     Example:
       adapt-convert bundle ./base ./adapter-a ./adapter-b --to latte --rank 32 -o ./bundle
     """
-    from adapt_convert.convert.bundle import bundle as make_bundle
-    from adapt_convert.convert.bundle import foresee_bundles
+    with importing():
+        from adapt_convert.convert.bundle import bundle as make_bundle
+        from adapt_convert.convert.bundle import foresee_bundles
     from adapt_convert.formats.atomic import check_destination
 
     directory = output or Path(f"bundle-of-{len(sources)}-{options['to']}")
@@ -288,7 +290,8 @@ def batch(manifest: Path, output: Path, as_json: bool, dry_run: bool, **options:
     Example:
       adapt-convert batch jobs.yaml -o ./adapters --jobs 4
     """
-    from adapt_convert.convert.batch.batch import batch as run_batch
+    with importing():
+        from adapt_convert.convert.batch.batch import batch as run_batch
 
     try:
         with batch_table(quiet=as_json or dry_run) as on_event:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adapt_convert.options_cli import BASE_REVISION, JSON, OVERWRITE, REVISION, path_option
+from adapt_convert.options_cli import BASE_REVISION, JSON, OVERWRITE, REVISION, importing, path_option
 from adapt_convert.terminal import emit, print_forecast, progress
 
 
@@ -41,7 +41,8 @@ def plan(base: str, ft: str, html: Path | None, overwrite: bool, as_json: bool, 
     Example:
       adapt-convert plan ./base ./ft --html plan.html
     """
-    from adapt_convert.convert.planning.forecast import plan as forecast
+    with importing():
+        from adapt_convert.convert.planning.forecast import plan as forecast
     from adapt_convert.formats.atomic import check_new_file
 
     if html:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from adapt_convert.options_cli import path_option
+from adapt_convert.options_cli import importing, path_option
 from adapt_convert.terminal import progress, report_validation
 
 
@@ -56,9 +56,10 @@ def validate(
     Example:
       adapt-convert validate ./base ./ft ./ft-lora-r16 --text heldout.txt --min-recovered 0.9 -o ./report --html report.html
     """
-    from adapt_convert.convert.validation.result import FILE
-    from adapt_convert.convert.validation.validate import validate as run
-    from adapt_convert.convert.validation.verdict import Thresholds
+    with importing():
+        from adapt_convert.convert.validation.result import FILE
+        from adapt_convert.convert.validation.validate import validate as run
+        from adapt_convert.convert.validation.verdict import Thresholds
     from adapt_convert.formats.atomic import check_file
 
     for path in ([output / FILE] if output else []) + ([html] if html else []):
