@@ -36,6 +36,8 @@ def validated(directory: Path, outputs: Sequence[Path], report: Path, max_tokens
     command = [TOOL, "validate", str(directory / "base"), str(directory / "ft"), *map(str, outputs)]
     command += ["--text", str(directory / "heldout.txt"), "--context", "128", "--max-tokens", str(max_tokens), "--dtype", "float32"]
     command += ["--no-speed", "--no-attribution", "--no-card", "-o", str(report)]
-    subprocess.run(command, check=False, stdout=sys.stderr)  # an adapter that fails is a result too
+    done = subprocess.run(command, check=False, stdout=sys.stderr)
+    if done.returncode not in (0, 3):  # 3: an adapter failed, which is a result too
+        raise subprocess.CalledProcessError(done.returncode, command)
     found: dict[str, Any] = json.loads((report / "validation.json").read_text())
     return found

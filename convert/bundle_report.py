@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,11 @@ def names_apart(names: Sequence[str]) -> list[str]:
     return apart
 
 
-def refuse_shared(found: Mapping[str, Sequence[Entry]], exclude: Sequence[str]) -> None:
+def refuse_shared(found: Mapping[str, Sequence[Entry]], exclude: Sequence[str], factored: Collection[str] = ()) -> None:
     """Refuse changes that no row of a batch can have for itself; `found` are such tensors, by the source that changes them.
 
-    The advice has the modules of all of them beside those of `exclude`, so that one list mends the bundle.
+    The advice has the modules of all of them beside those of `exclude`, so that one list mends the bundle. Where it has some of the
+    `factored` ones, whose matrices could stay but for their biases, it says that these go too, and what would hold both.
     """
     origins = [origin for origin, entries in found.items() if entries]
     if not origins:
@@ -49,7 +50,11 @@ def refuse_shared(found: Mapping[str, Sequence[Entry]], exclude: Sequence[str]) 
     if origins[1:]:
         who, alone = f"{origins[0]} and {len(origins) - 1} more of the sources: change", "convert these one by one"
     modules = ",".join(dict.fromkeys([*exclude, *(_to_exclude(entry.module) for entry in changed)]))
-    raise AdaptError(f"{who} {listed}, which all rows of a batch share; leave out with --exclude {modules}, or {alone}")
+    biased = dict.fromkeys(_to_exclude(entry.module) for entry in changed if entry.module in factored and entry.name.endswith(".bias"))
+    cost = ""
+    if biased:
+        cost = f" (the matrices of {', '.join(biased)} go with their biases, which a shared LoRA cannot hold; --to latte folds them)"
+    raise AdaptError(f"{who} {listed}, which all rows of a batch share; leave out with --exclude {modules}{cost}, or {alone}")
 
 
 def _to_exclude(module: str) -> str:

@@ -84,7 +84,7 @@ def convert(
     base_revision: str | None = None,
     task: str | None = None,
     progress: Progress = silent,
-    on_plan: Callable[[Plan, Source, Options], None] = lambda plan, source, options: None,
+    on_plan: Callable[[Plan, Checkpoint, Source, Options], None] = lambda plan, base, source, options: None,
     pieces: Pieces | None = None,
     **options: Any,
 ) -> Conversion:
@@ -103,7 +103,7 @@ def convert(
     require_factors(plan, opened_base, chosen)
     budget = chosen.budget
     plan, chosen = settle_budget(plan, opened_base, opened_source, chosen)
-    on_plan(plan, opened_source, chosen)
+    on_plan(plan, opened_base, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
     stored, records = survey(pairs, plan, chosen, progress)

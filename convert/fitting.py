@@ -57,7 +57,7 @@ def fit(adapter: LoraAdapter, plan: Plan, base: Checkpoint, profile: Profile) ->
         for held in (factors, embeddings):
             padded += [module for module, delta in held.items() if delta.rank < rank]
             held.update({module: _padded(delta, rank) for module, delta in held.items()})
-    for module in _absent(factors, plan, profile):
+    for module in absent_modules(factors, plan, profile):
         rows, columns = base.infos[plan.base_keys[f"{module}.weight"]].shape
         dtype = next(iter(factors.values())).A.dtype
         factors[module] = LowRankDelta(torch.zeros(rows, rank, dtype=dtype), torch.zeros(rank, columns, dtype=dtype))
@@ -78,7 +78,7 @@ def _padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
     return LowRankDelta(torch.cat([delta.B, columns], dim=1), torch.cat([delta.A, rows], dim=0))
 
 
-def _absent(factors: Iterable[str], plan: Plan, profile: Profile) -> list[str]:
+def absent_modules(factors: Iterable[str], plan: Plan, profile: Profile) -> list[str]:
     """The modules of the base that the consumer wants adapted beside those that are."""
     present = set(factors)
     wanted = set(present)

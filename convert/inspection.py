@@ -50,7 +50,7 @@ def inspect(
 
         plan, chosen = settle_budget(plan, base, source, chosen)
     refuse_certain_losses(plan, chosen)
-    return describe_plan(plan, source, chosen)
+    return describe_plan(plan, base, source, chosen)
 
 
 def _describe(path: str | Path, revision: str | None) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _layers(store: TensorStore, config: dict[str, Any]) -> int | None:
     return len({(place.block, place.layer) for place in places if place}) or None
 
 
-def describe_plan(plan: Plan, source: Source, options: Options) -> dict[str, Any]:
+def describe_plan(plan: Plan, base: Checkpoint, source: Source, options: Options) -> dict[str, Any]:
     """The plan as plain data: `actions` counts what would become of changed tensors, `losses` what could not be kept."""
     return {
         "tensors": len(plan.entries),
@@ -136,5 +136,5 @@ def describe_plan(plan: Plan, source: Source, options: Options) -> dict[str, Any
         "losses": {entry.name: entry.reason for entry in plan.having("drop") if entry.lossy},
         "missing_from_source": list(plan.missing),
         "notes": list(plan.notes),
-        **predict(plan, source, options).to_json(),
+        **predict(plan, base, source, options).to_json(),
     }

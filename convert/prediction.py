@@ -7,14 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from adapt_convert.convert.architectures import heads_of
-from adapt_convert.convert.family import ATTENTION_ROLES, FUSED, MLP_ROLES, WRITERS
-from adapt_convert.convert.loda.replaced import is_replaced
+from adapt_convert.convert.family import FUSED
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.side_by_side import DELTA_BYTES, IN_FLIGHT
+from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.dtypes import bits_of
-from adapt_convert.formats.loda_config import VARIANTS
 from adapt_convert.formats.source import Source
 
 _RUNTIME = 300 * 2**20  # bytes: Python with torch loaded
@@ -41,23 +39,45 @@ class Prediction:
         return {"predicted_bytes": self.bytes, "predicted_at_most": self.at_most, "predicted_peak_memory": peak}
 
 
-def predict(plan: Plan, source: Source, options: Options) -> Prediction:
-    """The file and the memory of a conversion, from headers."""
-    item = 4 if _may_need_float32(source, options) else _bytes_each(options.dtype or output_dtype(source))
-    factors, modules = _factors(plan, options, item)
-    if options.budget is not None:
-        factors = min(factors, int(options.budget))
-    stored = [_stored(entry, plan, options) for entry in plan.having("store")] + _zero_biases(plan, options)
-    header = _FILE + sum(_ROW + len(module) for module in (*modules, *(module for module, _ in stored)))
+def predict(plan: Plan, base: Checkpoint, source: Source, options: Options) -> Prediction:
+    """The file and the memory of a conversion, from headers; a budget of a target of one rank is settled before."""
+    stored = [_stored(entry, plan, options) for entry in _kept_whole(plan, base, source, options)] + _zero_biases(plan, options)
+    if options.to == "lora" or options.construction == "score":
+        item = _bytes_each(options.dtype or output_dtype(source))
+        factors, modules = _lora_factors(plan, base, options, item) if options.to == "lora" else _score_factors(plan, options, item)
+        header = _FILE + sum(_ROW + len(module) for module in modules)
+    else:
+        factors, header = _of_one_rank(plan, base, source, options), 0
+    header += sum(_ROW + len(module) for module, _ in stored)
     work = max(_in_work(plan), _largest_stored(plan))
     size = factors + sum(size for _, size in stored) + header
     return Prediction(size, _is_bound(source, options), _RUNTIME + work + factors, options.calib is not None)
+
+
+def _of_one_rank(plan: Plan, base: Checkpoint, source: Source, options: Options) -> int:
+    """The file of a target that has one rank for all matrices, without what is stored exactly: at the largest rank if it is looked for."""
+    from adapt_convert.convert.rank_for_budget import largest_rank, sizes_by_rank  # needs torch
+
+    sized = options.changed(dtype="float32") if _may_need_float32(source, options) else options
+    return sizes_by_rank(plan, base, source, sized)(options.rank or largest_rank(plan, options))
+
+
+def _kept_whole(plan: Plan, base: Checkpoint, source: Source, options: Options) -> list[Entry]:
+    """The tensors that are stored exactly: in a LatTE not those that its blocks and biases contain."""
+    if options.to != "latte" or options.construction == "score":
+        return plan.having("store")
+    from adapt_convert.convert.rank_for_budget import folded_into_latte  # needs torch
+
+    folded = folded_into_latte(plan, base, source)
+    return [entry for entry in plan.having("store") if entry.name not in folded]
 
 
 def _is_bound(source: Source, options: Options) -> bool:
     """Whether ranks may turn out smaller than what a size is predicted from: looked for, or limited by a source of an unknown rank."""
     if options.rank is None or options.construction == "score" or _may_need_float32(source, options):
         return True  # a score construction leaves out what it cannot hold
+    if options.to.endswith("+"):
+        return True  # a map that does not help is left out
     if options.to == "lora":
         return source.kind == "method"
     return source.kind != "checkpoint" and options.to != "lorta"
@@ -68,53 +88,34 @@ def _may_need_float32(source: Source, options: Options) -> bool:
     return options.to == "lorta" and options.dtype is None and output_dtype(source) != "float32"
 
 
-def _factors(plan: Plan, options: Options, item: int) -> tuple[int, list[str]]:
-    """Bytes of the tensors that are not stored exactly, and for each of these the module in its name; `item` bytes for each number."""
+def _lora_factors(plan: Plan, base: Checkpoint, options: Options, item: int) -> tuple[int, list[str]]:
+    """Bytes of the factors, of `item` each number, and for each of their tensors the module in its name."""
     entries = plan.having("factor")
-    modules = [entry.module for entry in entries]
-    if options.to in VARIANTS:
-        return sum(_loda_bytes(entry, options, item) for entry in entries), 2 * modules
-    if options.to == "latte":
-        return _latte_factors(entries, options, item)
-    if options.to == "lorta":
-        return _lorta_factors(plan, options, item)
-    ranks = [_largest_rank(entry, options) for entry in entries]
+    ranks, modules = [_largest_rank(entry, options) for entry in entries], [entry.module for entry in entries]
+    largest = max(ranks, default=0)
     if options.consumer and options.consumer.uniform:  # smaller ranks are padded to the largest
-        ranks = [max(ranks, default=0)] * len(ranks)
-    return item * sum(rank * sum(entry.matrix_shape) for rank, entry in zip(ranks, entries, strict=True)), 2 * modules
+        ranks = [largest] * len(ranks)
+    sizes = [item * rank * sum(entry.matrix_shape) for rank, entry in zip(ranks, entries, strict=True)]
+    total = sum(sizes) if options.budget is None else min(sum(sizes), int(options.budget))
+    for size, entry in zip(sizes, entries, strict=True):  # a shared table is written once for each module
+        aliases = [name.rpartition(".")[0] for name in plan.aliases(entry.name)]
+        total, modules = total + size * len(aliases), modules + aliases
+    if options.consumer and largest:
+        from adapt_convert.convert.fitting import absent_modules  # needs torch
+
+        filled = absent_modules((entry.module for entry in entries if entry.kind == "matrix"), plan, options.consumer)
+        total += sum(item * largest * sum(base.infos[plan.base_keys[f"{module}.weight"]].shape) for module in filled)
+        modules += filled
+    return total, 2 * modules
 
 
-def _latte_factors(entries: list[Entry], options: Options, item: int) -> tuple[int, list[str]]:
-    """Each matrix keeps its far side, each segment a basis of the residual stream, in float32."""
-    sides = [entry.matrix_shape[:: 1 if entry.place and entry.place.role in WRITERS else -1] for entry in entries]  # (near, far)
-    wide = max(near for near, _ in sides)
-    segments = options.segments if isinstance(options.segments, int) else 1 if options.segments is None else len(entries)
-    size = item * sum(far for _, far in sides) + 4 * segments * wide  # of each rank
-    return (options.rank or wide) * size, [entry.module for entry in entries] + [""] * segments
-
-
-def _lorta_factors(plan: Plan, options: Options, item: int) -> tuple[int, list[str]]:
-    """A tensor of the attention and one of the MLP, each with its modes (convert/lorta/solver.py)."""
-    entries = [entry for entry in plan.having("factor") if entry.place]
+def _score_factors(plan: Plan, options: Options, item: int) -> tuple[int, list[str]]:
+    """The same of a score construction: a pair for each of q, k and v, also where these are parts of one matrix."""
+    entries = plan.having("factor")
     rank = options.rank or max(min(entry.matrix_shape) for entry in entries)
-    heads = heads_of(plan.config)
-    numbers = tensors = 0
-    for block in (ATTENTION_ROLES, MLP_ROLES):
-        held = [(entry, place) for entry in entries if (place := entry.place) and set(FUSED.get(place.role, (place.role,))) <= set(block)]
-        if not held:
-            continue
-        roles = {role for _, place in held for role in FUSED.get(place.role, (place.role,))}
-        layers = len({(place.block, place.layer) for _, place in held})
-        near, far = max((entry.matrix_shape[:: 1 if place.role in WRITERS else -1] for entry, place in held), key=max)
-        if block is ATTENTION_ROLES and heads:
-            groups = {heads.key_value if role in "kv" else heads.query for role in roles}
-            far = heads.size
-        else:  # the width of the MLP is one wide head
-            groups = {1}
-            far //= 2 if any(place.role in FUSED for _, place in held) else 1
-        numbers += near + far + layers + len(roles) + sum(groups)
-        tensors += 4 + len(groups)
-    return rank * numbers * item, [""] * tensors
+    parts = [len(FUSED.get(entry.place.role, ("",))) if entry.place else 1 for entry in entries]
+    sizes = (rows + count * columns for (rows, columns), count in zip((e.matrix_shape for e in entries), parts, strict=True))
+    return item * rank * sum(sizes), [e.module for e, count in zip(entries, parts, strict=True) for _ in range(2 * count)]
 
 
 def _largest_rank(entry: Entry, options: Options) -> int:
@@ -123,17 +124,6 @@ def _largest_rank(entry: Entry, options: Options) -> int:
     if own is None:
         return min(options.rank or full, full)
     return min(own if options.keeps(own) else options.rank or own, own, full)
-
-
-def _loda_bytes(entry: Entry, options: Options, item: int) -> int:
-    """One LoDA at most, with what replaces the weight: factors, or one bit for each entry."""
-    rows, columns = entry.matrix_shape
-    rank = min(options.rank or rows, rows, columns)
-    plus = 2 * rank * rank + rows if options.to.endswith("+") else 0
-    replaced = is_replaced(entry, options)
-    low_rank = min(options.base_rank or 0, rows, columns) * (rows + columns) if replaced else 0
-    mask = (rows * columns + 7) // 8 if replaced and options.keep is not None else 0
-    return item * (rank * (rows + columns) + plus + low_rank) + mask
 
 
 def _stored(entry: Entry, plan: Plan, options: Options) -> tuple[str, int]:

@@ -47,7 +47,7 @@ def settle_budget(plan: Plan, base: Checkpoint, source: Source, options: Options
     budget, most = int(options.budget), largest_rank(plan, options)
     if options.to == "lorta":
         options = options.changed(dtype=options.dtype or "float32")
-    size = functools.cache(_sizes(plan, base, source, options))
+    size = functools.cache(sizes_by_rank(plan, base, source, options))
     if size(1) > budget:
         raise AdaptError(f"--budget {budget} bytes: the smallest {options.to}, of rank 1, takes up to {size(1)}")
     low, high = 1, most + 1  # the rank `low` is within the budget, `high` is not or is none
@@ -68,8 +68,8 @@ def largest_rank(plan: Plan, options: Options) -> int:
     return max(entry.matrix_shape[0 if own else 1] for entry, own in zip(entries, writes, strict=True))
 
 
-def _sizes(plan: Plan, base: Checkpoint, source: Source, options: Options) -> Callable[[int], int]:
-    """The bytes of the adapter's file by rank, without what is stored exactly."""
+def sizes_by_rank(plan: Plan, base: Checkpoint, source: Source, options: Options) -> Callable[[int], int]:
+    """The bytes of the adapter's file by rank, without what is stored exactly, of a target that has one rank for all matrices."""
     dtype = torch_dtype(options.dtype or output_dtype(source))
     if options.to == "lorta":
         make: _Make = functools.partial(_lorta, base, plan, options, dtype)
@@ -80,6 +80,11 @@ def _sizes(plan: Plan, base: Checkpoint, source: Source, options: Options) -> Ca
     return lambda rank: safetensors_size(make(rank), {"format": "pt"})
 
 
+def folded_into_latte(plan: Plan, base: Checkpoint, source: Source) -> frozenset[str]:
+    """The parameters that a LatTE stores in its blocks and biases, which `sizes_by_rank` counts."""
+    return Effective(Pairs(base, source, torch.device("cpu")), plan).folded()
+
+
 def _lorta(base: Checkpoint, plan: Plan, options: Options, dtype: torch.dtype, rank: int) -> Mapping[str, Tensor | LazyTensor]:
     return empty_lorta(base, plan, options, rank, dtype).tensors()
 
@@ -87,7 +92,8 @@ def _lorta(base: Checkpoint, plan: Plan, options: Options, dtype: torch.dtype, r
 def _latte(effective: Effective, options: Options, dtype: torch.dtype, rank: int) -> Mapping[str, Tensor | LazyTensor]:
     """A LatTE of blocks for every matrix that the source or the norm before it can change, with the biases that these may need."""
     task = LatteTask("")
-    count = int(options.segments or (effective.layers if effective.layout.post_norms else 1))
+    asked = effective.layers if options.segments == "auto" else options.segments  # a search ends at one segment per layer
+    count = int(asked or (effective.layers if effective.layout.post_norms else 1))
     segments = [Segment(run.start, run.stop, _empty(effective.width, rank, torch.float32)) for run in cut(effective.layers, count)]
     for matrix in effective.matrices:
         rows, columns = effective.shape(matrix)

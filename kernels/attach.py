@@ -30,7 +30,9 @@ def load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision:
     the model is then as it was.
     """
     if not isinstance(model, nn.Module):
-        raise AdaptError(f"load: {model!r} is no model; load it with transformers first, as AutoModelForCausalLM.from_pretrained does")
+        raise AdaptError(
+            f"load: {type(model).__name__} is no model; load it with transformers first, as AutoModelForCausalLM.from_pretrained does"
+        )
     if hasattr(model, STATE):
         raise AdaptError("the model carries an adapter already; call adapt_convert.unload(model) first")
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")

@@ -184,6 +184,13 @@ _REFUSED = {
 }
 
 
+def test_advice_that_costs_matrices_says_so(pairs: Any) -> None:
+    pair = pairs("qwen2")
+    said = r"the matrices of k_proj, q_proj, v_proj go with their biases, which a shared LoRA cannot hold; --to latte folds them"
+    with pytest.raises(AdaptError, match=rf"leave out with --exclude \S+ \({said}\), or convert"):
+        adapt_convert.bundle(pair.base, [pair.ft], to="shared-lora", rank=4)
+
+
 @pytest.mark.parametrize("to", _REFUSED)
 def test_one_refusal_names_all_that_rows_share_and_its_advice_mends_it(to: str, make_pair: Any, tmp_path: Path) -> None:
     """Every parameter of `ft` changed; `other` changed its embedding beside a matrix."""

@@ -69,6 +69,37 @@ def test_what_only_the_work_can_show_is_a_bound(options: dict[str, Any], name: s
     assert f"; at most {size_text(planned['predicted_bytes'])}, peak memory" in printed
 
 
+BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "norms folded into matrices that are no targets": (
+        "llama",
+        {"to": "latte", "energy": 0.99, "target_modules": "attention", "exclude": "embed_tokens,lm_head"},
+    ),
+    "the same in a budget": ("llama", {"to": "latte", "budget": 20_000, "target_modules": "attention", "exclude": "embed_tokens,lm_head"}),
+    "segments that are looked for": ("llama", {"to": "latte", "energy": 0.99, "segments": "auto"}),
+    "one segment for each layer": ("bert", {"to": "latte", "energy": 0.99}),
+    "zeros that a server wants": ("llama", {"energy": 0.999, "target_modules": "q_proj", "profile": "sglang"}),
+    "three pairs in a fused matrix": ("gpt2", {"to": "latte", "construction": "score", "rank": 4}),
+    "a shared table": ("llama-tied", {"rank": 8, "target_modules": "all-linear,embed_tokens"}),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDED)
+def test_no_size_is_above_its_bound(case: str, pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    name, options = BOUNDED[case]
+    planned, size = predicted_and_written(pairs(name).base, pairs(name).ft, tmp_path / "out", **options)
+    assert size <= planned["predicted_bytes"]
+
+
+@pytest.mark.parametrize("options", [{"to": "loda"}, {"to": "loda+"}, {"to": "s-loda", "keep": 0.1}], ids=str)
+def test_the_maps_of_a_loda_are_counted(options: dict[str, Any], pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = token_file(tmp_path / "ids.jsonl")
+    options |= {"rank": 2, "calib": text, "calib_tokens": 256, "target_modules": "q_proj,o_proj", "exclude": "embed_tokens,lm_head"}
+    planned, size = predicted_and_written(pairs("llama").base, pairs("llama").ft, tmp_path / "out", **options)
+    assert size <= planned["predicted_bytes"]
+    assert planned["predicted_at_most"] or planned["predicted_bytes"] <= 1.1 * size
+
+
 def _typed(options: dict[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 

@@ -271,16 +271,27 @@ def test_batches_change_nothing(pairs: Any) -> None:
     assert one.kl_ci95 == pytest.approx(four.kl_ci95, rel=1e-4)
 
 
+OTHER_BASES: dict[str, tuple[str, dict[str, int]]] = {
+    "narrower": ("llama", {"hidden_size": 16}),
+    "deeper": ("llama", {"num_hidden_layers": 3}),
+    "of another type": ("gpt2", {}),
+    "of a like type": ("qwen2", {}),
+}
+
+
 @pytest.mark.parametrize("exclude", ["", "embed_tokens,lm_head,norm"])  # with and without values that are stored whole
-def test_a_latte_of_another_base_fails_in_one_line(exclude: str, pairs: Any, make_pair: Any, tmp_path: Path) -> None:
-    other = make_pair(tmp_path, "llama", hidden_size=16)
+@pytest.mark.parametrize("other_base", OTHER_BASES)
+def test_a_latte_of_another_base_fails_in_one_line(other_base: str, exclude: str, pairs: Any, make_pair: Any, tmp_path: Path) -> None:
+    name, changes = OTHER_BASES[other_base]
+    other = make_pair(tmp_path, name, **changes)
     latte = adapt_convert.convert(other.base, other.ft, to="latte", rank=2, exclude=exclude).save(tmp_path / "latte")
     own = adapt_convert.convert(pairs("llama").base, pairs("llama").ft, to="latte", rank=32).save(tmp_path / "own")
     result = validate(pairs("llama").base, pairs("llama").ft, latte, own, token_ids=IDS, speed=False)
     (line,) = result.failures
     assert line.startswith(f"{latte}: ")
     assert line.count(str(latte)) == 1
-    assert "made for another base" in line
+    assert "made for another base" in line or "is made for" in line
+    assert result.candidates[1].fidelity is not None
 
 
 def test_a_failing_task_of_a_bundle_is_named(pairs: Any, tmp_path: Path) -> None:

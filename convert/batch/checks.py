@@ -9,6 +9,8 @@ from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.state import INDEX, LOG, SUMMARY
 from adapt_convert.formats.errors import AdaptError
 
+_NAME = "{name} in it stands for the source's name"
+
 
 def output_problems(jobs: list[Job]) -> Iterator[str]:
     """Outputs that are no directories below that of the batch, or that are, or hold, those of other jobs or of the batch."""
@@ -22,7 +24,8 @@ def output_problems(jobs: list[Job]) -> Iterator[str]:
         elif parts[0] in (SUMMARY, LOG, INDEX):
             yield f"{job.output}: the output of {job.source} has the name of a file that the batch itself writes"
         elif job.output in taken:
-            yield f"{job.output}: is the output of both {taken[job.output].source} and {job.source}; give each an `output` of its own"
+            both = f"{taken[job.output].source} and {job.source}"
+            yield f"{job.output}: is the output of both {both}; give each an `output` of its own ({_NAME})"
         taken[job.output] = job
     for job in jobs:
         for parent in PurePosixPath(job.output).parents:
@@ -44,7 +47,7 @@ def push_problems(jobs: list[Job]) -> Iterator[str]:
             yield f"push: {error}"
         same = job.push.lower()  # the Hub tells no names apart by case
         if same in taken:
-            yield f"push: {job.push}: both {taken[same].source} and {job.source} would go there; give each a `push` of its own"
+            yield f"push: {job.push}: both {taken[same].source} and {job.source} would go there; give each a `push` of its own ({_NAME})"
         taken[same] = job
 
 

@@ -51,7 +51,7 @@ def foresee(found: Found, base: Checkpoint) -> Prediction:
     plan = make_plan(base, source, found.job.options)
     require_factors(plan, base, found.job.options)
     plan, options = settle_budget(plan, base, source, found.job.options)
-    return predict(plan, source, options)
+    return predict(plan, base, source, options)
 
 
 def _check_validation(found: Found, base: Checkpoint) -> None:

@@ -17,16 +17,22 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.validation.attribution import Change, parameter_of
 from adapt_convert.convert.validation.candidates import Contender, task_number
+from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.latte import read_latte
 
 
 class LatteWeights:
     """One task of a LatTE. `matrices` are its low-rank changes by module: of the effective matrices, with norm gains folded in, in the
-    residual construction; of q, k and v themselves in the score construction."""
+    residual construction; of q, k and v themselves in the score construction. Raises `AdaptError` for a LatTE of another architecture."""
 
     def __init__(self, candidate: Contender, pairs: Pairs, plan: Plan) -> None:
         self.pairs, self.plan = pairs, plan
         adapter = read_latte(candidate.location)
+        model_type = pairs.base.config.get("model_type")
+        if adapter.model_type != model_type:
+            raise AdaptError(
+                f"{candidate.path}: made for another base: adapts a {adapter.model_type}, and {pairs.base.origin} is a {model_type}"
+            )
         self.task = adapter.tasks[task_number(candidate) - 1 if candidate.task else 0]
         self.is_effective = adapter.construction == "residual"
         self.matrices: dict[str, LowRankDelta] = {}

@@ -26,7 +26,7 @@ from adapt_convert.convert.preflight import Entry, Plan, make_plan, output_dtype
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.report import Record, unchanged
 from adapt_convert.convert.shared_lora.subspace import joint_subspaces
-from adapt_convert.convert.side_by_side import side_by_side
+from adapt_convert.convert.side_by_side import DELTA_BYTES, side_by_side
 from adapt_convert.convert.svd import factorise
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.dtypes import torch_dtype
@@ -70,7 +70,8 @@ def bundle_loras(base: str | Path, sources: Sequence[str | Path], *, progress: P
         raise AdaptError("a bundle needs at least one adapter")
     opened = open_base(base)
     tasks = [_open(opened, source, chosen, progress) for source in sources]
-    refuse_shared({task.pairs.source.origin: task.unshared for task in tasks}, chosen.exclude)
+    factored = {module for task in tasks for module in task.entries}
+    refuse_shared({task.pairs.source.origin: task.unshared for task in tasks}, chosen.exclude, factored)
     dtype = torch_dtype(chosen.dtype or output_dtype(tasks[0].pairs.source))
     names = names_apart([task.pairs.source.location.name for task in tasks])
     adapter = SharedLoraAdapter({}, [SharedTask(name) for name in names], opened.location.loadable, task_type(tasks[0].plan))
@@ -100,7 +101,7 @@ def _solve(tasks: Sequence[_Task], adapter: SharedLoraAdapter, options: Options,
     modules = list(dict.fromkeys(module for task in tasks for module in task.entries))
 
     def size(module: str) -> int:
-        return 4 * max(math.prod(task.entries[module].part.shape) for task in tasks if module in task.entries)
+        return DELTA_BYTES * max(math.prod(task.entries[module].part.shape) for task in tasks if module in task.entries)
 
     def work(module: str, held: dict[int, _Task]) -> _Solved:
         return _solve_module({number: (task.pairs, task.entries[module]) for number, task in held.items()}, options, dtype)

@@ -244,10 +244,13 @@ def _open(base: Contender, other: Contender, options: Options | None = None) -> 
 
 
 def _latte(candidate: Contender, pairs: Pairs, plan: Plan) -> LatteWeights:
-    """A LatTE as changes of the base that `pairs` opened. Raises `AdaptError` for one whose blocks or values are of other shapes."""
+    """A LatTE as changes of the base that `pairs` opened. Raises `AdaptError` for one of other matrices, or of other shapes."""
     weights = LatteWeights(candidate, pairs, plan)
     known = plan.by_name
     matrices = {f"{module}.weight": delta.shape for module, delta in weights.matrices.items()}
+    absent = next((name for name in matrices if name not in known and name not in plan.base_keys), None)
+    if absent:
+        raise AdaptError(f"{candidate.path}: {absent} is not in {pairs.base.origin}: made for another base")
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
         name: (shape, known[name].matrix_shape) for name, shape in matrices.items() if name in known
     }
