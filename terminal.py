@@ -69,7 +69,7 @@ def print_plan(plan: dict[str, Any], terminal: Console) -> None:
 def _predicted(plan: dict[str, Any]) -> str:
     size, peak = size_text(plan["predicted_bytes"]), plan["predicted_peak_memory"]
     size = f"at most {size}" if plan["predicted_at_most"] else f"about {size} if all of it changed"
-    return f"{size}, peak memory {'above that of one model in float32' if peak is None else f'about {size_text(peak)}'}"
+    return f"{size}, peak memory of the conversion {'above that of one model in float32' if peak is None else f'about {size_text(peak)}'}"
 
 
 def print_summary(conversion: Conversion, directory: Path) -> None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 def notes_of(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
     """Slips in the options first, then what is particular about the base and about single tensors."""
     notes, entries = [f"--exclude {name} matches no module" for name in unmatched(plan, options)], plan.entries
-    notes += _kept_ranks(plan, options)
     if base.quantisation:
         notes.append(f"the base is quantised ({base.quantisation}): what its rounding took away is part of every change")
     if plan.family is None and plan.config.get("model_type") and not knows_loading():
@@ -44,15 +43,18 @@ def notes_of(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
     return notes + [f"{name} of the base is not in the fine-tune" for name in plan.missing]
 
 
-def _kept_ranks(plan: Plan, options: Options) -> list[str]:
-    """That a LoRA of no given size is as large as its source, which of a shared LoRA's adapter is more than it had by itself."""
+def kept_ranks(plan: Plan, options: Options) -> list[str]:
+    """That a LoRA of no given size is as large as its source, which of a shared LoRA's adapter is more than it had by itself; or of the
+    largest of its ranks, for a consumer that wants one. Of a plan without what the consumer cannot hold."""
     if options.to != "lora" or options.has_size:
         return []
     ranks = {e.part.rank for e in plan.having("factor") if e.part.kind == "low_rank" and e.part.rank and options.keeps(e.part.rank)}
     if not ranks:
         return []
-    kept = f"rank {max(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
-    return [f"no size is given: {kept}, as in the source; --rank N makes it smaller"]
+    kept = f"rank {max(ranks)}, as in the source" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, as in the source"
+    if len(ranks) > 1 and options.consumer and options.consumer.uniform:
+        kept = f"rank {max(ranks)} for all, the largest of the source's, as {options.consumer.title} takes one rank"
+    return [f"no size is given: {kept}; --rank N makes it smaller"]
 
 
 def unmatched(plan: Plan, options: Options) -> list[str]:

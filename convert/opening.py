@@ -15,7 +15,7 @@ from adapt_convert.formats.gguf_header import gguf_adapter
 from adapt_convert.formats.location import Location, locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.lora_names import lora_file
-from adapt_convert.formats.source import Source, adapter_config_path, checkpoint_source, latte_config_path, shared_lora_config_path
+from adapt_convert.formats.source import LORTA, Source, adapter_config_path, checkpoint_source, latte_config_path, shared_lora_config_path
 
 _BLOCK = 2**20  # numbers that are compared at a time
 
@@ -72,7 +72,7 @@ def _open_adapter(base: Checkpoint, location: Location, config: Mapping[str, Any
     peft_type = config.get("peft_type")
     if peft_type == LODA:
         raise AdaptError(f"{location.origin}: is a LoDA, which is no change of weights: it can be neither merged nor converted, only run")
-    if peft_type == "LORTA":
+    if peft_type == LORTA:
         from adapt_convert.convert.lorta.solver import reference_slots
         from adapt_convert.formats.lorta import read_lorta
 

@@ -30,7 +30,7 @@ from adapt_convert.convert.experts import is_expert, is_router
 from adapt_convert.convert.family import ATTENTION_ROLES, FUSED, Family
 from adapt_convert.convert.latte.layout import check_latte
 from adapt_convert.convert.loading import why_lost
-from adapt_convert.convert.notes import notes_of, unmatched
+from adapt_convert.convert.notes import kept_ranks, notes_of, unmatched
 from adapt_convert.convert.options import Options, matches
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.dtypes import FLOATS
@@ -138,7 +138,8 @@ def make_plan(base: Checkpoint, source: Source, options: Options) -> Plan:
     plan = Plan(entries, missing, (), base_keys, family, config, follows_ties)
     plan = replace(plan, notes=tuple(notes_of(plan, base, options)))
     consumer = consumer_of(base, options) if options.to == "lora" else None
-    return restrict(plan, base, consumer) if consumer else plan
+    plan = restrict(plan, base, consumer) if consumer else plan
+    return replace(plan, notes=(*kept_ranks(plan, options), *plan.notes))
 
 
 def require_factors(plan: Plan, base: Checkpoint, options: Options) -> None:

@@ -18,7 +18,7 @@ from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.peft import CONFIG, PREFIX, VARIANTS, changes_base, is_pattern, is_positive, lora_scaling, matching_pattern
 from adapt_convert.formats.profiles import EXPERT, PROFILES, Profile, profile_named
-from adapt_convert.formats.source import adapter_config_path
+from adapt_convert.formats.source import LORTA, adapter_config_path
 
 _SLOT = re.compile(r"^(?P<module>.*)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
 _DORA, _BIAS = re.compile(r"\.lora_magnitude_vector(\.weight)?$"), re.compile(r"\.(lora_B|base_layer)\.bias$")
@@ -75,6 +75,8 @@ def lint(adapter: str | Path, consumer: str, revision: str | None = None) -> lis
     ggufs = [location.file] if location.file else sorted(location.directory.glob("*.gguf"))
     gguf = next((path for path in ggufs if path.suffix == ".gguf"), None)
     has_config = adapter_config_path(location) is not None
+    if has_config and read_json(location.directory / CONFIG).get("peft_type") == LODA:  # which is no change of weights
+        remedy = f"convert the fine-tune it was made from: adapt-convert delta BASE FT --for {profile.name}"
     if profile.layout == "gguf":
         if gguf is None:
             return [Finding("refused", f"{profile.title} loads GGUF files, and there is none", remedy)]
@@ -106,11 +108,9 @@ def lint(adapter: str | Path, consumer: str, revision: str | None = None) -> lis
 
 def _of_another_method(method: object, profile: Profile, remedy: str) -> list[Finding]:
     """PEFT loads all methods but this project's own; others load LoRA alone."""
-    if method == LODA:  # which is no change of weights
-        remedy = f"convert the fine-tune it was made from: adapt-convert delta BASE FT --for {profile.name}"
     if profile.name != "peft":
         return [Finding("refused", f"{profile.title} loads LoRA alone, and this is {method}", remedy)]
-    if method in ("LORTA", LODA):
+    if method in (LORTA, LODA):
         return [Finding("refused", f"{profile.title} knows no {method}; adapt_convert.load runs it", remedy)]
     return []
 

@@ -76,16 +76,18 @@ def locate(origin: str | Path, revision: str | None = None) -> Location:
         raise AdaptError(f"{text}: is a link to {os.readlink(path)}, where nothing is")
     if path.exists():
         raise AdaptError(f"{text}: is neither a file nor a directory")
-    if not is_hub_id(text):
-        hint = f"a Hub repository of this name is {text}@main" if HUB_ID.fullmatch(text) else "a Hub id has the form org/name"
+    if not is_hub_id(text, revision):
+        hint = f"if a Hub repository is meant, write {text}@main" if HUB_ID.fullmatch(text) else "a Hub id has the form org/name"
         raise AdaptError(f"{text}: no such file or directory ({hint})")
     repo, _, at = text.partition("@")
     return _from_hub(text, repo, at or revision)
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether a text has the form `org/name` or `org/name@revision`, and is no local path; nor, without a revision, ends like a file."""
-    return _WITH_REVISION.fullmatch(text) is not None and not _FILE.fullmatch(text) and not Path(text).exists()
+def is_hub_id(text: str, revision: str | None = None) -> bool:
+    """Whether a text has the form `org/name` or `org/name@revision`, and is no local path; nor, without a revision in it or beside it,
+    ends like a file."""
+    is_file = revision is None and _FILE.fullmatch(text) is not None
+    return _WITH_REVISION.fullmatch(text) is not None and not is_file and not Path(text).exists()
 
 
 def refuse_revision(origin: str, revision: str | None) -> None:

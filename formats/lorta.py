@@ -25,7 +25,7 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.peft import CONFIG, PREFIX, WEIGHTS, is_positive
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
-from adapt_convert.formats.source import Part, Source, whole_part
+from adapt_convert.formats.source import LORTA, Part, Source, whole_part
 
 Orientation = Literal["paper", "reference"]
 _NAMES = {"attention": "lora_", "mlp": "lora_mlp_"}
@@ -113,7 +113,7 @@ class LortaAdapter:
     def config(self) -> dict[str, Any]:
         rank = self.blocks[0].factors.A.shape[1]
         return {
-            "peft_type": "LORTA",
+            "peft_type": LORTA,
             "task_type": self.task_type,
             "base_model_name_or_path": self.base_model,
             "inference_mode": True,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from adapt_convert.convert.delta import LowRankDelta
 
+LORTA = "LORTA"  # the peft_type of this project's own method in an adapter_config.json
 LATTE_CONFIG = "latte_config.json"
 LATTE_WEIGHTS = "latte.safetensors"
 SHARED_LORA_CONFIG = "shared_lora_config.json"

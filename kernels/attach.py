@@ -13,7 +13,7 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import locate, read_json
 from adapt_convert.formats.loda_config import PEFT_TYPE as LODA
 from adapt_convert.formats.peft import CONFIG, read_lora
-from adapt_convert.formats.source import Source, adapter_config_path, latte_config_path, shared_lora_config_path
+from adapt_convert.formats.source import LORTA, Source, adapter_config_path, latte_config_path, shared_lora_config_path
 from adapt_convert.kernels.latte import load_latte
 from adapt_convert.kernels.loda_modules import load_loda
 from adapt_convert.kernels.lora_modules import load_loras
@@ -56,7 +56,7 @@ def _load(model: nn.Module, adapter: str | Path | Sequence[str | Path], revision
     config = read_json(path)
     if config.get("peft_type") == LODA:
         return load_loda(model, location)
-    if config.get("peft_type") != "LORTA":
+    if config.get("peft_type") != LORTA:
         raise AdaptError(f"{adapter}: is a {config.get('peft_type')} adapter; load it with peft.PeftModel.from_pretrained")
     return load_lorta(model, location, config)
 

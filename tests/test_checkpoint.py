@@ -22,6 +22,7 @@ from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadMod
 
 import adapt_convert
 from adapt_convert.cli import main
+from adapt_convert.convert.batch.sources import find_sources
 from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, locate
@@ -324,9 +325,11 @@ def test_a_mistyped_file_is_said_to_be_missing_and_not_asked_for(arguments: tupl
     result = CliRunner().invoke(main, [sides.get(word, word) for word in arguments])
     name = next(word for word in arguments if word.startswith("demo/"))
     assert result.exit_code == 1
-    assert result.output == f"Error: {name}: no such file or directory (a Hub repository of this name is {name}@main)\n"
+    assert result.output == f"Error: {name}: no such file or directory (if a Hub repository is meant, write {name}@main)\n"
 
 
 def test_a_revision_makes_a_name_that_ends_like_a_file_a_repository() -> None:
     assert is_hub_id("org/model.gguf@main")
+    assert is_hub_id("org/model.gguf", "main")
+    assert find_sources("org/model.bin", "org/base", "v1") == ["org/model.bin"]
     assert not is_hub_id("org/model.gguf")

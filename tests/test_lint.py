@@ -239,4 +239,5 @@ def test_what_peft_does_not_know_is_refused_for_it_too(pairs: Any, tmp_path: Pat
         assert (lint(out, "peft") == []) == known
         assert "loads LoRA alone" in lint(out, "vllm")[0].what
     (out / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LODA"}))
-    assert all("the fine-tune it was made from: adapt-convert delta BASE FT" in lint(out, name)[0].remedy for name in ("peft", "vllm"))
+    for name in ("peft", "vllm", "llama.cpp", "diffusers", "kohya"):
+        assert f"the fine-tune it was made from: adapt-convert delta BASE FT --for {name}" in lint(out, name)[0].remedy

@@ -66,7 +66,7 @@ def test_what_only_the_work_can_show_is_a_bound(options: dict[str, Any], name: s
     assert planned["predicted_at_most"]
     assert size <= planned["predicted_bytes"]
     printed = CliRunner().invoke(main, ["inspect", str(pair.base), str(pair.ft), *_typed(options)]).output
-    assert f"; at most {size_text(planned['predicted_bytes'])}, peak memory" in printed
+    assert f"; at most {size_text(planned['predicted_bytes'])}, peak memory of the conversion" in printed
 
 
 BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -187,6 +187,14 @@ def test_an_adapter_of_no_given_size_has_the_rank_of_its_bundle_and_is_said_to(s
     assert "no size is given" not in run("delta", shared / "base", shared / "shared", "--task", "lora1", "--rank", 2, "--dry-run").output
 
 
+def test_of_one_rank_for_all_the_largest_is_said(shared: Path, tmp_path: Path) -> None:
+    arguments = ("delta", shared / "base", shared / "shared", "--task", "lora1", "--for", "sglang", "-o", tmp_path / "out")
+    taken = run(*arguments)
+    assert taken.exit_code == 0, taken.output
+    written = json.loads((tmp_path / "out" / "conversion.json").read_text())["profile"]["rank"]
+    assert f"no size is given: rank {written} for all, the largest of the source's, as SGLang takes one rank" in taken.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -180,10 +180,10 @@ def _expand(defaults: Mapping[str, Any], row: Mapping[str, Any], jobs: list[Job]
         return
     try:
         options = Options(**{field.name: merged[field.name] for field in fields(Options) if field.name in merged})
-        sources = find_sources(merged["source"], merged["base"])
+        sources = find_sources(merged["source"], merged["base"], merged.get("revision"))
         for path, name in [(merged["base"], "base_revision"), *((source, "revision") for source in sources)]:
             refuse_revision(path, merged.get(name))
-        if not is_hub_id(merged["base"]) and not Path(merged["base"]).expanduser().exists():
+        if not is_hub_id(merged["base"], merged.get("base_revision")) and not Path(merged["base"]).expanduser().exists():
             raise AdaptError(f"base: {merged['base']}: no such file or directory")
     except (AdaptError, OSError, ValueError) as error:  # the last: a path with a null character
         yield str(error)

@@ -14,8 +14,8 @@ from adapt_convert.formats.location import Location, is_hub_id
 _COLLECTION = re.compile(r"collections/([\w.-]+/[\w.-]+)", re.ASCII)
 
 
-def find_sources(source: str, base: str) -> list[str]:
-    """The sources meant; of several, the base is none. Raises `AdaptError` when there are none."""
+def find_sources(source: str, base: str, revision: str | None = None) -> list[str]:
+    """The sources meant, of the Hub at `revision` if given; of several, the base is none. Raises `AdaptError` when there are none."""
     path = Path(source).expanduser()
     if path.is_dir() and not _is_model(path):
         children = sorted(str(child) for child in path.iterdir() if child.is_dir() and _is_model(child))
@@ -24,7 +24,7 @@ def find_sources(source: str, base: str) -> list[str]:
         return [source]
     if collection := _COLLECTION.fullmatch(source):
         return _collection(source, collection[1])
-    if is_hub_id(source):
+    if is_hub_id(source, revision):
         return [source]
     found = sorted(name for name in glob.glob(str(path)) if Path(name).is_dir() or _is_model(Path(name)))
     if not _without(base, found):
