@@ -147,7 +147,7 @@ BAD_MEANING = [
     ({"jobs": [{"base": "base", "source": "fts", "rank": 2, "energy": 0.5}]}, "contradict each other"),
     ({"jobs": [{"base": "base", "source": "nowhere/*"}]}, "nowhere/*: no such file or directory, and no pattern"),
     ({"jobs": [{"base": "nowhere", "source": "fts"}]}, "base: nowhere: no such file"),
-    ({"jobs": [{"base": "base", "source": "fts", "output": "one"}]}, "is the output of both"),
+    ({"jobs": [{"base": "base", "source": "fts", "output": "one"}]}, "{name} in it stands for the source's name"),
     ({"jobs": [{"base": "base", "source": "fts/ft-a", "output": "../out"}]}, "below that of the batch"),
     *(
         ({"jobs": [{"base": "base", "source": f"fts/ft-{x}", "output": out} for x, out in (("a", "x/y"), ("b", spelt))]}, "output of both")
