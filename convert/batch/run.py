@@ -117,6 +117,7 @@ class Run:
     def _skip(self, job: Job, state: JobState) -> None:
         record = state.read()
         assert record is not None
+        state.clean()  # a run that was killed right after the record has not come to it
         if self._deliver(job, state, record):
             self.results[job.output] = record["result"] | {"skipped": True}
             self.tell("skipped", job=job.output)
