@@ -111,10 +111,7 @@ def convert(
     if chosen.calib is None:
         adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
     else:
-        from adapt_convert.convert.calibration.calibrated import calibrated
-        from adapt_convert.convert.calibration.work import Work
-
-        adapter, solved, calibration = calibrated(Work(pairs, plan, stored, SOLVERS.get(chosen.to), progress), chosen)
+        adapter, solved, calibration = _solve_with_text(pairs, plan, chosen, stored, progress)
     records += solved
     _require_change(records, opened_base, opened_source, chosen)
     if chosen.strict:
@@ -137,6 +134,16 @@ def convert(
         report["profile"] = fitted.to_json(share_left_out(records, consumer))
         return Conversion(fitted.adapter, opened_base, plan, records, report, started)
     return Conversion(adapter, opened_base, plan, records, report, started)
+
+
+def _solve_with_text(
+    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
+) -> tuple[Any, list[Record], dict[str, Any]]:
+    """As a `Solver` does, but by `--calib`; and what the report says of it."""
+    from adapt_convert.convert.calibration.calibrated import calibrated  # what runs models takes long to import
+    from adapt_convert.convert.calibration.work import Work
+
+    return calibrated(Work(pairs, plan, stored, SOLVERS.get(options.to), progress), options)
 
 
 def _require_change(records: list[Record], base: Checkpoint, source: Source, options: Options) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
@@ -216,35 +213,6 @@ def test_same_seed_same_bytes(shape: CPShape, make: Callable[[CPShape, int], Del
     assert first.residual == second.residual
     for left, right in zip(all_tensors(first.factors), all_tensors(second.factors), strict=True):
         assert left.numpy().tobytes() == right.numpy().tobytes()
-
-
-_FIT = """
-import hashlib, torch
-from adapt_convert.convert.delta import DenseDelta
-from adapt_convert.convert.lorta.cp import fit_cp
-from adapt_convert.convert.lorta.cp_tensor import CPShape, Slab
-torch.set_num_threads(1)
-shape = CPShape(512, 64, 3, (4, 2), (0, 1, 1, 0))
-draw = torch.Generator().manual_seed(0)
-left, right = torch.randn(512, 72, generator=draw), torch.randn(72, 256, generator=draw)
-def load(layer, matrix):
-    mixed = (left * torch.randn(72, generator=draw)) @ right[:, :shape.columns(matrix)]
-    delta = DenseDelta(mixed + 20 * torch.randn(mixed.shape, generator=draw))
-    return lambda: delta
-slabs = [Slab(layer, matrix, load(layer, matrix)) for layer in range(3) for matrix in range(4)]
-factors = fit_cp(slabs, shape, 64, starts=1, polish=1).factors
-print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in (factors.A, factors.B, *factors.C_h, factors.C_l, factors.C_m))).hexdigest())
-"""
-
-
-def test_same_bytes_whatever_the_threads_of_blas() -> None:
-    """Those of NumPy and SciPy count from the environment when they are loaded."""
-    found = {}
-    for threads in "12":
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
-        found[threads] = subprocess.run([sys.executable, "-c", _FIT], env=environment, capture_output=True, text=True, check=True).stdout
-    assert len(found["1"].strip()) == 64
-    assert found["1"] == found["2"]
 
 
 def _some_zero() -> Deltas:

@@ -1,7 +1,10 @@
-"""The core of the CP solver: its products and loss, the algebraic start and the Gauss-Newton steps."""
+"""The core of the CP solver: its products and loss, the algebraic start, the Gauss-Newton steps, and one thread for all of them."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -96,3 +99,32 @@ def test_extrapolated_steps_lead_to_a_stationary_point() -> None:
     slopes = torch.autograd.grad(loss, model)
     assert fit.loss == pytest.approx(float(loss.detach()), rel=1e-9)
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-3
+
+
+_FIT = """
+import hashlib, torch
+from adapt_convert.convert.delta import DenseDelta
+from adapt_convert.convert.lorta.cp import fit_cp
+from adapt_convert.convert.lorta.cp_tensor import CPShape, Slab
+torch.set_num_threads(1)
+shape = CPShape(512, 64, 3, (4, 2), (0, 1, 1, 0))
+draw = torch.Generator().manual_seed(0)
+left, right = torch.randn(512, 72, generator=draw), torch.randn(72, 256, generator=draw)
+def load(layer, matrix):
+    mixed = (left * torch.randn(72, generator=draw)) @ right[:, :shape.columns(matrix)]
+    delta = DenseDelta(mixed + 20 * torch.randn(mixed.shape, generator=draw))
+    return lambda: delta
+slabs = [Slab(layer, matrix, load(layer, matrix)) for layer in range(3) for matrix in range(4)]
+factors = fit_cp(slabs, shape, 64, starts=1, polish=1).factors
+print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in (factors.A, factors.B, *factors.C_h, factors.C_l, factors.C_m))).hexdigest())
+"""
+
+
+def test_same_bytes_whatever_the_threads_of_blas() -> None:
+    """Those of NumPy and SciPy count from the environment when they are loaded."""
+    found = {}
+    for threads in "12":
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
+        found[threads] = subprocess.run([sys.executable, "-c", _FIT], env=environment, capture_output=True, text=True, check=True).stdout
+    assert len(found["1"].strip()) == 64
+    assert found["1"] == found["2"]

@@ -79,9 +79,9 @@ def _from_gram(total: Tensor) -> tuple[Tensor, Tensor]:
 def _from_krylov(stream: Stream, d: int, rank: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, dict[Matrix, Tensor]]:
     """Block Lanczos with full reorthogonalisation and a Rayleigh-Ritz step over all its blocks (Musco and Musco 2015, algorithm 2).
 
-    It starts from the leading directions of the deltas' own truncated SVDs: on a flat spectrum three passes then do what eight do from
-    a random start. Products are rough unless the basis captures nearly everything; where eigenvalues nearly tie, that can cost some
-    1e-4 of the captured energy.
+    It starts from the leading directions of the deltas' own truncated SVDs, which on a flat spectrum saves about half of the passes
+    that a random start takes. Products are rough unless the basis captures nearly everything; where eigenvalues nearly tie, that can
+    cost some 1e-4 of the captured energy.
     """
     generator = torch.Generator().manual_seed(seed)
     energy, rounded, spectra, own = 0.0, False, dict[Matrix, Tensor](), [torch.zeros(0, d, device=device)]

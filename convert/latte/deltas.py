@@ -99,9 +99,10 @@ class Effective:
 
     def each(self, matrices: Iterable[Matrix], work: Callable[[Matrix, Delta | None], Result]) -> Iterator[tuple[Matrix, Result]]:
         """`work(matrix, effective delta)` of every matrix, in order but several at a time; the delta is gone when `work` returns."""
-        return side_by_side(
-            matrices, lambda matrix: DELTA_BYTES * math.prod(self.shape(matrix)), self._passing_delta, work, self.pairs.device
-        )
+        return side_by_side(matrices, self._nbytes, self._passing_delta, work, self.pairs.device)
+
+    def _nbytes(self, matrix: Matrix) -> int:
+        return DELTA_BYTES * math.prod(self.shape(matrix))
 
     def delta(self, matrix: Matrix) -> Delta | None:
         """The effective delta, `(out, in)` float32; None when nothing changed."""
@@ -115,10 +116,10 @@ class Effective:
         if matrix.norm is None:
             return self._centre(delta, dim=0)
         new, old = self.gain(matrix.norm, new=True), self.gain(matrix.norm, new=False)
-        if delta is not None:
-            delta = (
-                LowRankDelta(delta.B, delta.A * new) if isinstance(delta, LowRankDelta) else replace(delta, weight=delta.weight.mul_(new))
-            )
+        if isinstance(delta, LowRankDelta):
+            delta = LowRankDelta(delta.B, delta.A * new)
+        elif delta is not None:
+            delta = replace(delta, weight=delta.weight.mul_(new))
         if not torch.equal(new, old):
             delta = self._with_folded_gain(matrix, delta, new - old)
         return self._centre(delta, dim=1)
