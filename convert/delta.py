@@ -106,6 +106,11 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def moved(block: Tensor, device: torch.device) -> Tensor:
+    """What was read, on a device. To a GPU it goes from pinned memory, so that the thread reads on while it is copied."""
+    return block.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else block.to(device)
+
+
 def difference(value: Tensor, before: Tensor) -> Tensor:
     """`value - before`, float32; rows beyond those of `before`, of added tokens or classes, count whole."""
     change = value.to(torch.float32, copy=True)

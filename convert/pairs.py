@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, moved
 from adapt_convert.convert.pieces import Piece, Pieces
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.convert.side_by_side import DELTA_BYTES, side_by_side
@@ -27,14 +27,18 @@ _KEPT = 2**27  # elements of the largest buffer that a thread keeps
 
 
 class _Scratch(threading.local):
-    """One buffer per thread and dtype: fresh memory costs more time, page by page, than the difference that goes there."""
+    """One buffer per thread and dtype: fresh memory of a CPU costs more time, page by page, than the difference that goes there."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._buffers: dict[torch.dtype, Tensor] = {}
 
+    def fresh(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=self._device)
+
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        if count > _KEPT:
-            return torch.empty(count, dtype=dtype)
+        if count > _KEPT or self._device.type != "cpu":
+            return self.fresh(count, dtype)
         if dtype not in self._buffers or len(self._buffers[dtype]) < count:
             self._buffers[dtype] = torch.empty(count, dtype=dtype)
         return self._buffers[dtype][:count]
@@ -51,7 +55,7 @@ class Pairs:
         self.source = source
         self.device = device
         self.pieces = pieces
-        self._scratch = _Scratch()
+        self._scratch = _Scratch(device)
         if pieces is not None:
             base.store.learn(pieces.base_digests)
 
@@ -81,7 +85,7 @@ class Pairs:
 
     def delta(self, entry: Entry) -> Delta:
         """One matrix's change, `(out, in)` float32, on the device of the conversion."""
-        return self._delta(entry, lambda count, dtype: torch.empty(count, dtype=dtype))
+        return self._delta(entry, self._scratch.fresh)
 
     def passing_delta(self, entry: Entry) -> Delta:
         """The same, in memory that the next call from the same thread overwrites."""
@@ -95,8 +99,8 @@ class Pairs:
             shape = self.base.infos[entry.base_key].shape
             difference = allocate(math.prod(shape), torch.float32)
             self._subtract(entry, difference)
-            stored = difference.view(shape[0], -1).to(self.device)  # of a convolution: (out, in * kh * kw)
-            spare = allocate(math.prod(shape), torch.bfloat16)  # where it is fresh, it takes no memory until it is written to
+            stored = difference.view(shape[0], -1)  # of a convolution: (out, in * kh * kw)
+            spare = allocate(math.prod(shape), torch.bfloat16) if stored.device.type == "cpu" else None
             delta = DenseDelta(stored.T.contiguous() if entry.transposed else stored, spare)
         self._check_finite(entry, delta.energy())
         return delta
@@ -111,13 +115,14 @@ class Pairs:
         if entry.part.kind == "add":
             value = entry.part.load()
             assert isinstance(value, Tensor)
-            difference.copy_(value.reshape(-1))
+            difference.copy_(moved(value.reshape(-1), self.device))
             return
         position = 0
         for new, old in zip_longest(self._new_blocks(entry), self._old_blocks(entry)):
             if new is not None and old is not None:
                 count = min(len(new), len(old))
-                difference[position : position + count].copy_(new[:count]).sub_(old[:count])
+                block = difference[position : position + count]
+                block.copy_(moved(new[:count], self.device)).sub_(moved(old[:count], self.device))
                 position += count
         difference[position:].zero_()  # rows that the source cut stay as they are
 

@@ -1,7 +1,8 @@
 """Several matrices at a time, each worked on by a single thread from the disk to its result.
 
 On a CPU this beats one matrix at a time on all cores: products with a thin block of columns hardly gain from a second thread, and
-while one thread waits for the disk the others compute. It also makes results independent of the number of threads.
+while one thread waits for the disk the others compute. It also makes results independent of the number of threads. On a GPU each
+thread has a stream of its own: while one reads or copies, the device computes what the others have asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
@@ -24,7 +25,7 @@ Result = TypeVar("Result")
 
 IN_FLIGHT = 3 * 2**29  # bytes of loaded items held at a time, unless one alone is larger
 DELTA_BYTES = 6  # of each number of a loaded delta, at most: float32, and bfloat16 where products may be rough
-_READERS = 2  # threads beside a GPU, which only load
+_STREAMS = 8  # threads of a GPU, at most
 
 
 @functools.cache
@@ -63,36 +64,54 @@ def side_by_side(
 ) -> Iterator[tuple[Item, Result]]:
     """`(item, work(item, load(item)))` for every item, in order; `size(item)` is what it takes in memory while it is in work.
 
-    With a CPU as `device` both functions run in worker threads, so `work` may change nothing but its own result. With a GPU only
-    `load` does: the next items come from the disk while the device is busy. What either raises is raised here.
+    Both functions run in worker threads, so `work` may change nothing but its own result; what either raises is raised here. On a
+    GPU they start when what the caller has asked of it is done, and a result is done when it is given.
     """
     import torch
 
-    pending: deque[tuple[Item, int, Future[Any]]] = deque()
-    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    pending: deque[tuple[Item, int, Future[Result]]] = deque()
+    threads, on_gpu = torch.get_num_threads(), device.type == "cuda"
+    caller = torch.cuda.current_stream(device) if on_gpu else None
+    workers = min(threads, _STREAMS) if on_gpu else threads + 1  # more than cores, as one of them is often waiting for the disk
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        if on_gpu:
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
     def both(item: Item) -> Result:
-        return work(item, load(item))
+        if caller is None:
+            return work(item, load(item))
+        own = torch.cuda.current_stream(device)
+        own.wait_stream(caller)
+        result = work(item, load(item))
+        own.synchronize()
+        return result
 
     def held() -> int:
-        return sum(nbytes for _, nbytes, future in pending if not (on_cpu and future.done()))
+        return sum(nbytes for _, nbytes, future in pending if not future.done())
 
     def first() -> tuple[Item, Result]:
         item, _, future = pending.popleft()
-        return item, future.result() if on_cpu else work(item, future.result())
+        return item, future.result()
 
-    workers = threads + 1 if on_cpu else _READERS  # one more than cores, as one of them is often waiting for the disk
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    if on_cpu:
-        torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
+    def settle() -> None:
+        """What the caller did with a result is done before its memory can go to another."""
+        if caller is not None:
+            caller.synchronize()
+
+    pool = ThreadPoolExecutor(workers, initializer=start)
+    torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
     try:
         for item in items:
             nbytes = size(item)
             while pending and (held() + nbytes > IN_FLIGHT or len(pending) > 2 * workers):
                 yield first()
-            pending.append((item, nbytes, pool.submit(both if on_cpu else load, item)))
+                settle()
+            pending.append((item, nbytes, pool.submit(both, item)))
         while pending:
             yield first()
+            settle()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # also what threads to come start with

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, moved
 from adapt_convert.convert.latte.layout import Layout, layout_of
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
@@ -134,7 +134,7 @@ class Effective:
         weight, row = delta.weight, 0
         key = self.plan.base_keys[f"{matrix.module}.weight"]
         for block in self.pairs.base.store.blocks(key, _ROWS * weight.shape[1]):
-            rows = block.view(-1, weight.shape[1]).to(weight.device, torch.float32)
+            rows = moved(block.view(-1, weight.shape[1]), weight.device).float()
             weight[row : row + len(rows)].addcmul_(rows, change)
             row += len(rows)
         return replace(delta, weight=weight)
@@ -200,7 +200,7 @@ class Effective:
 
     def base_weight(self, module: str) -> Tensor:
         """The base's matrix, `(out, in)` float32."""
-        weight = self.pairs.base.read(self.plan.base_keys[f"{module}.weight"]).to(self.pairs.device, torch.float32)
+        weight = moved(self.pairs.base.read(self.plan.base_keys[f"{module}.weight"]), self.pairs.device).float()
         return weight.T if self.layout.conv1d else weight
 
     def norms_by_task(self) -> frozenset[str]:
