@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.architectures import is_embedding
-from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, inner_product, residual_energy
 from adapt_convert.convert.losses import holds_others, unstorable
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
@@ -18,7 +18,7 @@ from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.ranks import spend_budget, units_of
 from adapt_convert.convert.report import Record, dropped, exact, unchanged
-from adapt_convert.convert.svd import factorise, factorise_for_energy
+from adapt_convert.convert.svd import factorise, factorise_for_energy, fit_left
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.peft import LoraAdapter
@@ -135,14 +135,18 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
 
 
 def _written(pairs: Pairs, entry: Entry, delta: Delta, factors: LowRankDelta, options: Options) -> Piece:
-    """The factors in the output dtype, and what they then miss of the change."""
+    """The factors in the output dtype, and what they then miss of the change. Of a dense one, B makes up for the rounding of A."""
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
-    written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
-    as_read = LowRankDelta(written.B.float(), written.A.float())
-    if not (torch.isfinite(as_read.A).all() and torch.isfinite(as_read.B).all()):
+    A, B, product = factors.A.to(dtype), factors.B, None
+    if isinstance(delta, DenseDelta) and torch.isfinite(A).all():
+        B, product = fit_left(delta, A.float())
+    B = B.to(dtype)
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
-    figures = {"energy": delta.energy(), "residual": residual_energy(delta, as_read), **pairs.source.figures.get(entry.name, {})}
-    return Piece({"B": written.B.cpu(), "A": written.A.cpu()}, figures)
+    inner = inner_product(product, B) if product is not None else None
+    residual = residual_energy(delta, LowRankDelta(B.float(), A.float()), inner)
+    figures = {"energy": delta.energy(), "residual": residual, **pairs.source.figures.get(entry.name, {})}
+    return Piece({"B": B.cpu(), "A": A.cpu()}, figures)
 
 
 def _place(entry: Entry, piece: Piece, adapter: LoraAdapter) -> Record:

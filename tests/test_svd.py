@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_convert.convert import delta as deltas
-from adapt_convert.convert.delta import DenseDelta, LowRankDelta, difference, residual_energy
-from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy
+from adapt_convert.convert.delta import DenseDelta, LowRankDelta, difference, inner_product, residual_energy
+from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy, fit_left
 
 
 def generator() -> torch.Generator:
@@ -77,7 +77,37 @@ def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch, rough:
     rough_products(monkeypatch, rough)
     delta = DenseDelta(random(1200, 20) @ random(20, 1100) + 0.5 * random(1200, 1100))
     values = factorise(delta, 12, generator()).values
-    torch.testing.assert_close(values, torch.linalg.svdvals(delta.weight.double())[:12], rtol=1e-4, atol=0)
+    torch.testing.assert_close(values, torch.linalg.svdvals(delta.weight.double())[:12], rtol=5e-4 if rough else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["flat", "low rank", "low rank and noise", "steep", "wide"])
+def test_the_best_left_factor(name: str) -> None:
+    """Least squares by `torch.linalg.lstsq`; what is missed, told from the product and from the difference."""
+    weight = SPECTRA[name].double()
+    delta, A = DenseDelta(SPECTRA[name]), random(5, SPECTRA[name].shape[1]).bfloat16().float()
+    B, product = fit_left(delta, A)
+    torch.testing.assert_close(B.double(), torch.linalg.lstsq(A.double().T, weight.T).solution.T, rtol=1e-4, atol=1e-5)
+    written = LowRankDelta(B.bfloat16().float(), A)
+    missed = float((weight - written.B.double() @ A.double()).square().sum())
+    for inner in (None, inner_product(product, written.B)):
+        assert residual_energy(delta, written, inner) == pytest.approx(missed, rel=1e-5)
+
+
+def test_a_left_factor_for_rows_that_vanished_in_rounding() -> None:
+    delta, A = DenseDelta(SPECTRA["flat"]), torch.cat([random(2, 400), torch.zeros(1, 400)])
+    B, _ = fit_left(delta, A)
+    assert torch.isfinite(B).all()
+    assert (B[:, 2] == 0).all()
+
+
+def test_what_nearly_nothing_misses_is_measured_exactly() -> None:
+    """The sums of float32 products say it to some 1e-7 of the energy; here a billionth is missed."""
+    best = LowRankDelta(random(90, 8), random(8, 70))
+    delta = DenseDelta(best.dense() + 3e-5 * random(90, 70) * best.dense().norm() / random(90, 70).norm())
+    missed = float((delta.weight.double() - best.B.double() @ best.A.double()).square().sum())
+    assert missed < 1e-8 * delta.energy()
+    inner = inner_product(delta.matmul(best.A.T), best.B)
+    assert residual_energy(delta, best, inner) == pytest.approx(missed, rel=1e-3)
 
 
 def test_a_change_of_low_rank_is_recovered_to_float32_where_products_are_rough(monkeypatch: pytest.MonkeyPatch) -> None:
