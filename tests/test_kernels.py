@@ -1,4 +1,4 @@
-"""Kernels: references against their definitions, Triton under its interpreter in a process of its own, and compilation for GPUs."""
+"""Kernels: references against their definitions, Triton under its interpreter and on a GPU, and compilation for GPUs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ _TYPES = {"mask": "*fp32", "ids": "*i64", "eps": "fp32"}
 _POINTERS = ("x", "y", "gain", "bias", "out", "inner", "A", "B", "heads")
 
 
-def test_triton_kernels_equal_their_references_under_the_interpreter() -> None:
+@pytest.mark.parametrize("interpreted", ["1", "0"])
+def test_triton_kernels_equal_their_references(interpreted: str) -> None:
     pytest.importorskip("triton")
+    if interpreted == "0" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_kernels.py")],
+        env=os.environ | {"TRITON_INTERPRET": interpreted},
         cwd=HERE.parent,
         capture_output=True,
         text=True,

@@ -1,12 +1,14 @@
-"""Triton kernels against their PyTorch references, under Triton's interpreter: collected by `test_kernels.py`, in its own process.
+"""Triton kernels against their PyTorch references: collected by `test_kernels.py`, in processes of their own.
 
-`TRITON_INTERPRET=1` has to be set before Triton is imported. Whatever a kernel allocates is poisoned with NaN first, so that an
-element it does not write, or one that it reads beyond the data, cannot pass.
+With `TRITON_INTERPRET=1`, set before Triton is imported, they run under Triton's interpreter on the CPU, without it on a GPU. Whatever a
+kernel allocates is poisoned with NaN first, so that an element it does not write, or one that it reads beyond the data, cannot pass.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from adapt_convert.kernels.grouped_triton import grouped_expand_kernel, grouped_
 from adapt_convert.kernels.lorta import lorta_apply
 from adapt_convert.kernels.lorta_triton import heads_expand_kernel, heads_shrink_kernel, lorta_add_triton
 
+ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 DTYPES = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `torch.empty` is full of NaN."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every `torch.empty` is full of NaN, and on the device of the kernels, as is all else."""
     real = torch.empty
 
     def empty(*size: Any, **kwargs: Any) -> torch.Tensor:
@@ -34,6 +37,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", empty)
     torch.manual_seed(0)
+    with torch.device("cuda" if ON_GPU else "cpu"):
+        yield
 
 
 def padded(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -76,7 +81,7 @@ def test_expanded_norm(lead: tuple[int, ...], d: int, rank: int, tasks: int, mas
 def test_expanded_norm_addresses_beyond_32_bits(tmp_path: Path) -> None:
     """Rows 2^30 elements apart, in a file with holes: the third starts at 2^31, where 32-bit offsets turn negative."""
     stride, shape = 2**30, NormShape(8, 2, 1, "rms", 1e-6)
-    far = torch.from_file(str(tmp_path / "holes"), shared=True, size=2 * stride + 64, dtype=torch.bfloat16)
+    far = holes(tmp_path / "holes", 2 * stride + 64, torch.bfloat16)
     rows = torch.randn(3, shape.width).bfloat16()
     for number, row in enumerate(rows):
         far[number * stride : number * stride + shape.width] = row
@@ -88,9 +93,13 @@ def test_expanded_norm_addresses_beyond_32_bits(tmp_path: Path) -> None:
     torch.testing.assert_close(out, expanded_norm_reference(rows, gain, None, None, shape), **DTYPES[torch.bfloat16])
 
 
-def holes(path: Path, size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A tensor of zeros as large as an address space needs, in a file that takes no room."""
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+def holes(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros as large as an address space needs, in a file that takes no room. On a GPU it does take it."""
+    if not ON_GPU:
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+    if torch.cuda.mem_get_info()[0] < 1.1 * size * dtype.itemsize:
+        pytest.skip("needs a larger GPU")
+    return torch.zeros(size, dtype=dtype)
 
 
 def test_lorta_addresses_beyond_32_bits(tmp_path: Path) -> None:
