@@ -74,6 +74,9 @@ def side_by_side(
     caller = torch.cuda.current_stream(device) if on_gpu else None
     workers = min(threads, _STREAMS) if on_gpu else threads + 1  # more than cores, as one of them is often waiting for the disk
 
+    if on_gpu:
+        torch.linalg.inv(torch.eye(1, device=device))  # loads what decompositions need, which two threads must not do at once
+
     def start() -> None:
         torch.set_num_threads(1)
         if on_gpu:
