@@ -23,6 +23,7 @@ from adapt_convert.formats.source import Source
 Result = TypeVar("Result")
 
 _BLOCK = 2**19  # elements read and subtracted at a time: with its float32 difference, 4 MB that stay in the processor's cache
+_COPIED = 2**22  # elements copied to a device at a time: what a copy takes beside that does not grow with it
 _KEPT = 2**27  # elements of the largest buffer that a thread keeps
 
 
@@ -56,6 +57,7 @@ class Pairs:
         self.device = device
         self.pieces = pieces
         self._scratch = _Scratch(device)
+        self._block = _BLOCK if device.type == "cpu" else _COPIED
         if pieces is not None:
             base.store.learn(pieces.base_digests)
 
@@ -128,13 +130,13 @@ class Pairs:
 
     def _new_blocks(self, entry: Entry) -> Iterator[Tensor]:
         if entry.part.blocks:
-            return entry.part.blocks(_BLOCK)
+            return entry.part.blocks(self._block)
         value = entry.part.load()
         assert isinstance(value, Tensor)
-        return iter(torch.split(value.reshape(-1), _BLOCK))
+        return iter(torch.split(value.reshape(-1), self._block))
 
     def _old_blocks(self, entry: Entry) -> Iterator[Tensor]:
-        return self.base.blocks(entry.base_key, _BLOCK) if entry.base_key else iter(())
+        return self.base.blocks(entry.base_key, self._block) if entry.base_key else iter(())
 
     def _read(self, entry: Entry) -> tuple[Tensor | LowRankDelta, Tensor | None]:
         new = entry.part.load()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -70,17 +70,9 @@ def side_by_side(
     import torch
 
     pending: deque[tuple[Item, int, Future[Result]]] = deque()
-    threads, on_gpu = torch.get_num_threads(), device.type == "cuda"
-    caller = torch.cuda.current_stream(device) if on_gpu else None
-    workers = min(threads, _STREAMS) if on_gpu else threads + 1  # more than cores, as one of them is often waiting for the disk
-
-    if on_gpu:
-        torch.linalg.inv(torch.eye(1, device=device))  # loads what decompositions need, which two threads must not do at once
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        if on_gpu:
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    threads = torch.get_num_threads()
+    caller = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    workers = min(threads, _STREAMS) if caller else threads + 1  # more than cores, as one of them is often waiting for the disk
 
     def both(item: Item) -> Result:
         if caller is None:
@@ -103,7 +95,7 @@ def side_by_side(
         if caller is not None:
             caller.synchronize()
 
-    pool = ThreadPoolExecutor(workers, initializer=start)
+    pool = _streams(device, workers) if caller else ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
     try:
         for item in items:
@@ -116,5 +108,21 @@ def side_by_side(
             yield first()
             settle()
     finally:
-        pool.shutdown(cancel_futures=True)
+        wait([future for _, _, future in pending if not future.cancel()])
+        if caller is None:
+            pool.shutdown()
         torch.set_num_threads(threads)  # also what threads to come start with
+
+
+@functools.cache
+def _streams(device: torch.device, workers: int) -> ThreadPoolExecutor:
+    """Threads with a stream each of a GPU. They are kept, as each pair of both keeps a workspace of its own on the device."""
+    import torch
+
+    torch.linalg.inv(torch.eye(1, device=device))  # loads what decompositions need, which two threads must not do at once
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+    return ThreadPoolExecutor(workers, initializer=start)
