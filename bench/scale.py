@@ -2,12 +2,14 @@
 
     python bench/scale.py DIRECTORY --shapes qwen2.5-0.5b --json scale.json      # 2 GB of disk, a few minutes
     python bench/scale.py DIRECTORY --shapes llama-2-7b                          # 28 GB of disk
+    python bench/scale.py DIRECTORY --shapes llama-2-7b --layers 8               # the same in small
 
-The pair is made shard by shard and used again by the next run: random weights, and a fine-tune that changes every tensor, every
-matrix by 32 directions of falling weight and by noise of the same energy. Each conversion is a process of its own that finds none of
-the files in the page cache. In it a thread looks every few milliseconds at what the others are at, which gives the split of their
-time. The limits are measured in the same run: reading both checkpoints from start to end, one after the other, from the disk, and
-the operations that the conversion spent on products with deltas, at the rate of a large square product in the same dtype on all cores.
+Where there is a GPU, it is used: to make the pair, by the conversions, and for the limits. The pair is made shard by shard and used
+again by the next run: random weights, and a fine-tune that changes every tensor, every matrix by 32 directions of falling weight and by
+noise of the same energy. Each conversion is a process of its own that finds none of the files in the page cache. In it a thread looks
+every few milliseconds at what the others are at, which gives the split of their time. The limits are measured in the same run: reading
+both checkpoints from start to end, one after the other, from the disk, and the operations that the conversion spent on products with
+deltas, at the rate of a large square product in the same dtype on all cores or on the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +39,7 @@ _SPREAD = 0.02  # standard deviation of the base's weights
 _CHANGE = 0.05  # norm of a change, as a share of its matrix
 _DIRECTIONS = 32
 _LOOK = 0.005  # seconds
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = ("float32", "bfloat16")  # that products with deltas may be in
 # By the innermost function of a thread that is named here; anything else below `convert` counts as solving.
 _STAGES = {
@@ -143,19 +146,23 @@ def _maker(name: str, shape: tuple[int, ...], side: str) -> Callable[[], torch.T
 
 def make_tensor(name: str, shape: tuple[int, ...], side: str) -> torch.Tensor:
     """A tensor of one side, bfloat16; the same base for both."""
-    draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    value = torch.randn(shape, generator=draw).mul_(_SPREAD)
+    draw = torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=draw, device=DEVICE)
+
+    value = normal(*shape).mul_(_SPREAD)
     if len(shape) == 1:
         value += 1.0
     if side == "base":
-        return value.bfloat16()
+        return value.bfloat16().cpu()
     value = value.bfloat16().float()  # what the base's file holds
-    noise = torch.randn(shape, generator=draw).mul_(_SPREAD * _CHANGE)
+    noise = normal(*shape).mul_(_SPREAD * _CHANGE)
     if len(shape) == 2:
-        left = torch.randn(shape[0], _DIRECTIONS, generator=draw) * torch.arange(1, _DIRECTIONS + 1) ** -0.5
+        left = normal(shape[0], _DIRECTIONS) * torch.arange(1, _DIRECTIONS + 1, device=DEVICE) ** -0.5
         left *= _SPREAD * _CHANGE / float(left.square().sum(1).mean().sqrt())
-        noise.addmm_(left, torch.randn(_DIRECTIONS, shape[1], generator=draw))
-    return value.add_(noise).bfloat16()
+        noise.addmm_(left, normal(_DIRECTIONS, shape[1]))
+    return value.add_(noise).bfloat16().cpu()
 
 
 class Watch:
@@ -251,12 +258,14 @@ def read_seconds(files: list[Path]) -> float:
 
 
 def gemm_rate(dtype: str, size: int = 4096) -> float:
-    """Operations a second of a square product on all cores."""
-    a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    """Operations a second of a square product on all cores, or on the GPU."""
+    a, b = (torch.randn(size, size, device=DEVICE).to(getattr(torch, dtype)) for _ in range(2))
     times = []
     for _ in range(4):
         start = time.perf_counter()
         a @ b
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times[1:])
 
@@ -297,6 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shapes", default="qwen2.5-0.5b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="so many instead of all")
     parser.add_argument("--targets", nargs="+", default=["lora", "lorta", "latte"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--runs", type=int, default=1)
@@ -306,7 +316,8 @@ def main() -> None:
     if args.once:
         convert_once(args.directory, args.once[0], args.rank, Path(args.once[1]) / "out")
         return
-    make_pair(args.directory, SHAPES[args.shapes])
+    shapes = SHAPES[args.shapes]
+    make_pair(args.directory, replace(shapes, layers=args.layers or shapes.layers))
     result = measure(args.directory, args.targets, args.rank, args.runs)
     print(
         f"read {result['bytes'] / 1e9:.2f} GB from the disk in {result['read_seconds']:.2f} s ({result['read_rate'] / 1e9:.2f} GB/s); "
@@ -329,7 +340,8 @@ def main() -> None:
         "thread seconds",
     ]
     print(measuring.table(header, rows))
-    measuring.save({**measuring.machine("adapt-convert", "torch"), "shapes": args.shapes, "rank": args.rank, **result}, args.json)
+    machine = measuring.machine("adapt-convert", "torch") | {"gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None}
+    measuring.save({**machine, "shapes": args.shapes, "layers": args.layers, "rank": args.rank, **result}, args.json)
 
 
 if __name__ == "__main__":
