@@ -4,8 +4,8 @@
 
 All variants hold the same adapter (planted in one subspace, so that LatTE is exact) on the same random model, Qwen2.5-0.5B-shaped
 by default; no time is reported unless their logits agree first. The variants take turns token by token, so that what else the
-machine does meets all of them alike; reported are medians, and medians of the ratios within a turn. `--profile` then says what a
-token is spent on: weights read, operations called, time in matrix products and outside of them.
+machine does meets all of them alike, each time in another order; reported are medians, and medians of the ratios within a turn.
+`--profile` then says what a token is spent on: weights read, operations called, time in matrix products and outside of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import copy
 import json
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -174,15 +175,18 @@ class Runner:
 
 
 def measure(runners: dict[str, Runner], prompt: torch.Tensor, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    timed = clock(args.device)
+    timed, shuffle = clock(args.device), random.Random(0)
+    order = list(runners.items())
     times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "token": []} for name in runners}
     for turn in range(args.prefills + 1):
-        for name, runner in runners.items():
+        shuffle.shuffle(order)
+        for name, runner in order:
             seconds = timed(lambda runner=runner: runner.prefill(prompt))
             times[name]["prefill"] += [seconds] if turn else []
     token = prompt[:, :1]
     for turn in range(args.tokens + 2):
-        for name, runner in runners.items():
+        shuffle.shuffle(order)
+        for name, runner in order:
             seconds = timed(lambda runner=runner: runner.step(token))
             times[name]["token"] += [seconds] if turn > 1 else []
     return times

@@ -23,6 +23,7 @@ from adapt_convert.kernels.lorta import lorta_apply
 from adapt_convert.kernels.lorta_triton import heads_expand_kernel, heads_shrink_kernel, lorta_add_triton
 
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 
 
@@ -32,12 +33,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = torch.empty
 
     def empty(*size: Any, **kwargs: Any) -> torch.Tensor:
-        made = real(*size, **kwargs)
+        made = real(*size, **{"device": DEVICE, **kwargs})
         return made.fill_(math.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", empty)
     torch.manual_seed(0)
-    with torch.device("cuda" if ON_GPU else "cpu"):
+    with torch.device(DEVICE):
         yield
 
 
