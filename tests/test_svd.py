@@ -80,6 +80,36 @@ def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch, rough:
     torch.testing.assert_close(values, torch.linalg.svdvals(delta.weight.double())[:12], rtol=5e-4 if rough else 1e-4, atol=0)
 
 
+@pytest.mark.parametrize("rough", [False, True])
+def test_a_search_can_end_half_a_step_earlier(monkeypatch: pytest.MonkeyPatch, rough: bool) -> None:
+    """Without the product with its last block, and what it then takes for the singular triplets is as good as any."""
+    rough_products(monkeypatch, rough)
+    calls = {"matmul": 0, "rmatmul": 0}
+
+    def counted(kind: type, name: str) -> None:
+        product = getattr(kind, name)
+
+        def call(own: object, x: torch.Tensor) -> torch.Tensor:
+            calls[name] += 1
+            result: torch.Tensor = product(own, x)
+            return result
+
+        monkeypatch.setattr(kind, name, call)
+
+    for kind in (deltas.DenseDelta, deltas.RoughDelta):
+        for name in calls:
+            counted(kind, name)
+    weight = spectrum(torch.cat([torch.arange(1, 65) ** -0.5, torch.full((500,), 0.1)]))
+    found = factorise(DenseDelta(weight), 16, generator())
+    assert calls["rmatmul"] == calls["matmul"] + 1
+    best = torch.linalg.svd(weight.double())
+    torch.testing.assert_close(found.values, best.S[:16], rtol=1e-3, atol=0)
+    optimum = float(best.S[:16].square().sum())
+    for captured in (found.values, weight.double() @ found.right.double().T, weight.double().T @ (found.left.double() / found.values)):
+        assert float(captured.square().sum()) == pytest.approx(optimum, rel=1e-4)
+    assert float((found.right @ found.right.T - torch.eye(16)).abs().max()) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["flat", "low rank", "low rank and noise", "steep", "wide"])
 def test_the_best_left_factor(name: str) -> None:
     """Least squares by `torch.linalg.lstsq`; what is missed, told from the product and from the difference."""
