@@ -130,23 +130,30 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
         factorisation, rank = factorise_for_energy(delta, options.energy, generator)
     else:
         rank = budgeted or options.rank or 1
-        factorisation = factorise(delta, rank, generator)
+        factorisation = factorise(delta, rank, generator, exact=False)
     return _written(pairs, entry, delta, factorisation.truncate(min(rank, len(factorisation.values), options.max_rank)), options)
 
 
 def _written(pairs: Pairs, entry: Entry, delta: Delta, factors: LowRankDelta, options: Options) -> Piece:
-    """The factors in the output dtype, and what they then miss of the change. Of a dense one, B makes up for the rounding of A."""
+    """The factors in the output dtype, and what they then miss of the change. Of a dense one, B is fitted to A as it is written."""
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
-    A, B, product = factors.A.to(dtype), factors.B, None
-    if isinstance(delta, DenseDelta) and torch.isfinite(A).all():
-        B, product = fit_left(delta, A.float())
-    B = B.to(dtype)
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
-    inner = inner_product(product, B) if product is not None else None
+    A = _in_dtype(factors.A, dtype, entry)
+    if isinstance(delta, DenseDelta):
+        fitted, product = fit_left(delta, A.float())
+        B = _in_dtype(fitted, dtype, entry)
+        inner = inner_product(product, B)
+    else:
+        B, inner = _in_dtype(factors.B, dtype, entry), None
     residual = residual_energy(delta, LowRankDelta(B.float(), A.float()), inner)
     figures = {"energy": delta.energy(), "residual": residual, **pairs.source.figures.get(entry.name, {})}
     return Piece({"B": B.cpu(), "A": A.cpu()}, figures)
+
+
+def _in_dtype(factor: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
+    written = factor.to(dtype)
+    if not torch.isfinite(written).all():
+        raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")
+    return written
 
 
 def _place(entry: Entry, piece: Piece, adapter: LoraAdapter) -> Record:

@@ -64,8 +64,9 @@ def side_by_side(
 ) -> Iterator[tuple[Item, Result]]:
     """`(item, work(item, load(item)))` for every item, in order; `size(item)` is what it takes in memory while it is in work.
 
-    Both functions run in worker threads, so `work` may change nothing but its own result; what either raises is raised here. On a
-    GPU they start when what the caller has asked of it is done, and a result is done when it is given.
+    Both functions run in worker threads, so `work` may change nothing but its own result, and call nothing that works side by side
+    itself; what either raises is raised here. On a GPU they start when what the caller has asked of it is done, a result is done when
+    it is given, and it has to be kept until the next one is asked for.
     """
     import torch
 
@@ -108,6 +109,7 @@ def side_by_side(
             yield first()
             settle()
     finally:
+        settle()
         wait([future for _, _, future in pending if not future.cancel()])
         if caller is None:
             pool.shutdown()
@@ -120,9 +122,10 @@ def _streams(device: torch.device, workers: int) -> ThreadPoolExecutor:
     import torch
 
     torch.linalg.inv(torch.eye(1, device=device))  # loads what decompositions need, which two threads must not do at once
+    streams = [torch.cuda.Stream(device) for _ in range(workers)]  # type: ignore[no-untyped-call]
 
     def start() -> None:
         torch.set_num_threads(1)
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(streams.pop())
 
     return ThreadPoolExecutor(workers, initializer=start)

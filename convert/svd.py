@@ -18,8 +18,7 @@ from adapt_convert.convert.delta import ROUGH_SHARE, Delta, DenseDelta, LowRankD
 
 _OVERSAMPLING = 16  # extra columns of a Krylov block beyond the wanted rank: one step of a wider block costs less than a further step
 _TOLERANCE = 1e-5  # share of captured energy that further Krylov steps may still be expected to add
-_RATIO = 0.1  # of one gain to the last, at least: the first gain more than what they promise for the others
-_SAFE = 1e-5  # of the largest eigenvalue of P^T P: where all are above, its Cholesky factor tells signal from rounding
+_RATIO = 0.1  # of one step's gain to that of the last, at least: the first steps gain more than what they promise for the others
 _KRYLOV_SHARE = 0.3  # of the matrix: where three blocks, the fewest that settle, are wider than that, the exact Gram matrix costs less
 _DENSE_SHARE = 0.6  # of the matrix: a Krylov basis that has grown wider would settle no cheaper than the Gram matrix is had
 _NOISE = 1e-6  # singular values below this share of the largest are float32 rounding of the delta, not signal
@@ -29,9 +28,9 @@ _NOISE = 1e-6  # singular values below this share of the largest are float32 rou
 class Factorisation:
     """The leading singular triplets of one delta, largest first.
 
-    `left (out, k)` holds the left singular vectors times the singular values, `values (k,)` float64, and `right (k, in)` the right
-    ones, so that `left[:, :r] @ right[:r]` is the best approximation of rank r. Where products were rough, so are entries of `left`, by
-    2^-9 of themselves: `fit_left` has better ones. `energy` is `||D||_F^2`. One factorisation serves every rank up to k.
+    `left (out, k)` and `right (k, in)` hold `D V` and `V^T` with orthonormal rows of `V^T`, so that `left[:, :r] @ right[:r]`
+    is the projection of D on its leading r right singular vectors; `values (k,)` are float64 singular values.
+    `energy` is `||D||_F^2`. One factorisation serves every rank up to k.
     """
 
     left: Tensor
@@ -45,10 +44,11 @@ class Factorisation:
         return LowRankDelta(self.left[:, :rank] / scale, self.right[:rank] * scale[:, None])
 
 
-def factorise(delta: Delta, rank: int, generator: torch.Generator) -> Factorisation:
+def factorise(delta: Delta, rank: int, generator: torch.Generator, exact: bool = True) -> Factorisation:
     """At least the leading `rank` singular triplets of `delta`, or all of its numerical rank if that is smaller.
 
-    `generator` seeds the Krylov start on the CPU, so a seed means the same on every device.
+    `generator` seeds the Krylov start on the CPU, so a seed means the same on every device. Unless `exact`, values and left vectors may
+    be those of rough products: enough where only the right ones are wanted, as by `fit_left`.
     """
     if isinstance(delta, LowRankDelta):
         return _from_factors(delta)
@@ -57,7 +57,7 @@ def factorise(delta: Delta, rank: int, generator: torch.Generator) -> Factorisat
     block = rank + _OVERSAMPLING
     if 3 * block > _KRYLOV_SHARE * small:
         return _from_gram(delta, rank)
-    return _from_krylov(delta, delta.rough(), rank, block, generator) or _from_gram(delta, rank)
+    return _from_krylov(delta, delta.rough(), rank, block, generator, exact) or _from_gram(delta, rank)
 
 
 def factorise_for_energy(delta: Delta, share: float, generator: torch.Generator) -> tuple[Factorisation, int]:
@@ -110,60 +110,42 @@ def _from_gram(delta: DenseDelta, rank: int) -> Factorisation:
 
 
 def _from_krylov(
-    delta: DenseDelta, products: DenseDelta | RoughDelta, rank: int, block: int, generator: torch.Generator
+    delta: DenseDelta, products: DenseDelta | RoughDelta, rank: int, block: int, generator: torch.Generator, exact: bool
 ) -> Factorisation | None:
     """Block Golub-Kahan-Lanczos with full reorthogonalisation; None when it does not settle in a narrow basis.
 
     Every step appends an orthonormal block to the basis V of the row space and keeps P = D V; the eigenvectors of the small
     P^T P are the best approximations within V (Rayleigh-Ritz) and its leading eigenvalues the energy captured so far, which
-    only grows. Half a step later, D^T P lies in the next V: so much is known of what the columns of P capture, and half of all
-    searches need no product with the last block. `products` stands for `delta` in all products.
+    only grows. Its gain shrinks by a nearly constant factor, which bounds what further steps can add. `products` stands for
+    `delta` in all products, but where the result is to be exact, in its own.
     """
     start = torch.randn(delta.shape[0], block, generator=generator).to(delta.weight.device)
     basis = _orthonormal(products.rmatmul(start))
     image = products.matmul(basis)
     gram = _small(image, image)
-    gains = _Gains()
+    captured, gain = 0.0, math.inf
     while True:
-        values = torch.linalg.eigvalsh(gram)
-        captured = float(values[-rank:].sum())
+        previous, captured = captured, float(torch.linalg.eigvalsh(gram)[-rank:].sum())
         if products is not delta and captured > ROUGH_SHARE * delta.energy():
-            return _from_krylov(delta, delta, rank, block, generator)
-        if gains.settled(captured):
-            leading = _like(torch.linalg.eigh(gram).eigenvectors[:, -block:], image)
-            return _from_ritz(basis @ leading, image @ leading, rank, delta.energy())
+            return _from_krylov(delta, delta, rank, block, generator, exact)
+        last, gain = gain, captured - previous
+        ratio = min(max(gain / last, _RATIO), 0.9) if 0 < last < math.inf else 1.0
+        if captured == 0 or (ratio < 1 and gain < 0.01 * captured and gain * ratio / (1 - ratio) <= _TOLERANCE * captured):
+            break
         if basis.shape[1] + block > _DENSE_SHARE * min(delta.shape):
             return None
-        last, triangle = torch.linalg.qr(image[:, -block:])
-        fresh = back = products.rmatmul(last)
+        fresh = products.rmatmul(_orthonormal(image[:, -block:]))
         for _ in range(2):  # once is not enough in float32
             fresh = _orthonormal(fresh - basis @ (basis.T @ fresh))
-        basis = _beside(basis, fresh)
-        if values[0] > _SAFE * values[-1]:
-            coupling = torch.cat([gram.new_zeros(block, len(gram) - block), _small(fresh, back @ triangle)], dim=1)
-            lower = torch.linalg.cholesky(gram)  # P = U L^T
-            rows = torch.linalg.solve_triangular(lower, torch.cat([gram, coupling]).T, upper=False)  # U^T D = rows V^T
-            if gains.settled(float(torch.linalg.eigvalsh(rows @ rows.T)[-rank:].sum())):
-                return _from_left(image, lower, basis, rows, rank, delta.energy())
         fresh_image = products.matmul(fresh)
         cross = _small(image, fresh_image)
         gram = torch.cat([torch.cat([gram, cross], dim=1), torch.cat([cross.T, _small(fresh_image, fresh_image)], dim=1)])
-        image = _beside(image, fresh_image)
-
-
-class _Gains:
-    """The captured energy as it grows, by a factor less from each look at it to the next."""
-
-    def __init__(self) -> None:
-        self._captured, self._gain = 0.0, math.inf
-
-    def settled(self, captured: float) -> bool:
-        """Whether further looks promise to add no more than `_TOLERANCE`. One small gain alone says nothing: what is missing of many
-        nearly equal values comes with the next block."""
-        last, gain = self._gain, captured - self._captured
-        self._captured, self._gain = captured, gain
-        ratio = min(max(gain / last, _RATIO), 0.9) if 0 < last < math.inf else 1.0
-        return captured == 0 or (max(last, gain) < 0.01 * captured and gain * ratio / (1 - ratio) <= _TOLERANCE * captured)
+        basis, image = _beside(basis, fresh), _beside(image, fresh_image)
+    if products is not delta:
+        # More columns than asked for: of values that nearly tie, rounding chooses which come first.
+        leading = torch.linalg.eigh(gram).eigenvectors[:, -block:].to(basis)
+        basis, image = basis @ leading, delta.matmul(basis @ leading) if exact else image @ leading
+    return _from_ritz(basis, image, rank, delta.energy())
 
 
 def _from_ritz(basis: Tensor, image: Tensor, rank: int, energy: float) -> Factorisation:
@@ -174,23 +156,9 @@ def _from_ritz(basis: Tensor, image: Tensor, rank: int, energy: float) -> Factor
     return _finish(left, right, torch.linalg.vector_norm(left, dim=0), energy)
 
 
-def _from_left(image: Tensor, lower: Tensor, basis: Tensor, rows: Tensor, rank: int, energy: float) -> Factorisation:
-    """The best within orthonormal columns U of the column space, `image = U lower^T`, by their `U^T D = rows basis^T`."""
-    values, rotation = torch.linalg.eigh(rows @ rows.T)
-    values, rotation = values[-rank:].flip(0).sqrt(), rotation[:, -rank:].flip(1)
-    left = image @ _like(torch.linalg.solve_triangular(lower.T, rotation * values, upper=True), image)
-    right = basis @ _like(rows.T @ (rotation / values), basis)
-    return _finish(left, right.T, _like(values, left), energy)
-
-
 def _small(left: Tensor, right: Tensor) -> Tensor:
-    """`left^T right` of two blocks of columns, float64 and on the CPU, where small matrices are decomposed in less time."""
+    """`left^T right` of two blocks of columns, float64 and on the CPU, which decomposes small matrices in less time than a GPU."""
     return (left.T @ right).double().cpu()
-
-
-def _like(small: Tensor, columns: Tensor) -> Tensor:
-    """A small matrix in the dtype and on the device of the columns that it multiplies."""
-    return small.to(columns)
 
 
 def _beside(columns: Tensor, more: Tensor) -> Tensor:

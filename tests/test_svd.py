@@ -46,6 +46,11 @@ SPECTRA = {
     "two nearly tie": spectrum(torch.cat([torch.tensor([1.0, 0.9999]), torch.full((300,), 0.02)])),
     "low rank and a trace of noise": random(800, 8) @ random(8, 640) + 0.12 * random(800, 640),
     "power law": spectrum(torch.arange(1, 600) ** -1.0),
+    "diagonal": torch.diag(torch.linspace(1, 0.1, 600)).bfloat16().float(),
+    "toeplitz": 0.98 ** (torch.arange(480)[:, None] - torch.arange(600)).abs(),
+    "an outlying row": random(600, 480) * torch.where(torch.arange(600) == 7, 30.0, 1.0)[:, None],
+    "three rows": torch.zeros(700, 600).index_copy(0, torch.tensor([3, 300, 600]), random(3, 600)),
+    "a hundred columns": torch.cat([random(700, 100), torch.zeros(700, 500)], dim=1),
 }
 
 
@@ -69,6 +74,27 @@ def test_energy_of_the_full_svd(monkeypatch: pytest.MonkeyPatch, name: str, rank
     assert factors.rank <= min(rank, *delta.shape)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_energy_with_the_best_left_factor_for_directions_of_rough_products(monkeypatch: pytest.MonkeyPatch, name: str, rank: int) -> None:
+    rough_products(monkeypatch, True)
+    delta = DenseDelta(SPECTRA[name])
+    best = torch.linalg.svdvals(delta.weight.double())
+    A = factorise(delta, rank, generator(), exact=False).truncate(rank).A.bfloat16().float()
+    missed = float((delta.weight.double() - fit_left(delta, A)[0].double() @ A.double()).square().sum())
+    optimum = float(best[:rank].square().sum() / best.square().sum())
+    assert 1 - missed / float(best.square().sum()) >= (0.998 if name == "64 alike" else 0.9998) * optimum
+
+
+def test_few_changed_rows_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exhausted row space settles, and does not end in a Gram matrix."""
+    from adapt_convert.convert import svd
+
+    monkeypatch.setattr(svd, "_from_gram", lambda *_: pytest.fail("the Gram matrix was formed"))
+    delta = DenseDelta(SPECTRA["three rows"])
+    assert len(factorise(delta, 4, generator()).values) == 3
+
+
 @pytest.mark.parametrize("rough", [False, True])
 def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch, rough: bool) -> None:
     from adapt_convert.convert import svd
@@ -77,37 +103,7 @@ def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch, rough:
     rough_products(monkeypatch, rough)
     delta = DenseDelta(random(1200, 20) @ random(20, 1100) + 0.5 * random(1200, 1100))
     values = factorise(delta, 12, generator()).values
-    torch.testing.assert_close(values, torch.linalg.svdvals(delta.weight.double())[:12], rtol=5e-4 if rough else 1e-4, atol=0)
-
-
-@pytest.mark.parametrize("rough", [False, True])
-def test_a_search_can_end_half_a_step_earlier(monkeypatch: pytest.MonkeyPatch, rough: bool) -> None:
-    """Without the product with its last block, and what it then takes for the singular triplets is as good as any."""
-    rough_products(monkeypatch, rough)
-    calls = {"matmul": 0, "rmatmul": 0}
-
-    def counted(kind: type, name: str) -> None:
-        product = getattr(kind, name)
-
-        def call(own: object, x: torch.Tensor) -> torch.Tensor:
-            calls[name] += 1
-            result: torch.Tensor = product(own, x)
-            return result
-
-        monkeypatch.setattr(kind, name, call)
-
-    for kind in (deltas.DenseDelta, deltas.RoughDelta):
-        for name in calls:
-            counted(kind, name)
-    weight = spectrum(torch.cat([torch.arange(1, 65) ** -0.5, torch.full((500,), 0.1)]))
-    found = factorise(DenseDelta(weight), 16, generator())
-    assert calls["rmatmul"] == calls["matmul"] + 1
-    best = torch.linalg.svd(weight.double())
-    torch.testing.assert_close(found.values, best.S[:16], rtol=1e-3, atol=0)
-    optimum = float(best.S[:16].square().sum())
-    for captured in (found.values, weight.double() @ found.right.double().T, weight.double().T @ (found.left.double() / found.values)):
-        assert float(captured.square().sum()) == pytest.approx(optimum, rel=1e-4)
-    assert float((found.right @ found.right.T - torch.eye(16)).abs().max()) < 1e-3
+    torch.testing.assert_close(values, torch.linalg.svdvals(delta.weight.double())[:12], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", ["flat", "low rank", "low rank and noise", "steep", "wide"])

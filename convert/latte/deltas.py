@@ -200,7 +200,7 @@ class Effective:
 
     def base_weight(self, module: str) -> Tensor:
         """The base's matrix, `(out, in)` float32."""
-        weight = moved(self.pairs.base.read(self.plan.base_keys[f"{module}.weight"]), self.pairs.device).float()
+        weight = self.pairs.base.read(self.plan.base_keys[f"{module}.weight"]).to(self.pairs.device, torch.float32)
         return weight.T if self.layout.conv1d else weight
 
     def norms_by_task(self) -> frozenset[str]:

@@ -152,7 +152,8 @@ def _fit(
     slabs = [Slab(s.slot.layer, s.slot.matrix, _loader(pairs, s, shape.d_h)) for s in slices]
     assert options.rank is not None
     fit = fit_cp(slabs, shape, options.rank, seed=options.seed, device=pairs.device, progress=progress)
-    return LortaBlock(name, as_written(fit.factors, torch.float32), shape.group, tuple(s.slot for s in slices))
+    factors = as_written(fit.factors, torch.float32)  # on the CPU, where what is written is compared with them
+    return LortaBlock(name, factors, shape.group, tuple(s.slot for s in slices))
 
 
 def _residual_width(slices: list[_Slice]) -> int:
