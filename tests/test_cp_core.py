@@ -72,7 +72,7 @@ def test_the_algebraic_start_is_exact_where_the_core_is() -> None:
     tensors = [np.einsum("ra,rm,rl,rh,rj->amlhj", a, draw.standard_normal((4, 2)), c_l, draw.standard_normal((4, s[3])), b) for s in shapes]
     core = Core.of(tuple(torch.from_numpy(tensor) for tensor in tensors))
     generator = np.random.default_rng(1)
-    model = cp_start._algebraic_model(core, cp_start._leading(core, 4, generator), generator)
+    model = cp_start._algebraic_model(core, cp_start._leading(core, 4, generator), 4, generator)
     assert residual_core(core, model).energy < 1e-15 * core.energy
 
 
