@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adapt_convert.convert.lorta.cp_als import Sweeper, fit_als, refine, residual_core
+from adapt_convert.convert.lorta.cp_als import Sweeper, finish, fit_als, refine, residual_core
 from adapt_convert.convert.lorta.cp_core import (
     EXACT,
     TINY,
@@ -42,6 +42,7 @@ _SIGNAL = 0.02  # share of the energy that they must hold beyond noise to be wor
 _LEAST, _MOST = 0.5, 1.5  # shares of what they hold beyond noise that a model of them holds if they are enough
 _WHOLE = 4  # as many times more directions are few enough to find the leading ones among them without a sketch
 _PAIRS = 8  # of slices, of which the best one gives the algebraic start
+_ALGEBRAIC = 3  # such starts, if ALS gets stuck from the first ones: a pair of slices may be an unlucky one
 _TERM_SWEEPS = 2  # over the other factors of each of its terms
 _NOISE = 0.5  # share of the energy left above which one start is enough
 
@@ -213,7 +214,11 @@ def _algebraic_fit(core: Core, leading: _Leading, rank: int, generator: np.rando
     # Without any noise to speak of, only a fit of nearly all will do.
     if not leading.full or least <= (1 - _NOISE if leading.noise else 1 - _NEARLY) * core.energy:
         return None
-    fit = refine(core, _algebraic_model(core, leading, rank, generator))
+    for _ in range(_ALGEBRAIC):
+        fit, left = fit_als(core, _algebraic_model(core, leading, rank, generator))
+        if core.energy - fit.loss >= least - _AGREED * core.energy:
+            break
+    fit = finish(core, fit, left)
     return fit if core.energy - fit.loss >= least - _AGREED * core.energy else None
 
 
