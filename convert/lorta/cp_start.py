@@ -30,7 +30,7 @@ from adapt_convert.convert.side_by_side import single_thread
 
 _HALVINGS, _SEARCH_SWEEPS = 4, 2  # of rank-1 searches side by side; sweeps before each
 _LEFT = 6  # searches at the end of the first round of the greedy start; half as many of rounds that have a pool
-_SHARE = 0.7  # a round adds the terms that explain at least this share of what its best one explains
+_SHARE = 0.6  # a round adds the terms that explain at least this share of what its best one explains
 _REFIT_SWEEPS = 3, 8  # after each round, of the first start and of others, which should go another way
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
@@ -38,7 +38,8 @@ _PROBE_STEPS = 40  # Newton steps of that look
 _AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
 _WIDTH = 2  # leading directions that are looked at, for each column of a model
 _OVERSAMPLING, _POWER = 8, 2  # of the leading directions: more of them than asked for, iterations
-_SIGNAL = 0.02  # share of the energy that they must hold beyond noise to be worth a start of their own
+_WORTH = 2**18  # numbers of a core whose leading directions are worth a start of their own
+_SIGNAL = 0.02  # share of the energy that they must hold beyond noise for it
 _LEAST, _MOST = 0.5, 1.5  # shares of what they hold beyond noise that a model of them holds if they are enough
 _WHOLE = 4  # as many times more directions are few enough to find the leading ones among them without a sketch
 _PAIRS = 8  # of slices, of which the best one gives the algebraic start
@@ -192,7 +193,8 @@ def _greedy_within(core: Core, leading: _Leading, rank: int, sweeps: int, genera
     Less: they are those of other data than a few columns. More: it is noise that is fitted, which is no less elsewhere.
     """
     count, size = leading.basis.shape
-    if 3 * count <= 2 * size and leading.signal > _SIGNAL * core.energy:
+    numbers = sum(tensor.numel() for tensor in core.tensors)
+    if numbers >= _WORTH and 3 * count <= 2 * size and leading.signal > _SIGNAL * core.energy:
         parts = zip(leading.projected, core.tensors, strict=True)
         small = Core.of(tuple(torch.from_numpy(y).to(tensor.device).view(count, *tensor.shape[1:]) for y, tensor in parts))
         a, *others = greedy_model(small, rank, sweeps, generator, _HALVINGS - 1)
