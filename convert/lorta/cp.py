@@ -32,7 +32,7 @@ from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_blas_thread, single_thread
 
 _POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
-_POLISH_SMALL = 30, 3e-5  # the same where passes are cheap: a flat spectrum takes them all
+_POLISH_SMALL = 60, 1e-5  # the same where passes are cheap: a flat spectrum takes them all
 _NEAR_EXACT = 1e-4  # share of the energy left below which float32 sums of columns that cancel would show in it
 _SMALL = 2**26  # numbers of all deltas
 _FEW_DIGITS = 2e-3  # share left, of the data's energy or that of all columns, below which `||X||^2 - 2 <X, X~> + ||X~||^2` is not used
@@ -145,11 +145,11 @@ def fit_cp(
 ) -> CPFit:
     """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 3 to 7.
 
-    A flat spectrum takes up to 14 passes, or 64 where all deltas together have at most 67 million numbers.
+    A flat spectrum takes up to 14 passes, or 124 where all deltas together have at most 67 million numbers.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy), and one before
-    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement, and one pass more
-    where no other was foreseen to be the last. The same input, seed and device give the same bytes.
+    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement. The same input, seed
+    and device give the same bytes.
 
     Raises `ValueError` for a slab outside of the shape, given twice, of another size than the shape says, or not finite.
     """

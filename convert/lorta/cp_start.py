@@ -28,9 +28,7 @@ from adapt_convert.convert.lorta.cp_core import (
 from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.side_by_side import single_thread
 
-_HALVINGS, _SEARCH_SWEEPS = 4, 2  # of rank-1 searches side by side; sweeps before each
-_LEFT = 6  # searches at the end of the first round of the greedy start; half as many of rounds that have a pool
-_SHARE = 0.6  # a round adds the terms that explain at least this share of what its best one explains
+_LEFT, _SEARCH_SWEEPS = 6, 2  # rank-1 searches side by side that the halvings of a first round leave; sweeps before each halving
 _REFIT_SWEEPS = 3, 8  # after each round, of the first start and of others, which should go another way
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
@@ -46,6 +44,17 @@ _PAIRS = 8  # of slices, of which the best one gives the algebraic start
 _ALGEBRAIC = 3  # such starts, if ALS gets stuck from the first ones: a pair of slices may be an unlucky one
 _TERM_SWEEPS = 2  # over the other factors of each of its terms
 _NOISE = 0.5  # share of the energy left above which one start is enough
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """`halvings` of the searches, one less where a round has a pool; a round adds the terms that explain at least `share` of its best."""
+
+    halvings: int
+    share: float
+
+
+_THOROUGH, _QUICK = _Effort(4, 0.7), _Effort(3, 0.6)  # where directions are all alike, the thorough one finds percents more
 
 
 @dataclass(frozen=True)
@@ -146,29 +155,29 @@ def _best(core: Core, search: Sweeper, last: tuple[Array, Array], most: int) -> 
     return chosen, explained
 
 
-def _search(core: Core, pool: Model, most: int, halvings: int, generator: np.random.Generator) -> tuple[Model, Model]:
+def _search(core: Core, pool: Model, most: int, effort: _Effort, generator: np.random.Generator) -> tuple[Model, Model]:
     """The best rank-1 terms of a core, as one model of at most `most` columns, and the other distinct ones found.
 
     Searches start side by side from the pool that the last search left and from random terms; every few sweeps the better half of the
     distinct ones goes on.
     """
-    searches = max(_LEFT * 2 ** (halvings - bool(len(pool[0]))), 4 * most)
+    searches = max(_LEFT * 2 ** (effort.halvings - bool(len(pool[0]))), 4 * most)
     pool = [factor[: searches // 2] for factor in pool]
     fresh = random_model(core, searches - len(pool[0]), generator)
     search = Sweeper(core, [np.concatenate(parts) for parts in zip(pool, fresh, strict=True)], alone=True)
-    for _ in range(halvings):
+    for _ in range(effort.halvings):
         searches = max(searches // 2, 2 * most)
         for _ in range(_SEARCH_SWEEPS):
             last = search.sweep()
         chosen, explained = _best(core, search, last, searches)
         search = Sweeper(core, [factor[chosen] for factor in search.model], alone=True)
     explained = explained[chosen]
-    good = np.flatnonzero(explained >= _SHARE * explained[0])[:most]
+    good = np.flatnonzero(explained >= effort.share * explained[0])[:most]
     rest = np.setdiff1d(np.arange(len(chosen)), good)
     return [factor[good] for factor in search.model], [factor[rest] for factor in search.model]
 
 
-def greedy_model(core: Core, rank: int, sweeps: int, generator: np.random.Generator, halvings: int = _HALVINGS) -> Model:
+def greedy_model(core: Core, rank: int, sweeps: int, effort: _Effort, generator: np.random.Generator) -> Model:
     """A start by deflation: search rank-1 terms in what the model leaves, add the best ones, refit all in some `sweeps`, until there are
     `rank`.
 
@@ -180,7 +189,7 @@ def greedy_model(core: Core, rank: int, sweeps: int, generator: np.random.Genera
         rest = residual_core(core, model) if have else core
         if rest.energy <= EXACT * core.energy:
             return [np.pad(factor, ((0, rank - have), (0, 0))) for factor in model]
-        terms, pool = _search(rest, pool, rank - have, halvings, generator)
+        terms, pool = _search(rest, pool, rank - have, effort, generator)
         fit, _ = fit_als(core, [np.concatenate(parts) for parts in zip(model, terms, strict=True)], sweeps, 0.0)
         # Columns beyond an exact fit would only cancel each other, so find out whether this is one.
         model = refine(core, fit.model, _PROBE_STEPS).model if fit.loss < _NEARLY * core.energy else fit.model
@@ -197,11 +206,11 @@ def _greedy_within(core: Core, leading: _Leading, rank: int, sweeps: int, genera
     if numbers >= _WORTH and 3 * count <= 2 * size and leading.signal > _SIGNAL * core.energy:
         parts = zip(leading.projected, core.tensors, strict=True)
         small = Core.of(tuple(torch.from_numpy(y).to(tensor.device).view(count, *tensor.shape[1:]) for y, tensor in parts))
-        a, *others = greedy_model(small, rank, sweeps, generator, _HALVINGS - 1)
+        a, *others = greedy_model(small, rank, sweeps, _QUICK, generator)
         captured = small.energy - residual_core(small, [a, *others]).energy
         if _LEAST * leading.signal <= captured <= _MOST * leading.signal:
             return [a @ leading.basis, *others]
-    return greedy_model(core, rank, sweeps, generator)
+    return greedy_model(core, rank, sweeps, _THOROUGH, generator)
 
 
 def _algebraic_fit(core: Core, leading: _Leading, rank: int, generator: np.random.Generator) -> CoreFit | None:

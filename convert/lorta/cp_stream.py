@@ -14,11 +14,11 @@ from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.lorta.cp_core import Core
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.progress import Progress
-from adapt_convert.convert.side_by_side import side_by_side
+from adapt_convert.convert.side_by_side import side_by_side, single_thread
 
 Result = TypeVar("Result")
 
-_POWER = 5  # subspace iterations with a Gram matrix
+_ITERATIONS = 5  # of a subspace with a Gram matrix
 _BLOCK = 128  # columns of a Gram matrix computed at a time
 _TINY = 2**20  # numbers of all deltas: up to here other threads cost more than they gain
 _CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
@@ -124,7 +124,18 @@ class Stream:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(columns.double()).Q
+    with single_thread():
+        basis: Tensor = torch.linalg.qr(columns.double()).Q
+    return basis.float()
+
+
+def _leading_directions(gram: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """`(d, k)` from what of a Gram matrix lies on and below the diagonal: where the spectrum is flat, no direction is worth waiting for."""
+    gram = gram.tril() + gram.tril(-1).T
+    basis = torch.randn(len(gram), k, generator=generator, dtype=torch.float64).to(gram.device)
+    with single_thread():
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(gram @ basis).Q
     return basis.float()
 
 
@@ -163,11 +174,7 @@ def find_bases(stream: Stream, rank: int, seed: int) -> Bases:
         total = torch.zeros(shape.d, shape.d, dtype=torch.float64, device=stream.device)
         for _, part in stream.read("Gram matrix", lambda slab, delta: _gram(delta)):
             total += part
-        total = total.tril() + total.tril(-1).T
-        basis = torch.randn(shape.d, k, generator=generator, dtype=torch.float64).to(stream.device)
-        for _ in range(_POWER):
-            basis = torch.linalg.qr(total @ basis).Q
-        return Bases(basis.float(), None)
+        return Bases(_leading_directions(total, k, generator), None)
     bases = _sketch_pass(stream, k if narrow else 0, 2 * k if wide else 0, seed)
     return _power_pass(stream, bases, generator)
 
