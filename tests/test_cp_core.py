@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from adapt_convert.convert.lorta import cp_start
+from adapt_convert.convert.lorta import cp_newton, cp_start
 from adapt_convert.convert.lorta.cp import fit_cp
-from adapt_convert.convert.lorta.cp_als import residual_core
-from adapt_convert.convert.lorta.cp_core import Core, normals, product_a, random_model
+from adapt_convert.convert.lorta.cp_als import fit_als, residual_core
+from adapt_convert.convert.lorta.cp_core import Core, Model, normals, product_a, random_model
 from adapt_convert.convert.lorta.cp_newton import fit_newton
 from adapt_convert.convert.lorta.cp_start import fit_core
 from adapt_convert.convert.lorta.cp_tensor import CPShape
 
-from .test_cp import as_slabs, planted, tensorly_captured
+from .test_cp import as_slabs, gaussian, planted, tensorly_captured
 
 
 def test_core_products_against_autograd() -> None:
@@ -72,7 +72,7 @@ def test_the_algebraic_start_is_exact_where_the_core_is() -> None:
     tensors = [np.einsum("ra,rm,rl,rh,rj->amlhj", a, draw.standard_normal((4, 2)), c_l, draw.standard_normal((4, s[3])), b) for s in shapes]
     core = Core.of(tuple(torch.from_numpy(tensor) for tensor in tensors))
     generator = np.random.default_rng(1)
-    model = cp_start._algebraic_model(core, cp_start._leading(core, 4, generator), generator)
+    model = cp_start._algebraic_model(core, cp_start._leading(core, 4, generator), 4, generator)
     assert residual_core(core, model).energy < 1e-15 * core.energy
 
 
@@ -99,6 +99,74 @@ def test_extrapolated_steps_lead_to_a_stationary_point() -> None:
     slopes = torch.autograd.grad(loss, model)
     assert fit.loss == pytest.approx(float(loss.detach()), rel=1e-9)
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-3
+
+
+def test_extrapolated_steps_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than plain ones, on noise alone, where the curvature that Gauss-Newton leaves out matters."""
+    steps, solve = 0, cp_newton._solve_a
+
+    def count(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return solve(*args)
+
+    def steps_of_all() -> int:
+        nonlocal steps
+        steps = 0
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            core = Core.of(tuple(torch.randn(24, 2, 6, h, 8, generator=generator) for h in (4, 2)))
+            fit, _ = fit_als(core, random_model(core, 6, np.random.default_rng(seed)), 10, 0.0)
+            fit_newton(core, fit.model, 500, 2e-6)
+        return steps
+
+    monkeypatch.setattr(cp_newton, "_solve_a", count)
+    extrapolated = steps_of_all()
+    monkeypatch.setattr(cp_newton, "_extrapolated", lambda step, moves, changes: step)
+    assert extrapolated < 0.6 * steps_of_all()
+
+
+def test_an_unlucky_pair_of_slices_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The algebraic start goes on from other slices where ALS gets stuck."""
+    shape = CPShape(60, 12, 5, (3,), (0, 0, 0, 0))
+    start, starts = cp_start._algebraic_model, 0
+
+    def unlucky(core: Core, leading: Any, rank: int, generator: np.random.Generator) -> Model:
+        nonlocal starts
+        starts += 1
+        model = start(core, leading, rank, generator)
+        return model if starts > 1 else [np.repeat(factor[:1], rank, axis=0) for factor in model]  # one column, again and again
+
+    def no_greedy(*args: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(cp_start, "_algebraic_model", unlucky)
+    monkeypatch.setattr(cp_start, "greedy_model", no_greedy)
+    deltas = planted(shape, 4, 1, 0.03)
+    fit = fit_cp(as_slabs(deltas), shape, 4)
+    assert starts == 2
+    assert 1 - fit.residual / fit.energy >= tensorly_captured(deltas, shape, 4) - 1e-4
+
+
+def test_searches_within_the_leading_directions_lose_nothing_of_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More columns than the rank in a core that is large enough: as good as searches of all of it. Of noise alone all of it is searched."""
+    shape = CPShape(192, 16, 8, (6,), (0, 0, 0))
+    sizes: list[int] = []
+    start = cp_start.greedy_model
+
+    def record(core: Core, *args: Any) -> Any:
+        sizes.append(core.sizes()[0])
+        return start(core, *args)
+
+    monkeypatch.setattr(cp_start, "greedy_model", record)
+    slabs = as_slabs(planted(shape, 12, 1, 0.5))
+    quick = fit_cp(slabs, shape, 4)
+    assert sizes == [8]
+    fit_cp(as_slabs(gaussian(shape, 1)), shape, 4)
+    assert sizes == [8, 192]
+    monkeypatch.setattr(cp_start, "_WORTH", 2**60)
+    thorough = fit_cp(slabs, shape, 4)
+    assert quick.energy - quick.residual >= 0.999 * (thorough.energy - thorough.residual)
 
 
 _FIT = """

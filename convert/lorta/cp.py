@@ -32,10 +32,10 @@ from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_blas_thread, single_thread
 
 _POLISH = 5, 1e-3  # at most so many rounds of two passes each, while one promises this share of the captured energy
-_POLISH_SMALL = 30, 3e-5  # the same where passes are cheap: a flat spectrum takes them all
+_POLISH_SMALL = 60, 1e-5  # the same where passes are cheap: a flat spectrum takes them all
 _NEAR_EXACT = 1e-4  # share of the energy left below which float32 sums of columns that cancel would show in it
 _SMALL = 2**26  # numbers of all deltas
-_LIKELY = 4  # a gain of at most so many times the tolerance is likely to be the last one
+_FEW_DIGITS = 2e-3  # share left, of the data's energy or that of all columns, below which `||X||^2 - 2 <X, X~> + ||X~||^2` is not used
 
 
 def _expand(model: Model, bases: Bases, stream: Stream) -> CPFactors:
@@ -70,18 +70,16 @@ def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> M
     return [as_array(factor.double().T) / scale**0.2 for factor in (a, b, factors.C_l, *factors.C_h, *c_m)]
 
 
-def _span(*parts: Tensor) -> Tensor | None:
+def _span(factor: Tensor, better: Array, *older: Tensor) -> Tensor | None:
     """A basis of all columns, or `None` (the identity) where that is no larger."""
-    columns = torch.cat([part.double() for part in parts], dim=1)
+    columns = torch.cat([factor.double(), torch.from_numpy(better.T).to(factor.device), *(part.double() for part in older)], dim=1)
     return orthonormal(columns) if columns.shape[1] < columns.shape[0] else None
 
 
-def _improve(rhs: Tensor, normal: Array, factor: Tensor) -> tuple[Tensor, float]:
+def _improve(rhs: Array, normal: Array, old: Array) -> tuple[Array, float]:
     """The least-squares factor for its MTTKRP and normal matrix, and how much it lowers the squared error."""
-    old, product = as_array(factor.double()).T, as_array(rhs).T
-    new = solve_proximal(product, normal, old)
-    gain = np.vdot(new - old, 2 * product - normal @ (new + old))
-    return torch.from_numpy(new.T).to(factor.device), float(gain)
+    new = solve_proximal(rhs, normal, old)
+    return new, float(np.vdot(new - old, 2 * rhs - normal @ (new + old)))
 
 
 def _polish(stream: Stream, core: Core, fit: CoreFit, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
@@ -89,30 +87,35 @@ def _polish(stream: Stream, core: Core, fit: CoreFit, bases: Bases, rounds: int,
 
     For fixed other factors the best A follows from its MTTKRP, and so does the gain. The basis of the next core spans the old and the
     new A, so that its fit starts from the old one and cannot lose it, and the A before, which makes the rounds conjugate gradients
-    (LOBPCG: Knyazev 2001). The residual is measured by the pass that brings the MTTKRP where it is likely to be the last one.
+    (LOBPCG: Knyazev 2001). The MTTKRP tells the residual, too, unless it is next to nothing.
     """
-    shape, last = stream.shape, True
-    factors, older = _expand(fit.model, bases, stream), list[Tensor]()
+    shape, older = stream.shape, list[Tensor]()
+    factors = _expand(fit.model, bases, stream)
     while True:
-        residual, product_a, product_b = stream.measure(factors, bases.channel is not None, last)
+        model = _reduce(factors, Bases(None, None), shape, 1.0)
+        normal = normals(core, model)
         captured = (core.energy - fit.loss) * stream.scale**2
-        normal = normals(core, _reduce(factors, Bases(None, None), shape, 1.0))
-        a, gain = _improve(product_a, normal[0], factors.A)
+        columns = float((np.square(model[0]).sum(1) * normal[0].diagonal()).sum())
+        near = stream.energy - captured < _FEW_DIGITS * max(stream.energy, columns)
+        residual, product_a, product_b = stream.measure(factors, bases.channel is not None, near)
+        rhs = as_array(product_a).T
+        a, gain = _improve(rhs, normal[0], model[0])
         channel = None
         if product_b is not None:
-            b, gain_b = _improve(product_b, normal[1], factors.B)
+            b, gain_b = _improve(as_array(product_b).T, normal[1], model[1])
             channel, gain = _span(factors.B, b), gain + gain_b
         if rounds == 0 or gain <= tolerance * captured:
             break
         rounds -= 1
-        last = rounds == 0 or gain <= _LIKELY * tolerance * captured
         bases = Bases(_span(factors.A, a, *older), channel)
         core = stream.core(bases)
         with single_thread():
             fit = refine(core, balance(core, _reduce(factors, bases, shape, stream.scale)))
         older = [factors.A]
         factors = _expand(fit.model, bases, stream)
-    return factors, stream.residual(factors) if residual is None else residual
+    if residual is None:
+        residual = stream.energy + float(np.vdot(model[0], normal[0] @ model[0] - 2 * rhs))
+    return factors, residual
 
 
 def _check(slabs: Sequence[Slab], shape: CPShape, rank: int, starts: int) -> None:
@@ -142,11 +145,11 @@ def fit_cp(
 ) -> CPFit:
     """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 3 to 7.
 
-    A flat spectrum takes up to 14 passes, or 64 where all deltas together have at most 67 million numbers.
+    A flat spectrum takes up to 14 passes, or 124 where all deltas together have at most 67 million numbers.
 
     `starts`: at most so many fits of the core, of which the best goes on (only one where it leaves half of the energy), and one before
-    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement, and one pass more
-    where no other was foreseen to be the last. The same input, seed and device give the same bytes.
+    them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement. The same input, seed
+    and device give the same bytes.
 
     Raises `ValueError` for a slab outside of the shape, given twice, of another size than the shape says, or not finite.
     """

@@ -73,7 +73,7 @@ class Sweeper:
         return last
 
 
-def fit_als(core: Core, model: Model, sweeps: int, tolerance: float) -> tuple[CoreFit, float]:
+def fit_als(core: Core, model: Model, sweeps: int = _ALS_SWEEPS, tolerance: float = _ALS_TOLERANCE) -> tuple[CoreFit, float]:
     """ALS of one model until a sweep gains less than `tolerance` of the energy, or `sweeps` are done.
 
     Also what is left to gain if the gains go on falling as they did in the last sweeps, geometrically.
@@ -103,9 +103,13 @@ def residual_core(core: Core, model: Model) -> Core:
 
 
 def refine(core: Core, model: Model, steps: int = _NEWTON_STEPS) -> CoreFit:
-    """ALS, then Gauss-Newton unless ALS has converged; in float64 when the fit is close, as a float32 core resolves its loss to ~1e-7 of
-    the energy only."""
-    fit, left = fit_als(core, model, _ALS_SWEEPS, _ALS_TOLERANCE)
+    """ALS, then what it leaves undone."""
+    return finish(core, *fit_als(core, model), steps)
+
+
+def finish(core: Core, fit: CoreFit, left: float, steps: int = _NEWTON_STEPS) -> CoreFit:
+    """Gauss-Newton unless ALS, which would still gain `left`, has converged; in float64 when the fit is close, as a float32 core resolves
+    its loss to ~1e-7 of the energy only."""
     if fit.loss >= _CLOSE * core.energy and left > _NEWTON_TOLERANCE * fit.loss:
         fit = fit_newton(core, fit.model, steps, _NEWTON_TOLERANCE)
     if fit.loss < _CLOSE * core.energy:

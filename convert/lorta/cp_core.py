@@ -112,16 +112,16 @@ def as_array(tensor: Tensor) -> Array:
 
 def product_b(core: Core, model: Model, projected: list[Array]) -> Array:
     """MTTKRP of B, `(r, p)` float64."""
-    parts = (np.einsum("rn,rnp->rp", joined(core, model, group).astype(y.dtype), y) for group, y in enumerate(projected))
-    out: Array = sum_of([part.astype(np.float64) for part in parts])
+    parts = (joined(core, model, group).astype(y.dtype)[:, None, :] @ y for group, y in enumerate(projected))
+    out: Array = sum_of([part[:, 0].astype(np.float64) for part in parts])
     return out
 
 
 def contract_b(core: Core, model: Model, projected: list[Array]) -> list[Array]:
     """`(r, M_g L, heads_g)` float64: the core contracted with A and B."""
-    b = model[1].astype(projected[0].dtype)
+    b = model[1].astype(projected[0].dtype)[:, :, None]
     parts = zip(projected, core.tensors, strict=True)
-    return [np.einsum("rnp,rp->rn", y, b).astype(np.float64).reshape(len(b), -1, tensor.shape[3]) for y, tensor in parts]
+    return [(y @ b).astype(np.float64).reshape(len(b), -1, tensor.shape[3]) for y, tensor in parts]
 
 
 def product_c_h(core: Core, model: Model, small: list[Array], group: int) -> Array:

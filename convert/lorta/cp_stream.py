@@ -14,10 +14,11 @@ from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
 from adapt_convert.convert.lorta.cp_core import Core
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.progress import Progress
-from adapt_convert.convert.side_by_side import side_by_side
+from adapt_convert.convert.side_by_side import side_by_side, single_thread
 
 Result = TypeVar("Result")
 
+_ITERATIONS = 5  # of a subspace with a Gram matrix
 _BLOCK = 128  # columns of a Gram matrix computed at a time
 _TINY = 2**20  # numbers of all deltas: up to here other threads cost more than they gain
 _CORE_FLOATS = 2**22  # 16 MB: up to here a larger basis costs less than the passes it saves
@@ -115,14 +116,6 @@ class Stream:
                 product_b += part_b
         return residual, product_a, product_b
 
-    def residual(self, factors: CPFactors) -> float:
-        """The exact residual of the factors."""
-
-        def missed(slab: Slab, delta: Delta) -> float:
-            return residual_energy(delta, factors.slab(self.shape, slab.layer, slab.matrix))
-
-        return self._missing(factors) + sum(part for _, part in self.read("residual", missed))
-
     def _missing(self, factors: CPFactors) -> float:
         """The energy that the factors have where there is no slab."""
         places = {(layer, matrix) for layer in range(self.shape.layers) for matrix in range(len(self.shape.group))}
@@ -131,7 +124,18 @@ class Stream:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(columns.double()).Q
+    with single_thread():
+        basis: Tensor = torch.linalg.qr(columns.double()).Q
+    return basis.float()
+
+
+def _leading_directions(gram: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """`(d, k)` from what of a Gram matrix lies on and below the diagonal: where the spectrum is flat, no direction is worth waiting for."""
+    gram = gram.tril() + gram.tril(-1).T
+    basis = torch.randn(len(gram), k, generator=generator, dtype=torch.float64).to(gram.device)
+    with single_thread():
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(gram @ basis).Q
     return basis.float()
 
 
@@ -170,7 +174,7 @@ def find_bases(stream: Stream, rank: int, seed: int) -> Bases:
         total = torch.zeros(shape.d, shape.d, dtype=torch.float64, device=stream.device)
         for _, part in stream.read("Gram matrix", lambda slab, delta: _gram(delta)):
             total += part
-        return Bases(torch.linalg.eigh(total, UPLO="L").eigenvectors[:, -k:].flip(1).float(), None)
+        return Bases(_leading_directions(total, k, generator), None)
     bases = _sketch_pass(stream, k if narrow else 0, 2 * k if wide else 0, seed)
     return _power_pass(stream, bases, generator)
 
