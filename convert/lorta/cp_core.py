@@ -14,13 +14,14 @@ The columns of a model are added up, or they are `r` models of one column each, 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 Array = npt.NDArray[Any]
@@ -192,11 +193,20 @@ def solve_proximal(rhs: Array, normal: Array, old: Array) -> Array:
     mu = normal.trace() / len(normal) * _PROXIMAL + TINY
     damped.reshape(-1)[:: len(normal) + 1] += mu
     target = rhs + mu * old
-    _, solution, failed = lapack.dposv(damped, target)
+    _, solution, failed = _dposv()(damped, target)
     if not failed:  # positive definite, also after rounding
         return np.ascontiguousarray(solution)
     out: Array = np.linalg.solve(damped, target)
     return out
+
+
+@functools.cache
+def _dposv() -> Callable[[Array, Array], tuple[Array, Array, int]]:
+    """LAPACK's solver for positive definite matrices; SciPy takes half as long to import as all else of a conversion but torch."""
+    from scipy.linalg import lapack
+
+    solver: Callable[[Array, Array], tuple[Array, Array, int]] = lapack.dposv
+    return solver
 
 
 def loss_of(core: Core, rhs: Array, normal: Array, factor: Array) -> float:
