@@ -2,7 +2,7 @@
 
     python bench/scale.py DIRECTORY --shapes qwen2.5-0.5b --json scale.json      # 2 GB of disk, a few minutes
     python bench/scale.py DIRECTORY --shapes llama-2-7b                          # 28 GB of disk
-    python bench/scale.py DIRECTORY --shapes llama-2-7b --layers 8               # the same in small
+    python bench/scale.py DIRECTORY --shapes llama-2-7b --layers 8               # eight of its layers
 
 Where there is a GPU, it is used: to make the pair, by the conversions, and for the limits. The pair is made shard by shard and used
 again by the next run: random weights, and a fine-tune that changes every tensor, every matrix by 32 directions of falling weight and by
@@ -53,7 +53,7 @@ _STAGES = {
         ("basis.py", "_own_gram"),
         ("cp_stream.py", "_gram"),
     },
-    "measure": {("delta.py", "residual_energy"), ("delta.py", "energy")},
+    "measure": {("delta.py", "residual_energy"), ("delta.py", "inner_product"), ("delta.py", "energy")},
     "write": {("safetensors_file.py", "write_safetensors")},
 }
 _STAGE_OF = {place: stage for stage, places in _STAGES.items() for place in places}
@@ -125,7 +125,10 @@ def make_pair(directory: Path, shapes: Shapes) -> None:
     """`directory/base` and `directory/ft`, one tensor in memory at a time."""
     for side in ("base", "ft"):
         path = directory / side
-        if (path / "config.json").is_file():
+        config = path / "config.json"
+        if config.is_file():
+            if json.loads(config.read_text()) != shapes.config():
+                raise SystemExit(f"{path} holds a pair of other shapes; name another directory")
             continue
         path.mkdir(parents=True, exist_ok=True)
         weight_map = {}
@@ -137,7 +140,7 @@ def make_pair(directory: Path, shapes: Shapes) -> None:
             weight_map |= dict.fromkeys(shard, file)
             print(f"{path / file}", file=sys.stderr, flush=True)
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        (path / "config.json").write_text(json.dumps(shapes.config(), indent=1))
+        config.write_text(json.dumps(shapes.config(), indent=1))
 
 
 def _maker(name: str, shape: tuple[int, ...], side: str) -> Callable[[], torch.Tensor]:
@@ -316,8 +319,8 @@ def main() -> None:
     if args.once:
         convert_once(args.directory, args.once[0], args.rank, Path(args.once[1]) / "out")
         return
-    shapes = SHAPES[args.shapes]
-    make_pair(args.directory, replace(shapes, layers=args.layers or shapes.layers))
+    shapes = replace(SHAPES[args.shapes], layers=args.layers or SHAPES[args.shapes].layers)
+    make_pair(args.directory, shapes)
     result = measure(args.directory, args.targets, args.rank, args.runs)
     print(
         f"read {result['bytes'] / 1e9:.2f} GB from the disk in {result['read_seconds']:.2f} s ({result['read_rate'] / 1e9:.2f} GB/s); "
@@ -341,7 +344,7 @@ def main() -> None:
     ]
     print(measuring.table(header, rows))
     machine = measuring.machine("adapt-convert", "torch") | {"gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None}
-    measuring.save({**machine, "shapes": args.shapes, "layers": args.layers, "rank": args.rank, **result}, args.json)
+    measuring.save({**machine, "shapes": args.shapes, "layers": shapes.layers, "rank": args.rank, **result}, args.json)
 
 
 if __name__ == "__main__":

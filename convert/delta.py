@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 ROUGH_SHARE = 0.999  # of a change's energy: where more is captured, what rounding to bfloat16 moves, some millionths of it, counts
+_FEW_DIGITS = 1e-3  # share of ||D||^2 that is missed, below which ||D||^2 - 2 <D, B A> + ||B A||^2 has lost too many digits
 _FAINT = 1e-25  # energy of a change whose products with itself float32 and bfloat16 begin to flush to zero
 
 
@@ -195,11 +196,10 @@ def _transposed_times(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def residual_energy(delta: Delta, approximation: LowRankDelta, inner: float | None = None) -> float:
-    """`||D - B A||_F^2`, exact, in blocks of rows so that no second matrix of `D`'s size is held.
+    """`||D - B A||_F^2`, in blocks of rows so that no second matrix of `D`'s size is held.
 
-    With `inner`, which is `<D, B A>` from a product in float32, it is `||D||^2 - 2 <D, B A> + ||B A||^2`, to some 1e-7 of `||D||^2`; the
-    blocks are gone through only where less than a thousandth is missed, and that would show.
-    Two factored deltas are subtracted in factors: `D - B A = [B_d, -B][A_d; A]`.
+    `inner` is `<D, B A>` where a float32 product has told it: then `||D||^2 - 2 <D, B A> + ||B A||^2`, right to some 1e-7 of `||D||^2`,
+    is returned without another pass, unless next to nothing is missed. Factored deltas do not use it: `D - B A = [B_d, -B][A_d; A]`.
     """
     if isinstance(delta, LowRankDelta):
         b = torch.cat([delta.B, -approximation.B], dim=1).double()
@@ -209,7 +209,7 @@ def residual_energy(delta: Delta, approximation: LowRankDelta, inner: float | No
         return float((r_b @ r_a.T).square().sum())
     if inner is not None:
         missed = delta.energy() - 2 * inner + approximation.energy()
-        if missed > (1 - ROUGH_SHARE) * delta.energy():
+        if missed > _FEW_DIGITS * delta.energy():
             return missed
     total = torch.zeros((), dtype=torch.float64, device=delta.weight.device)
     buffer = torch.empty(min(_ROWS, delta.shape[0]), delta.shape[1], device=delta.weight.device)  # fresh memory costs more than the product
@@ -221,5 +221,5 @@ def residual_energy(delta: Delta, approximation: LowRankDelta, inner: float | No
 
 
 def inner_product(left: Tensor, right: Tensor) -> float:
-    """Of two matrices of one shape, float64."""
+    """`<left, right>` of two matrices of one shape, summed in float64."""
     return float((left.double() * right.double()).sum())

@@ -150,6 +150,7 @@ def _written(pairs: Pairs, entry: Entry, delta: Delta, factors: LowRankDelta, op
 
 
 def _in_dtype(factor: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
+    """A factor rounded to the output dtype. Raises `AdaptError` when it does not fit."""
     written = factor.to(dtype)
     if not torch.isfinite(written).all():
         raise AdaptError(f"{entry.name}: its factors do not fit into {dtype}; choose --dtype bfloat16 or float32")

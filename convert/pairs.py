@@ -23,13 +23,13 @@ from adapt_convert.formats.source import Source
 Result = TypeVar("Result")
 
 _BLOCK = 2**19  # elements read and subtracted at a time: with its float32 difference, 4 MB that stay in the processor's cache
-_COPIED = 2**22  # elements copied to a device at a time: what a copy takes beside that does not grow with it
+_COPIED = 2**22  # elements copied to a GPU at a time: with fewer, threads wait for Python's lock
 _ROW = 2**12  # elements whose squares are summed in float32: of a whole block, the sum could be off by a thousandth
 _KEPT = 2**27  # elements of the largest buffer that a thread keeps
 
 
 class _Scratch(threading.local):
-    """One buffer per thread and dtype: fresh memory of a CPU costs more time, page by page, than the difference that goes there."""
+    """One buffer per thread and dtype, on a CPU: fresh memory costs more time, page by page, than the difference that goes there."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -146,7 +146,8 @@ class Pairs:
 
     def change_energies(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, tuple[float, float]]]:
         """`change_energy` of every tensor, in order but several at a time."""
-        return side_by_side(entries, lambda entry: 0, self.change_energy, lambda entry, energies: energies, torch.device("cpu"))
+        cpu = torch.device("cpu")  # whatever the conversion's: nothing is asked of a device
+        return side_by_side(entries, lambda entry: 0, self.change_energy, lambda entry, energies: energies, cpu)
 
     def change_energy(self, entry: Entry) -> tuple[float, float]:
         """`||new - base||_F^2` of any tensor, in blocks: of the rows that both sides have, and of rows only the source has.
@@ -216,5 +217,6 @@ def _energy(new: Tensor, old: Tensor | None = None) -> float:
     difference = new.to(torch.float32, copy=True)
     if old is not None:
         difference.sub_(old)
-    long = difference[: len(difference) // _ROW * _ROW].view(-1, _ROW), difference[len(difference) // _ROW * _ROW :][None]
-    return sum(float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) for rows in long)
+    whole = len(difference) // _ROW * _ROW
+    parts = difference[:whole].view(-1, _ROW), difference[whole:].view(1, -1)
+    return sum(float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) for rows in parts)

@@ -65,15 +65,16 @@ def side_by_side(
     """`(item, work(item, load(item)))` for every item, in order; `size(item)` is what it takes in memory while it is in work.
 
     Both functions run in worker threads, so `work` may change nothing but its own result, and call nothing that works side by side
-    itself; what either raises is raised here. On a GPU they start when what the caller has asked of it is done, a result is done when
-    it is given, and it has to be kept until the next one is asked for.
+    itself; what either raises is raised here. On a GPU each item starts after all that the caller's stream was given before, and its
+    result is finished when it is yielded. Keep a result until you ask for the next: its memory then goes to other items.
     """
     import torch
 
     pending: deque[tuple[Item, int, Future[Result]]] = deque()
     threads = torch.get_num_threads()
     caller = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    workers = min(threads, _STREAMS) if caller else threads + 1  # more than cores, as one of them is often waiting for the disk
+    # On a CPU one more than cores, as one of them is often waiting for the disk.
+    workers = threads + 1 if caller is None else min(threads, _STREAMS)
 
     def both(item: Item) -> Result:
         if caller is None:
@@ -96,7 +97,7 @@ def side_by_side(
         if caller is not None:
             caller.synchronize()
 
-    pool = _streams(device, workers) if caller else ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if caller is None else _streams(device, workers)
     torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
     try:
         for item in items:
@@ -109,11 +110,11 @@ def side_by_side(
             yield first()
             settle()
     finally:
-        settle()
+        torch.set_num_threads(threads)  # also what threads to come start with
         wait([future for _, _, future in pending if not future.cancel()])
         if caller is None:
             pool.shutdown()
-        torch.set_num_threads(threads)  # also what threads to come start with
+        settle()
 
 
 @functools.cache

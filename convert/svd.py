@@ -3,7 +3,8 @@
 By Eckart-Young the truncated SVD is the best rank-r approximation, so a data-free LoRA of a full fine-tune is
 `D ~ U_r S_r V_r^T` (PHLoRA, arXiv 2509.10971). A block Krylov method (Musco and Musco, arXiv 1504.05477) reaches its energy to
 1e-5 with a handful of thin products; the exact eigenvectors of the smaller Gram matrix take over where the wanted rank is no
-longer small. `||D||_F^2` is known, so the error of either is exact, never an estimate.
+longer small. `||D||_F^2` is known, and with it the error of either; without `exact` it is measured on the
+factors that are written.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Factorisation:
 def factorise(delta: Delta, rank: int, generator: torch.Generator, exact: bool = True) -> Factorisation:
     """At least the leading `rank` singular triplets of `delta`, or all of its numerical rank if that is smaller.
 
-    `generator` seeds the Krylov start on the CPU, so a seed means the same on every device. Unless `exact`, values and left vectors may
-    be those of rough products: enough where only the right ones are wanted, as by `fit_left`.
+    `generator` seeds the Krylov start on the CPU, so a seed means the same on every device. Without `exact`, values and left vectors may
+    come from bfloat16 products (`DenseDelta.rough`): enough where only the right ones are used, and B is fitted to them (`fit_left`).
     """
     if isinstance(delta, LowRankDelta):
         return _from_factors(delta)
@@ -78,7 +79,8 @@ def factorise_for_energy(delta: Delta, share: float, generator: torch.Generator)
 def fit_left(delta: DenseDelta, A: Tensor) -> tuple[Tensor, Tensor]:
     """The best `B (out, r)` for a given `A (r, in)`, both float32, and the product `D A^T` that it comes from."""
     product, rows = delta.matmul(A.T), A.double()
-    return (product.double() @ torch.linalg.pinv(rows @ rows.T, hermitian=True)).float(), product
+    inverse = torch.linalg.pinv(_small(rows.T, rows.T), hermitian=True)
+    return (product.double() @ inverse.to(product.device)).float(), product
 
 
 def least_rank(values: Tensor, energy: float) -> int | None:
@@ -117,7 +119,7 @@ def _from_krylov(
     Every step appends an orthonormal block to the basis V of the row space and keeps P = D V; the eigenvectors of the small
     P^T P are the best approximations within V (Rayleigh-Ritz) and its leading eigenvalues the energy captured so far, which
     only grows. Its gain shrinks by a nearly constant factor, which bounds what further steps can add. `products` stands for
-    `delta` in all products, but where the result is to be exact, in its own.
+    `delta` in all products but the last, which makes the result exact; without `exact` there, too.
     """
     start = torch.randn(delta.shape[0], block, generator=generator).to(delta.weight.device)
     basis = _orthonormal(products.rmatmul(start))
@@ -144,7 +146,8 @@ def _from_krylov(
     if products is not delta:
         # More columns than asked for: of values that nearly tie, rounding chooses which come first.
         leading = torch.linalg.eigh(gram).eigenvectors[:, -block:].to(basis)
-        basis, image = basis @ leading, delta.matmul(basis @ leading) if exact else image @ leading
+        basis = basis @ leading
+        image = delta.matmul(basis) if exact else image @ leading
     return _from_ritz(basis, image, rank, delta.energy())
 
 

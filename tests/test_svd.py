@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_convert.convert import delta as deltas
+from adapt_convert.convert import svd
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta, difference, inner_product, residual_energy
 from adapt_convert.convert.svd import Factorisation, factorise, factorise_for_energy, fit_left
 
@@ -88,8 +89,6 @@ def test_energy_with_the_best_left_factor_for_directions_of_rough_products(monke
 
 def test_few_changed_rows_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exhausted row space settles, and does not end in a Gram matrix."""
-    from adapt_convert.convert import svd
-
     monkeypatch.setattr(svd, "_from_gram", lambda *_: pytest.fail("the Gram matrix was formed"))
     delta = DenseDelta(SPECTRA["three rows"])
     assert len(factorise(delta, 4, generator()).values) == 3
@@ -97,8 +96,6 @@ def test_few_changed_rows_take_few_products(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("rough", [False, True])
 def test_krylov_path_is_taken_and_agrees(monkeypatch: pytest.MonkeyPatch, rough: bool) -> None:
-    from adapt_convert.convert import svd
-
     monkeypatch.setattr(svd, "_from_gram", lambda *_: pytest.fail("the exact path was taken"))
     rough_products(monkeypatch, rough)
     delta = DenseDelta(random(1200, 20) @ random(20, 1100) + 0.5 * random(1200, 1100))

@@ -95,7 +95,7 @@ def test_expanded_norm_addresses_beyond_32_bits(tmp_path: Path) -> None:
 
 
 def holes(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros as large as an address space needs, in a file that takes no room. On a GPU it does take it."""
+    """A tensor of zeros as large as an address space needs, in a file that takes no room. On a GPU it is allocated whole."""
     if not ON_GPU:
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
     if torch.cuda.mem_get_info()[0] < 1.1 * size * dtype.itemsize:

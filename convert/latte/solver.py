@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, LowRankDelta, inner_product, residual_energy
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, inner_product, residual_energy
 from adapt_convert.convert.latte.deltas import Effective, Matrix
 from adapt_convert.convert.latte.score_solver import solve_scores
 from adapt_convert.convert.latte.segments import find_segments
@@ -92,7 +92,8 @@ def project(
             return None, 0.0, 0.0, bias, segment.rank
         product = delta.matmul(Q) if matrix.reads else delta.rmatmul(Q).T
         block = as_written(product, dtype, matrix.module)
-        residual = residual_energy(delta, approximation(block, Q, matrix.reads), inner_product(product, block))
+        inner = inner_product(product, block) if isinstance(delta, DenseDelta) else None
+        residual = residual_energy(delta, approximation(block, Q, matrix.reads), inner)
         if compared is not None:
             ranks[matrix] = _lora_rank(effective, matrix, delta, segment.rank, energy - residual)
         return block.cpu(), energy, residual, bias, segment.rank

@@ -4,8 +4,8 @@ Paper: arXiv 2410.04060, `X_lm[:, h, :] ~ A diag(C_h[h] * C_l[l] * C_m[m]) B^T`.
 attention) have their own `C_h` and share `A`, `B` and `C_l`. The tensor of all deltas is never formed: a pass over the data finds a
 basis of the residual side (CANDELINC: Carroll, Pruzansky and Kruskal 1980; randomised: Halko, Martinsson and Tropp 2011), another one
 contracts every delta with it, the fit happens on that core (convert/lorta/cp_start.py), and polishing passes move the basis to where the
-exact least-squares `A` wants it. The last pass measures the residual of the float32 factors that are returned. A tensor of up to 16 MB is
-its own core, read once.
+exact least-squares `A` wants it. The products of the last pass tell the residual of the float32 factors that are returned; where next to
+nothing is left of the data, that pass subtracts them from every delta instead. A tensor of up to 16 MB is its own core, read once.
 
 Memory beside one loaded delta: the core, `k` floats per column of every delta, where `k = max(4 r, 64)` or, as long as the core stays below
 16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); four times the same again while starts are searched,
@@ -83,7 +83,7 @@ def _improve(rhs: Array, normal: Array, old: Array) -> tuple[Array, float]:
 
 
 def _polish(stream: Stream, core: Core, fit: CoreFit, bases: Bases, rounds: int, tolerance: float) -> tuple[CPFactors, float]:
-    """As long as the full data promises a gain, move the bases to the better A (and B) and fit again; measure what comes out exactly.
+    """As long as the full data promises a gain, move the bases to the better A (and B) and fit again; and tell what the result misses.
 
     For fixed other factors the best A follows from its MTTKRP, and so does the gain. The basis of the next core spans the old and the
     new A, so that its fit starts from the old one and cannot lose it, and the A before, which makes the rounds conjugate gradients
@@ -143,7 +143,7 @@ def fit_cp(
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     progress: Progress = silent,
 ) -> CPFit:
-    """Fit a CP tensor of `rank` columns to all slabs, in one pass over tiny ones, else mostly in 3 to 7.
+    """Fit a CP tensor of `rank` columns to all slabs, in one pass where they have at most 4 million numbers, else mostly in 3 to 7.
 
     A flat spectrum takes up to 14 passes, or 124 where all deltas together have at most 67 million numbers.
 

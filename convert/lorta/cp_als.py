@@ -103,7 +103,7 @@ def residual_core(core: Core, model: Model) -> Core:
 
 
 def refine(core: Core, model: Model, steps: int = _NEWTON_STEPS) -> CoreFit:
-    """ALS, then what it leaves undone."""
+    """ALS from a model, then `finish`."""
     return finish(core, *fit_als(core, model), steps)
 
 

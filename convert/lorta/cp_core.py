@@ -41,7 +41,8 @@ class Core:
 
     @staticmethod
     def of(tensors: tuple[Tensor, ...]) -> Core:
-        squares = (torch.linalg.vector_norm(tensor.flatten(1), dim=1).double().square().sum() for tensor in tensors)
+        # Rows of heads and channels: the sum of a whole row of a large core could be off by a thousandth in float32.
+        squares = (torch.linalg.vector_norm(tensor.flatten(3), dim=3).double().square().sum() for tensor in tensors)
         return Core(tensors, sum(map(float, squares)))
 
     @property
@@ -202,7 +203,8 @@ def solve_proximal(rhs: Array, normal: Array, old: Array) -> Array:
 
 @functools.cache
 def _dposv() -> Callable[[Array, Array], tuple[Array, Array, int]]:
-    """LAPACK's solver for positive definite matrices; SciPy takes half as long to import as all else of a conversion but torch."""
+    """LAPACK's solver for positive definite matrices, imported at the first call: only LoRTA needs SciPy, whose import takes half as long
+    as all others but torch's."""
     from scipy.linalg import lapack
 
     solver: Callable[[Array, Array], tuple[Array, Array, int]] = lapack.dposv

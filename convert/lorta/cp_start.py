@@ -28,7 +28,7 @@ from adapt_convert.convert.lorta.cp_core import (
 from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.side_by_side import single_thread
 
-_LEFT, _SEARCH_SWEEPS = 6, 2  # rank-1 searches side by side that the halvings of a first round leave; sweeps before each halving
+_LEFT, _SEARCH_SWEEPS = 6, 2  # rank-1 searches that go on after the last halving of a first round; sweeps before each halving
 _REFIT_SWEEPS = 3, 8  # after each round, of the first start and of others, which should go another way
 _ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
@@ -39,7 +39,8 @@ _OVERSAMPLING, _POWER = 8, 2  # of the leading directions: more of them than ask
 _WORTH = 2**18  # numbers of a core whose leading directions are worth a start of their own
 _SIGNAL = 0.02  # share of the energy that they must hold beyond noise for it
 _LEAST, _MOST = 0.5, 1.5  # shares of what they hold beyond noise that a model of them holds if they are enough
-_WHOLE = 4  # as many times more directions are few enough to find the leading ones among them without a sketch
+_NARROW = 2 / 3  # of a mode: wider leading directions save too little
+_WHOLE = 4  # a mode at most so many times as long as its sketch would be wide is decomposed whole
 _PAIRS = 8  # of slices, of which the best one gives the algebraic start
 _ALGEBRAIC = 3  # such starts, if ALS gets stuck from the first ones: a pair of slices may be an unlucky one
 _TERM_SWEEPS = 2  # over the other factors of each of its terms
@@ -47,14 +48,14 @@ _NOISE = 0.5  # share of the energy left above which one start is enough
 
 
 @dataclass(frozen=True)
-class _Effort:
+class Effort:
     """`halvings` of the searches, one less where a round has a pool; a round adds the terms that explain at least `share` of its best."""
 
     halvings: int
     share: float
 
 
-_THOROUGH, _QUICK = _Effort(4, 0.7), _Effort(3, 0.6)  # where directions are all alike, the thorough one finds percents more
+_THOROUGH, _QUICK = Effort(4, 0.7), Effort(3, 0.6)  # where directions are all alike, the thorough one finds percents more
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _best(core: Core, search: Sweeper, last: tuple[Array, Array], most: int) -> 
     return chosen, explained
 
 
-def _search(core: Core, pool: Model, most: int, effort: _Effort, generator: np.random.Generator) -> tuple[Model, Model]:
+def _search(core: Core, pool: Model, most: int, effort: Effort, generator: np.random.Generator) -> tuple[Model, Model]:
     """The best rank-1 terms of a core, as one model of at most `most` columns, and the other distinct ones found.
 
     Searches start side by side from the pool that the last search left and from random terms; every few sweeps the better half of the
@@ -177,7 +178,7 @@ def _search(core: Core, pool: Model, most: int, effort: _Effort, generator: np.r
     return [factor[good] for factor in search.model], [factor[rest] for factor in search.model]
 
 
-def greedy_model(core: Core, rank: int, sweeps: int, effort: _Effort, generator: np.random.Generator) -> Model:
+def greedy_model(core: Core, rank: int, sweeps: int, effort: Effort, generator: np.random.Generator) -> Model:
     """A start by deflation: search rank-1 terms in what the model leaves, add the best ones, refit all in some `sweeps`, until there are
     `rank`.
 
@@ -203,7 +204,7 @@ def _greedy_within(core: Core, leading: _Leading, rank: int, sweeps: int, genera
     """
     count, size = leading.basis.shape
     numbers = sum(tensor.numel() for tensor in core.tensors)
-    if numbers >= _WORTH and 3 * count <= 2 * size and leading.signal > _SIGNAL * core.energy:
+    if numbers >= _WORTH and count <= _NARROW * size and leading.signal > _SIGNAL * core.energy:
         parts = zip(leading.projected, core.tensors, strict=True)
         small = Core.of(tuple(torch.from_numpy(y).to(tensor.device).view(count, *tensor.shape[1:]) for y, tensor in parts))
         a, *others = greedy_model(small, rank, sweeps, _QUICK, generator)

@@ -1,4 +1,4 @@
-"""Passes over the deltas of a CP tensor: bases of its long sides, the core within them, and the exact residual of factors."""
+"""Passes over the deltas of a CP tensor: bases of its long sides, the core within them, products with factors, and their residual."""
 
 from __future__ import annotations
 
