@@ -139,7 +139,7 @@ def _written(pairs: Pairs, entry: Entry, delta: Delta, factors: LowRankDelta, op
     dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
     A = _in_dtype(factors.A, dtype, entry)
     if isinstance(delta, DenseDelta):
-        fitted, product = fit_left(delta, A.float())
+        fitted, product = fit_left(delta, LowRankDelta(factors.B, A.float()))
         B = _in_dtype(fitted, dtype, entry)
         inner = inner_product(product, B)
     else:

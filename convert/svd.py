@@ -22,6 +22,7 @@ _TOLERANCE = 1e-5  # share of captured energy that further Krylov steps may stil
 _RATIO = 0.1  # of one step's gain to that of the last, at least: the first steps gain more than what they promise for the others
 _KRYLOV_SHARE = 0.3  # of the matrix: where three blocks, the fewest that settle, are wider than that, the exact Gram matrix costs less
 _DENSE_SHARE = 0.6  # of the matrix: a Krylov basis that has grown wider would settle no cheaper than the Gram matrix is had
+_INDEPENDENT = 0.1  # of the largest eigenvalue of the Gram matrix of rows of unit length, at least
 _NOISE = 1e-6  # singular values below this share of the largest are float32 rounding of the delta, not signal
 
 
@@ -76,11 +77,17 @@ def factorise_for_energy(delta: Delta, share: float, generator: torch.Generator)
         rank = max(2 * rank, rank + int(missing / float(factorisation.values[-1].square())))
 
 
-def fit_left(delta: DenseDelta, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The best `B (out, r)` for a given `A (r, in)`, both float32, and the product `D A^T` that it comes from."""
-    product, rows = delta.matmul(A.T), A.double()
-    inverse = torch.linalg.pinv(_small(rows.T, rows.T), hermitian=True)
-    return (product.double() @ inverse.to(product.device)).float(), product
+def fit_left(delta: DenseDelta, start: LowRankDelta) -> tuple[Tensor, Tensor]:
+    """The best `B (out, r)` for the `A (r, in)` of `start`, both float32, and the product `D A^T` that it comes from.
+
+    It is the B of `start`, corrected where rows of A are independent: along others, errors of the product would be blown up.
+    """
+    rows, product = start.A.double(), delta.matmul(start.A.T)
+    scale = torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-300)
+    unit = rows / scale[:, None]
+    inverse = torch.linalg.pinv(_small(unit.T, unit.T), rtol=_INDEPENDENT, hermitian=True).to(product.device)
+    rest = (product.double() - start.B.double() @ (rows @ rows.T)) / scale
+    return (start.B.double() + rest @ inverse / scale).float(), product
 
 
 def least_rank(values: Tensor, energy: float) -> int | None:

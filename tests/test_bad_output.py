@@ -212,8 +212,8 @@ SLOW_SOLVING = "from adapt_convert.convert import lora as m; real = m.factorise;
 SLOW_WRITING = "import adapt_convert.formats.peft as m; real = m.write_safetensors; m.write_safetensors = slow"
 PROGRAM = """
 import sys, time
-def slow(*args):
-    result = real(*args)
+def slow(*args, **kwargs):
+    result = real(*args, **kwargs)
     open(sys.argv[-1], "w").close()
     time.sleep(10)
     return result

@@ -79,9 +79,9 @@ def test_directions_of_a_wide_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     weight += torch.randn(1200, 900, generator=draw)
     delta, best = DenseDelta(weight.to(CUDA)), torch.linalg.svdvals(weight.double()).square()
     for exact in (True, False):
-        A = factorise(delta, 16, torch.Generator().manual_seed(1), exact).truncate(16).A
-        B, _ = fit_left(delta, A)
-        missed = float((weight.double() - B.cpu().double() @ A.cpu().double()).square().sum())
+        found = factorise(delta, 16, torch.Generator().manual_seed(1), exact).truncate(16)
+        B, _ = fit_left(delta, found)
+        missed = float((weight.double() - B.cpu().double() @ found.A.cpu().double()).square().sum())
         assert float(best.sum()) - missed >= 0.9999 * float(best[:16].sum())
 
 
