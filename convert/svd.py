@@ -3,8 +3,7 @@
 By Eckart-Young the truncated SVD is the best rank-r approximation, so a data-free LoRA of a full fine-tune is
 `D ~ U_r S_r V_r^T` (PHLoRA, arXiv 2509.10971). A block Krylov method (Musco and Musco, arXiv 1504.05477) reaches its energy to
 1e-5 with a handful of thin products; the exact eigenvectors of the smaller Gram matrix take over where the wanted rank is no
-longer small. `||D||_F^2` is known, and with it the error of either; without `exact` it is measured on the
-factors that are written.
+longer small. `||D||_F^2` is known, and with it the error of either; without `exact` it is measured on the factors that are written.
 """
 
 from __future__ import annotations
@@ -82,12 +81,13 @@ def fit_left(delta: DenseDelta, start: LowRankDelta) -> tuple[Tensor, Tensor]:
 
     It is the B of `start`, corrected where rows of A are independent: along others, errors of the product would be blown up.
     """
-    rows, product = start.A.double(), delta.matmul(start.A.T)
-    scale = torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-300)
-    unit = rows / scale[:, None]
-    inverse = torch.linalg.pinv(_small(unit.T, unit.T), rtol=_INDEPENDENT, hermitian=True).to(product.device)
-    rest = (product.double() - start.B.double() @ (rows @ rows.T)) / scale
-    return (start.B.double() + rest @ inverse / scale).float(), product
+    product, rows = delta.matmul(start.A.T), start.A.double()
+    gram = _small(rows.T, rows.T)
+    scale = gram.diagonal().clamp_min(1e-300).sqrt()
+    scales = torch.outer(scale, scale)
+    inverse = torch.linalg.pinv(gram / scales, rtol=_INDEPENDENT, hermitian=True) / scales
+    rest = product.double() - start.B.double() @ gram.to(product.device)
+    return (start.B.double() + rest @ inverse.to(product.device)).float(), product
 
 
 def least_rank(values: Tensor, energy: float) -> int | None:
