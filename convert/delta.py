@@ -65,13 +65,13 @@ class DenseDelta:
         return RoughDelta(self.spare[: self.weight.numel()].view(self.shape).copy_(self.weight))
 
     def energy(self) -> float:
-        """`||D||_F^2`: row norms in float32, their squares summed in float64. Computed once, however often it is asked for."""
+        """`||D||_F^2`, as `squared_norm` has it. Computed once, however often it is asked for."""
         return self._energy
 
     @functools.cached_property
     def _energy(self) -> float:
         weight = self.weight if self.weight.is_contiguous() else self.weight.T
-        return float(torch.linalg.vector_norm(weight, dim=1).double().square().sum())
+        return float(squared_norm(weight))
 
     def dense(self) -> Tensor:
         """The matrix itself, `(out, in)` float32."""
@@ -216,8 +216,14 @@ def residual_energy(delta: Delta, approximation: LowRankDelta, inner: float | No
     for start in range(0, delta.shape[0], _ROWS):
         rows = delta.weight[start : start + _ROWS]
         block = torch.addmm(rows, approximation.B[start : start + _ROWS], approximation.A, alpha=-1.0, out=buffer[: len(rows)])
-        total += torch.linalg.vector_norm(block, dim=1).double().square().sum()
+        total += squared_norm(block)
     return float(total)
+
+
+def squared_norm(rows: Tensor) -> Tensor:
+    """`||.||_F^2`, float64: norms of rows (the last dimension) in float32, their squares summed in float64."""
+    total: Tensor = torch.linalg.vector_norm(rows, dim=-1).double().square().sum()
+    return total
 
 
 def inner_product(left: Tensor, right: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, moved
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, moved, squared_norm
 from adapt_convert.convert.pieces import Piece, Pieces
 from adapt_convert.convert.preflight import Entry
 from adapt_convert.convert.side_by_side import DELTA_BYTES, side_by_side
@@ -219,4 +219,4 @@ def _energy(new: Tensor, old: Tensor | None = None) -> float:
         difference.sub_(old)
     whole = len(difference) // _ROW * _ROW
     parts = difference[:whole].view(-1, _ROW), difference[whole:].view(1, -1)
-    return sum(float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) for rows in parts)
+    return sum(float(squared_norm(rows)) for rows in parts)

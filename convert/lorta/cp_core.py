@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from adapt_convert.convert.delta import squared_norm
+
 Array = npt.NDArray[Any]
 Model = list[Array]
 
@@ -42,8 +44,7 @@ class Core:
     @staticmethod
     def of(tensors: tuple[Tensor, ...]) -> Core:
         # Rows of heads and channels: the sum of a whole row of a large core could be off by a thousandth in float32.
-        squares = (torch.linalg.vector_norm(tensor.flatten(3), dim=3).double().square().sum() for tensor in tensors)
-        return Core(tensors, sum(map(float, squares)))
+        return Core(tensors, sum(float(squared_norm(tensor.flatten(3))) for tensor in tensors))
 
     @property
     def groups(self) -> int:
