@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapt_convert.convert.products import has_instructions, times, transposed_times
+
 ROUGH_SHARE = 0.999  # of a change's energy: where more is captured, what rounding to bfloat16 moves, some millionths of it, counts
 _FEW_DIGITS = 1e-3  # share of ||D||^2 that is missed, below which ||D||^2 - 2 <D, B A> + ||B A||^2 has lost too many digits
 _FAINT = 1e-25  # energy of a change whose products with itself float32 and bfloat16 begin to flush to zero
@@ -45,11 +47,11 @@ class DenseDelta:
 
     def matmul(self, x: Tensor) -> Tensor:
         """`D @ x` for `x (in, k)`, float32."""
-        return _times(self.weight, x) if self.weight.is_contiguous() else _transposed_times(self.weight.T, x)
+        return times(self.weight, x) if self.weight.is_contiguous() else transposed_times(self.weight.T, x)
 
     def rmatmul(self, x: Tensor) -> Tensor:
         """`D.T @ x` for `x (out, k)`, float32."""
-        return _transposed_times(self.weight, x) if self.weight.is_contiguous() else _times(self.weight.T, x)
+        return transposed_times(self.weight, x) if self.weight.is_contiguous() else times(self.weight.T, x)
 
     @property
     def rounds(self) -> bool:
@@ -93,18 +95,16 @@ class RoughDelta:
 
     def matmul(self, x: Tensor) -> Tensor:
         """`D @ x` for `x (in, k)`, float32 in and out."""
-        return (x.T.bfloat16() @ self.weight.T).T.float()
+        return times(self.weight, x.bfloat16()).float()
 
     def rmatmul(self, x: Tensor) -> Tensor:
         """`D.T @ x` for `x (out, k)`, float32 in and out."""
-        return (x.T.bfloat16() @ self.weight).T.float()
+        return transposed_times(self.weight, x.bfloat16()).float()
 
 
-@functools.cache
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the processor has instructions for it; elsewhere such products are emulated, and slower than those in float32."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
-    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cpu" and has_instructions("avx512_bf16", "amx_bf16")
 
 
 def moved(block: Tensor, device: torch.device) -> Tensor:
@@ -176,23 +176,7 @@ class LowRankDelta:
 
 Delta = DenseDelta | LowRankDelta
 
-_THIN = 64  # columns
-_ROWS = 256  # rows per block: with a block of columns or of the result, a 4096-wide matrix's 4 MB stay in the processor's cache
-
-
-def _times(weight: Tensor, x: Tensor) -> Tensor:
-    """`W @ x` for a few columns `x (in, k)`. In blocks of rows a CPU takes four fifths of the time of the whole product."""
-    if weight.device.type != "cpu" or x.shape[1] > _THIN:
-        return weight @ x
-    out = torch.empty(weight.shape[0], x.shape[1])
-    for start in range(0, weight.shape[0], _ROWS):
-        torch.mm(weight[start : start + _ROWS], x, out=out[start : start + _ROWS])
-    return out
-
-
-def _transposed_times(weight: Tensor, x: Tensor) -> Tensor:
-    """`W.T @ x`, so written that the rows of W are read in order: on a CPU a third faster than the product with a transposed W."""
-    return (x.T @ weight).T
+_ROWS = 256  # of a difference that are formed at a time: a 4096-wide matrix's 4 MB stay in the processor's cache
 
 
 def residual_energy(delta: Delta, approximation: LowRankDelta, inner: float | None = None) -> float:
