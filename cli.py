@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import os
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,17 +85,18 @@ def delta(
     Example:
       adapt-convert delta ./base ./ft --to lorta --rank 16
     """
-    with importing():
-        from adapt_convert.convert.conversion import convert, default_name
     from adapt_convert.convert.inspection import inspect as inspect_paths
+    from adapt_convert.convert.opening import default_name, open_pair
     from adapt_convert.convert.options import Options
     from adapt_convert.formats.atomic import check_destination
+    from adapt_convert.formats.checkpoint import hashing
     from adapt_convert.formats.location import locate
 
+    started = time.monotonic()
     parsed = Options(**options)
+    parsed.require_text()
     located = locate(source, revision)
     directory = output or Path(default_name(located, parsed, task))
-    where: dict[str, Any] = {"revision": revision, "base_revision": base_revision, "task": task}
     check_destination(directory, overwrite, (base, source))
     if rerun:
         from adapt_convert.formats.diffusion import refuse_diffusion
@@ -103,12 +108,14 @@ def delta(
 
         (check_repo if dry_run else check_login)(repo)
     if dry_run:
-        planned = inspect_paths(base, source, **where, **options)
+        planned = inspect_paths(base, source, revision=revision, base_revision=base_revision, task=task, **options)
         emit(planned, True) if as_json else print_plan(planned, console())
         return
-    announced: dict[str, Any] = {} if as_json else {"on_plan": _announce}
+    opened = open_pair(base, source, revision, base_revision, task)
+    with importing(), hashing(opened[0].store, opened[1].store):
+        from adapt_convert.convert.conversion import convert_opened
     with progress(quiet=as_json) as track:
-        conversion = convert(base, source, **where, progress=track, **announced, **options)
+        conversion = convert_opened(*opened, parsed, started, progress=track, on_plan=None if as_json else _announce)
         conversion.save(directory, overwrite)
     if not as_json:
         print_summary(conversion, directory)
@@ -366,5 +373,22 @@ def _push(directory: Path, repo: str) -> dict[str, Any]:
     return push_directory(directory, repo)
 
 
+def run() -> None:
+    """The console script: `main`, and then the end of the process at once. To take apart all that torch has set up would take a tenth of
+    a second."""
+    code: str | int | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # the reader of our output has left
+        code = 1
+    os._exit(int(code or 0))
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -32,19 +32,18 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_adapter import GgufAdapter
 from adapt_convert.formats.image_lora import ImageLora
 from adapt_convert.formats.latte import LatteAdapter
-from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.loda import LodaAdapter
-from adapt_convert.formats.lora_names import lora_file
 from adapt_convert.formats.lorta import LortaAdapter
-from adapt_convert.formats.peft import LoraAdapter, is_plain_lora
+from adapt_convert.formats.peft import LoraAdapter
 from adapt_convert.formats.shared_lora import SharedLoraAdapter
-from adapt_convert.formats.source import Source, adapter_config_path, shared_lora_config_path
+from adapt_convert.formats.source import Source
 
 Adapter = LoraAdapter | ImageLora | GgufAdapter | LortaAdapter | LatteAdapter | LodaAdapter | SharedLoraAdapter
 Solver = Callable[
     [Pairs, Plan, Options, dict[Entry, float], Progress],
     tuple[LoraAdapter, list[Record]] | tuple[LortaAdapter, list[Record]] | tuple[LatteAdapter, list[Record]],
 ]
+OnPlan = Callable[[Plan, Checkpoint, Source, Options], None]
 SOLVERS: dict[str, Solver] = {"lora": solve_lora, "lorta": solve_lorta, "latte": solve_latte}  # without text
 
 
@@ -84,7 +83,7 @@ def convert(
     base_revision: str | None = None,
     task: str | None = None,
     progress: Progress = silent,
-    on_plan: Callable[[Plan, Checkpoint, Source, Options], None] = lambda plan, base, source, options: None,
+    on_plan: OnPlan | None = None,
     pieces: Pieces | None = None,
     **options: Any,
 ) -> Conversion:
@@ -98,12 +97,27 @@ def convert(
     started = time.monotonic()
     chosen = Options(**options)
     chosen.require_text()
-    opened_base, opened_source = open_pair(base, source, revision, base_revision, task)
+    opened = open_pair(base, source, revision, base_revision, task)
+    return convert_opened(*opened, chosen, started, progress=progress, on_plan=on_plan, pieces=pieces)
+
+
+def convert_opened(
+    opened_base: Checkpoint,
+    opened_source: Source,
+    chosen: Options,
+    started: float,
+    *,
+    progress: Progress = silent,
+    on_plan: OnPlan | None = None,
+    pieces: Pieces | None = None,
+) -> Conversion:
+    """The same of two sides that are open, `started` seconds of `time.monotonic()` ago."""
     plan = make_plan(opened_base, opened_source, chosen)
     require_factors(plan, opened_base, chosen)
     budget = chosen.budget
     plan, chosen = settle_budget(plan, opened_base, opened_source, chosen)
-    on_plan(plan, opened_base, opened_source, chosen)
+    if on_plan:
+        on_plan(plan, opened_base, opened_source, chosen)
     refuse_certain_losses(plan, chosen)
     pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
     stored, records = survey(pairs, plan, chosen, progress)
@@ -157,16 +171,6 @@ def _require_change(records: list[Record], base: Checkpoint, source: Source, opt
         return
     advice = "--to lora stores what the fine-tune added" if has_new else "there is nothing to factor"
     raise AdaptError(f"{source.origin}: none of the targeted matrices changed; {advice}")
-
-
-def default_name(source: Location, options: Options, task: str | None = None) -> str:
-    """What to call the output: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`; `style-lora` for a LoRA whose ranks stay what they are."""
-    name = f"{source.name}-{task}" if task else source.name
-    config = adapter_config_path(source)
-    is_lora = is_plain_lora(read_json(config)) if config else bool(lora_file(source) or shared_lora_config_path(source))
-    if options.to == "lora" and is_lora and not options.has_size:
-        return f"{name}-lora" + (f"-{options.profile}" if options.profile else "")
-    return options.output_name(name)
 
 
 def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], list[Record]]:

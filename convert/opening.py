@@ -9,6 +9,7 @@ from typing import Any
 
 from adapt_convert.convert.architectures import family_of, module_names, without_prefix
 from adapt_convert.convert.experts import split_stacks
+from adapt_convert.convert.options import Options
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.gguf_header import gguf_adapter
@@ -65,6 +66,19 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
     checkpoint = Checkpoint(location)
     split_stacks(checkpoint.store, checkpoint.origin, family_of(checkpoint.config) or family_of(base.config))
     return checkpoint_source(checkpoint, module_names(checkpoint.infos, checkpoint.config))
+
+
+def default_name(source: Location, options: Options, task: str | None = None) -> str:
+    """What to call the output: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`; `style-lora` for a LoRA whose ranks stay what they are."""
+    name = f"{source.name}-{task}" if task else source.name
+    is_lora = bool(lora_file(source) or shared_lora_config_path(source))
+    if config := adapter_config_path(source):
+        from adapt_convert.formats.peft import is_plain_lora
+
+        is_lora = is_plain_lora(read_json(config))
+    if options.to == "lora" and is_lora and not options.has_size:
+        return f"{name}-lora" + (f"-{options.profile}" if options.profile else "")
+    return options.output_name(name)
 
 
 def _open_adapter(base: Checkpoint, location: Location, config: Mapping[str, Any]) -> Source:

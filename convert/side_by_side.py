@@ -1,18 +1,21 @@
 """Several matrices at a time, each worked on by a single thread from the disk to its result.
 
 On a CPU this beats one matrix at a time on all cores: products with a thin block of columns hardly gain from a second thread, and
-while one thread waits for the disk the others compute. It also makes results independent of the number of threads. On a GPU each
-thread has a stream of its own: while one reads or copies, the device computes what the others have asked for.
+while one thread waits for the disk the others compute: where one is seen to wait, one more than there are cores take part. It also
+makes results independent of the number of threads. On a GPU each thread has a stream of its own: while one reads or copies, the device
+computes what the others have asked for.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
@@ -26,6 +29,7 @@ Result = TypeVar("Result")
 IN_FLIGHT = 3 * 2**29  # bytes of loaded items held at a time, unless one alone is larger
 DELTA_BYTES = 6  # of each number of a loaded delta, at most: float32, and bfloat16 where products may be rough
 _STREAMS = 8  # threads of a GPU, at most
+_BUSY = 0.9  # of the time of loading, at least: less, and threads wait for the disk
 
 
 @functools.cache
@@ -55,6 +59,24 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class _Loading(Generic[Item, Loaded]):
+    """Loads, and sets `waits` once so far a tenth of the time went into waiting for the disk."""
+
+    def __init__(self, load: Callable[[Item], Loaded]) -> None:
+        self._load = load
+        self._elapsed = self._busy = 0.0  # seconds of all threads
+        self.waits = threading.Event()
+
+    def __call__(self, item: Item) -> Loaded:
+        start, busy = time.perf_counter(), time.thread_time()
+        loaded = self._load(item)
+        self._elapsed += time.perf_counter() - start
+        self._busy += time.thread_time() - busy
+        if self._busy < _BUSY * self._elapsed:
+            self.waits.set()
+        return loaded
+
+
 def side_by_side(
     items: Iterable[Item],
     size: Callable[[Item], int],
@@ -73,12 +95,12 @@ def side_by_side(
     pending: deque[tuple[Item, int, Future[Result]]] = deque()
     threads = torch.get_num_threads()
     caller = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    # On a CPU one more than cores, as one of them is often waiting for the disk.
+    loading = _Loading(load)
     workers = threads + 1 if caller is None else min(threads, _STREAMS)
 
     def both(item: Item) -> Result:
         if caller is None:
-            return work(item, load(item))
+            return work(item, loading(item))
         own = torch.cuda.current_stream(device)
         own.wait_stream(caller)
         result = work(item, load(item))
@@ -98,6 +120,9 @@ def side_by_side(
             caller.synchronize()
 
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if caller is None else _streams(device, workers)
+    if caller is None:
+        # Until then it would only push the others' data out of the processor's cache, and hold memory.
+        pool.submit(loading.waits.wait)
     torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
     try:
         for item in items:
@@ -111,6 +136,7 @@ def side_by_side(
             settle()
     finally:
         torch.set_num_threads(threads)  # also what threads to come start with
+        loading.waits.set()
         wait([future for _, _, future in pending if not future.cancel()])
         if caller is None:
             pool.shutdown()

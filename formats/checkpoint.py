@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors.index.json")
 _HASHED = 2**19  # elements at a time
+_PIECE = 2**24  # bytes hashed at a time while another thread holds Python's lock: for each piece it has to be waited for
 _SINGLE = (
     *("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin"),
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"),
@@ -148,6 +152,18 @@ class TensorStore:
         for _ in self.blocks(name, _HASHED):
             pass
 
+    def hash_ahead(self, name: str, buffer: memoryview, stop: threading.Event) -> None:
+        """Hash a tensor that lies in a safetensors file as it is, in pieces of `buffer`, unless `stop` is set before it is done."""
+        owner, stored = self._owner[name]
+        if name in self._digests or not isinstance(owner, SafetensorsFile):
+            return
+        digest = blake3()
+        for piece in owner.pieces(stored, buffer):
+            if stop.is_set():
+                return
+            digest.update(piece)
+        self._digests[name] = digest.hexdigest()
+
     @property
     def reads(self) -> int:
         """How many tensors were read so far, each as often as it was."""
@@ -164,6 +180,31 @@ class TensorStore:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.infos.values())
+
+
+@contextmanager
+def hashing(*stores: TensorStore) -> Iterator[None]:
+    """Another thread hashes the tensors of the stores for as long as the block takes: meant for the import of torch, during which
+    all other cores have nothing to do. It also has the system fetch from the disk what is read next."""
+    stop = threading.Event()
+
+    def work() -> None:
+        buffer = memoryview(bytearray(_PIECE))
+        try:
+            for names in zip_longest(*(store.infos for store in stores)):
+                for store, name in zip(stores, names, strict=True):
+                    if name is not None and not stop.is_set():
+                        store.hash_ahead(name, buffer, stop)
+        except AdaptError:  # comes again where the tensor is read
+            pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _open(path: Path) -> SafetensorsFile | PickleFile:

@@ -119,7 +119,7 @@ class SafetensorsFile:
         info = self._readable(name)
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         with self._opened(name) as file:
-            self._fill(file, buffer, name)
+            self._fill(file, byte_view(buffer), name)
         return buffer.view(torch_dtype(info.dtype)).reshape(info.shape)
 
     def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
@@ -132,8 +132,17 @@ class SafetensorsFile:
         with self._opened(name) as file:
             for start in range(0, info.nbytes, max(1, len(buffer))):
                 block = buffer[: info.nbytes - start]
-                self._fill(file, block, name)
+                self._fill(file, byte_view(block), name)
                 yield block.view(dtype)
+
+    def pieces(self, name: str, buffer: memoryview) -> Iterator[memoryview]:
+        """A tensor's bytes in the order of the file, each piece in `buffer`, over the one before; torch is not needed for it."""
+        info = self._readable(name)
+        with self._opened(name) as file:
+            for start in range(0, info.nbytes, len(buffer)):
+                piece = buffer[: info.nbytes - start]
+                self._fill(file, piece, name)
+                yield piece
 
     def split(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
         """Let a tensor appear as `parts`, consecutive pieces of it of one `shape`; nothing is read."""
@@ -160,11 +169,11 @@ class SafetensorsFile:
             raise AdaptError(f"{self.path}: cannot be read: {error.strerror}") from None
         return file
 
-    def _fill(self, file: FileIO, buffer: Tensor, name: str) -> None:
-        view, done = byte_view(buffer), 0
+    def _fill(self, file: FileIO, buffer: memoryview, name: str) -> None:
+        done = 0
         try:
-            while done < len(view):  # one call reads at most 2 GiB
-                count = file.readinto(view[done:])
+            while done < len(buffer):  # one call reads at most 2 GiB
+                count = file.readinto(buffer[done:])
                 if not count:
                     raise self._broken(f"ends inside {name!r}: it was cut short while being read")
                 done += count
