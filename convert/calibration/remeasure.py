@@ -49,7 +49,7 @@ def _latte(pairs: Pairs, plan: Plan, adapter: LatteAdapter, progress: Progress) 
         segment = next(s for s in adapter.segments if s.start <= matrix.layer < s.stop)
         return residual_energy(delta, approximation(block.to(pairs.device), segment.Q.to(pairs.device), matrix.reads))
 
-    found = effective.each(progress(effective.matrices, "measuring"), work)
+    found = effective.each(effective.matrices, work, progress, "measuring")
     return {matrix.entry: residual for matrix, residual in found if matrix.entry is not None and residual is not None}
 
 

@@ -56,7 +56,7 @@ def solve_whitened_latte(
         return None if delta is None or K is None else as_written(delta.matmul(K.to(pairs.device)), dtype, matrix.module).cpu()
 
     readers = [matrix for matrix in effective.matrices if matrix.reads]
-    for matrix, value in effective.each(progress(readers, "projecting on inputs"), block):
+    for matrix, value in effective.each(readers, block, progress, "projecting on inputs"):
         if value is not None:
             task.readers[matrix.module] = value
     adapter.details = {name: value for name, value in adapter.details.items() if name != "lora_of_equal_energy"}
@@ -130,7 +130,7 @@ def _grams(effective: Effective, segment: Segment, moments: Moments, progress: P
     matrices = [m for m in effective.matrices if segment.start <= m.layer < segment.stop]
     zero = torch.zeros(effective.width, effective.width, device=device)
     sums, W = dict[str, Tensor](), zero.clone()
-    for matrix, part in effective.each(progress(matrices, "Gram matrices"), own):
+    for matrix, part in effective.each(matrices, own, progress, "Gram matrices"):
         if part is not None and matrix.reads:
             sums[_site(matrix)] = sums.get(_site(matrix), zero) + part
         elif part is not None:

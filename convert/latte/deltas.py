@@ -9,7 +9,7 @@ encoders), a reader reads it as it is and its delta is `D` too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, moved
 from adapt_convert.convert.latte.layout import Layout, layout_of
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
+from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import DELTA_BYTES, side_by_side
 from adapt_convert.formats.errors import AdaptError
 
@@ -52,6 +53,7 @@ class Effective:
     def __init__(self, pairs: Pairs, plan: Plan) -> None:
         self.pairs, self.plan = pairs, plan
         self.spectra: dict[Matrix, Tensor] = {}
+        self._backwards = False  # the next reading of matrices
         self.layout: Layout = layout_of(pairs.base.config, pairs.base.origin)
         self._entries = {entry.name: entry for entry in plan.entries if entry.action != "drop"}
         self.layers = self._count_layers()
@@ -97,9 +99,16 @@ class Effective:
         """`(out, in)`."""
         return self._base_info(matrix.module)
 
-    def each(self, matrices: Iterable[Matrix], work: Callable[[Matrix, Delta | None], Result]) -> Iterator[tuple[Matrix, Result]]:
-        """`work(matrix, effective delta)` of every matrix, in order but several at a time; the delta is gone when `work` returns."""
-        return side_by_side(matrices, self._nbytes, self._passing_delta, work, self.pairs.device)
+    def each(
+        self, matrices: Sequence[Matrix], work: Callable[[Matrix, Delta | None], Result], progress: Progress = silent, what: str = ""
+    ) -> Iterator[tuple[Matrix, Result]]:
+        """`work(matrix, effective delta)` of every matrix, several at a time; the delta is gone when `work` returns.
+
+        One time in order, the next time backwards: the end of a model that does not fit into memory may still be there.
+        """
+        self._backwards = not self._backwards
+        ordered = matrices if self._backwards else matrices[::-1]
+        return side_by_side(progress(ordered, what), self._nbytes, self._passing_delta, work, self.pairs.device)
 
     def _nbytes(self, matrix: Matrix) -> int:
         return DELTA_BYTES * math.prod(self.shape(matrix))

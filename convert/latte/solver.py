@@ -99,7 +99,9 @@ def project(
         return block.cpu(), energy, residual, bias, segment.rank
 
     records, ranks = [], dict[Matrix, int]()
-    for matrix, (block, energy, residual, bias, rank) in effective.each(progress(effective.matrices, "projecting"), work):
+    found = dict(effective.each(effective.matrices, work, progress, "projecting"))
+    for matrix in effective.matrices:
+        block, energy, residual, bias, rank = found[matrix]
         if block is not None:
             (task.readers if matrix.reads else task.writers)[matrix.module] = block
         if bias is not None:

@@ -46,14 +46,18 @@ class Stream:
         return math.ldexp(1.0, math.frexp(self.energy)[1] // 2)
 
     def read(self, purpose: str, work: Callable[[Slab, Delta], Result]) -> Iterator[tuple[Slab, Result]]:
-        """`work(slab, delta)` of every slab, in order, several at a time unless tiny; the delta is gone when `work` returns."""
+        """`work(slab, delta)` of every slab, several at a time unless tiny; the delta is gone when `work` returns.
+
+        One pass in order, the next backwards: the end of a model that does not fit into memory may still be there.
+        """
         self.passes += 1
         first = self.passes == 1
 
         def measured(slab: Slab, delta: Delta) -> tuple[float, Result]:
             return delta.energy() if first else 0.0, work(slab, delta)
 
-        slabs = self.progress(self.slabs, f"pass {self.passes}: {purpose}")
+        ordered = self.slabs if self.passes % 2 else self.slabs[::-1]
+        slabs = self.progress(ordered, f"pass {self.passes}: {purpose}")
         tiny = ((slab, measured(slab, self._load(slab))) for slab in slabs)
         several = side_by_side(slabs, self._nbytes, self._load, measured, self.device)
         for slab, (energy, result) in tiny if self.shape.numbers <= _TINY else several:

@@ -71,7 +71,7 @@ def _measure(effective: Effective, segments: list[Segment], progress: Progress) 
         block = delta.matmul(Q) if matrix.reads else delta.rmatmul(Q)
         return _Kept(energy, torch.linalg.vector_norm(block, dim=0).double().square().cpu(), bias)
 
-    return dict(effective.each(progress(effective.matrices, f"projecting on {len(segments)} bases"), work))
+    return dict(effective.each(effective.matrices, work, progress, f"projecting on {len(segments)} bases"))
 
 
 def _fill(effective: Effective, adapter: LatteAdapter, kept: dict[Matrix, _Kept], dtype: torch.dtype) -> list[Record]:
