@@ -111,9 +111,10 @@ def delta(
         planned = inspect_paths(base, source, revision=revision, base_revision=base_revision, task=task, **options)
         emit(planned, True) if as_json else print_plan(planned, console())
         return
-    opened = open_pair(base, source, revision, base_revision, task)
-    with importing(), hashing(opened[0].store, opened[1].store):
-        from adapt_convert.convert.conversion import convert_opened
+    with importing():
+        opened = open_pair(base, source, revision, base_revision, task)
+        with hashing(opened[0].store, opened[1].store):
+            from adapt_convert.convert.conversion import convert_opened
     with progress(quiet=as_json) as track:
         conversion = convert_opened(*opened, parsed, started, progress=track, on_plan=None if as_json else _announce)
         conversion.save(directory, overwrite)
@@ -374,12 +375,12 @@ def _push(directory: Path, repo: str) -> dict[str, Any]:
 
 
 def run() -> None:
-    """The console script: `main`, and then the end of the process at once. To take apart all that torch has set up would take a tenth of
-    a second."""
-    code: str | int | None = 0
+    """The console script: `main`, and the end of the process at once. Taking apart what torch has set up would take a tenth of a second."""
     try:
         main()
     except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
         code = end.code
     atexit._run_exitfuncs()
     try:
@@ -387,7 +388,7 @@ def run() -> None:
         sys.stderr.flush()
     except BrokenPipeError:  # the reader of our output has left
         code = 1
-    os._exit(int(code or 0))
+    os._exit(code)
 
 
 if __name__ == "__main__":

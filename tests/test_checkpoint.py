@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,8 @@ from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadMod
 import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.convert.batch.sources import find_sources
-from adapt_convert.formats.checkpoint import Checkpoint
+from adapt_convert.formats import checkpoint
+from adapt_convert.formats.checkpoint import Checkpoint, hashing
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, locate
 
@@ -266,6 +269,42 @@ def offline(cache: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
     env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "300"}
     command = [sys.executable, "-c", "from adapt_convert.cli import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_hashing_ahead_finds_the_same_hash(pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_PIECE", 1000)
+    store = Checkpoint(locate(pairs("llama").base)).store
+    with hashing(store):
+        while len(store.known(store.infos)) < len(store.infos):
+            time.sleep(0.001)
+    assert store.content_hash() == Checkpoint(locate(pairs("llama").base)).store.content_hash()
+    assert store.reads == 0
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 7, 40])
+def test_a_tensor_that_was_hashed_in_part_is_hashed_again(pairs, pieces: int) -> None:
+    class Stop(threading.Event):
+        left = pieces
+
+        def is_set(self) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+    store, stop = Checkpoint(locate(pairs("llama").base)).store, Stop()
+    for name in store.infos:
+        store.hash_ahead(name, memoryview(bytearray(1000)), stop)
+    assert len(store.known(store.infos)) < len(store.infos)
+    assert store.content_hash() == Checkpoint(locate(pairs("llama").base)).store.content_hash()
+
+
+def test_hashing_ahead_leaves_errors_to_who_reads(pairs, tmp_path: Path) -> None:
+    broken = shutil.copytree(pairs("llama").base, tmp_path / "base")
+    store = Checkpoint(locate(broken)).store
+    os.truncate(store.files[0], store.files[0].stat().st_size - 1)
+    with hashing(store):
+        time.sleep(0.05)
+    with pytest.raises(AdaptError, match="cut short while being read"):
+        store.content_hash()
 
 
 def test_hub_ids_from_the_cache(pairs, plain_llama, tmp_path: Path) -> None:

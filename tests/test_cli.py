@@ -156,8 +156,25 @@ def test_the_module_runs_as_the_command_does(pairs: Any) -> None:
     assert "model_type: llama" in done.stdout
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["delta", "nowhere", "ft"], 1), (["delta", "base"], 2)])
+def test_the_console_script_ends_with_its_code_and_all_its_output(here: Path, arguments: list[str], code: int) -> None:
+    script = "import atexit; from adapt_convert.cli import run; atexit.register(print, 'at exit'); run()"
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.endswith("at exit\n")
+    assert ("Error: " in done.stderr) == (code != 0)
+
+
 def test_help_starts_fast_and_without_torch() -> None:
     code = "import sys; import adapt_convert, adapt_convert.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_dry_run_needs_no_torch(here: Path) -> None:
+    code = (
+        "import sys; from adapt_convert.cli import main; "
+        "main(['delta', 'base', 'ft', '--dry-run'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

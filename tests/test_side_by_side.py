@@ -66,6 +66,35 @@ def test_an_error_is_raised_where_the_results_are_taken(function: str) -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_thread_more_than_cores_only_where_one_waits(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    busy, most, lock = 0, 0, threading.Lock()
+
+    def load(item: int) -> int:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        end = time.thread_time() + 0.02
+        while not waits and time.thread_time() < end:
+            pass
+        if waits:
+            time.sleep(0.02)
+        return item
+
+    def work(item: int, loaded: int) -> int:
+        nonlocal busy
+        time.sleep(0.01)
+        with lock:
+            busy -= 1
+        return loaded
+
+    monkeypatch.setattr(module, "_BUSY", 0.3)  # other programs may keep a thread from its core, too
+    assert [result for _, result in side_by_side(range(8), lambda item: 1, load, work, CPU)] == list(range(8))
+    assert most == 1 + waits
+
+
 def test_single_thread_restores_what_was_set() -> None:
     before = torch.get_num_threads()
     with single_thread():
