@@ -21,6 +21,7 @@ from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.source import Source
 
 Result = TypeVar("Result")
+Gain = tuple[Tensor, Tensor | None]
 
 _BLOCK = 2**19  # elements read and subtracted at a time: with its float32 difference, 4 MB that stay in the processor's cache
 _COPIED = 2**22  # elements copied to a GPU at a time: with fewer, threads wait for Python's lock
@@ -93,14 +94,21 @@ class Pairs:
         """The same, in memory that the next call from the same thread overwrites."""
         return self._delta(entry, self._scratch.take)
 
-    def _delta(self, entry: Entry, allocate: Callable[[int, torch.dtype], Tensor]) -> Delta:
+    def passing_effective_delta(self, entry: Entry, new: Tensor, change: Tensor | None) -> Delta:
+        """`D diag(new) + W_base diag(change)` of a matrix of a checkpoint, stored as `(out, in)`, in memory as that of `passing_delta`.
+
+        `new` and `change` are `(in,)` float32, on the device of the conversion; without `change` only the first term.
+        """
+        return self._delta(entry, self._scratch.take, (new, change))
+
+    def _delta(self, entry: Entry, allocate: Callable[[int, torch.dtype], Tensor], gain: Gain | None = None) -> Delta:
         if entry.part.kind == "low_rank":
             delta: Delta = self._low_rank(entry).to(self.device)
         else:
             assert entry.base_key
             shape = self.base.infos[entry.base_key].shape
             difference = allocate(math.prod(shape), torch.float32)
-            self._subtract(entry, difference)
+            self._subtract(entry, difference, gain)
             stored = difference.view(shape[0], -1)  # of a convolution: (out, in * kh * kw)
             spare = allocate(math.prod(shape), torch.bfloat16) if stored.device.type == "cpu" else None
             delta = DenseDelta(stored.T.contiguous() if entry.transposed else stored, spare)
@@ -112,7 +120,7 @@ class Pairs:
         assert isinstance(value, LowRankDelta)
         return value
 
-    def _subtract(self, entry: Entry, difference: Tensor) -> None:
+    def _subtract(self, entry: Entry, difference: Tensor, gain: Gain | None) -> None:
         """Fill `difference`, 1-D float32 of the base's size: float32 first, as bfloat16 would round away most of a light fine-tune."""
         if entry.part.kind == "add":
             value = entry.part.load()
@@ -121,11 +129,16 @@ class Pairs:
             return
         position = 0
         elements = _BLOCK if self.device.type == "cpu" else _COPIED
+        if gain:
+            elements = max(elements // len(gain[0]), 1) * len(gain[0])  # whole rows
         for new, old in zip_longest(self._new_blocks(entry, elements), self._old_blocks(entry, elements)):
             if new is not None and old is not None:
                 count = min(len(new), len(old))
                 block = difference[position : position + count]
-                block.copy_(moved(new[:count], self.device)).sub_(moved(old[:count], self.device))
+                before = moved(old[:count], self.device)
+                block.copy_(moved(new[:count], self.device)).sub_(before)
+                if gain:
+                    _fold(block.view(-1, len(gain[0])), before, *gain)
                 position += count
         difference[position:].zero_()  # rows that the source cut stay as they are
 
@@ -204,6 +217,12 @@ class Pairs:
         new, old = self._read(entry)
         assert isinstance(new, Tensor)
         return new.float() if entry.part.kind == "add" or old is None else new.float() - old.float()
+
+
+def _fold(rows: Tensor, before: Tensor, new: Tensor, change: Tensor | None) -> None:
+    rows.mul_(new)
+    if change is not None:
+        rows.addcmul_(before.view(rows.shape).float(), change)
 
 
 def _delta_bytes(entry: Entry) -> int:

@@ -13,6 +13,7 @@ import torch
 
 import adapt_convert
 from adapt_convert.convert import delta as delta_module
+from adapt_convert.convert import pairs as pairs_module
 from adapt_convert.convert import svd as svd_module
 from adapt_convert.convert.conversion import convert
 from adapt_convert.convert.delta import DenseDelta, LowRankDelta
@@ -274,3 +275,27 @@ def test_the_iteration_finds_some_basis_where_nothing_changed(monkeypatch: pytes
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AdaptError, match=message):
         Options(**{"to": "latte", **options})
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "gpt2", "bert"])
+@pytest.mark.parametrize("gains", [True, False])
+def test_deltas_in_passing_are_the_effective_ones(
+    name: str, gains: bool, make_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Formed a few rows at a time from one reading, or at once from the difference, the base and the gains: the same numbers."""
+    monkeypatch.setattr(pairs_module, "_BLOCK", 100)
+
+    def change(model: Any) -> None:
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if gains or parameter.ndim > 1:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+
+    pair = make_pair(tmp_path, name, change)
+    base, source = open_pair(pair.base, pair.ft)
+    effective = Effective(Pairs(base, source, torch.device("cpu")), make_plan(base, source, Options(to="latte", rank=4)))
+    for matrix in effective.matrices:
+        expected, got = effective.delta(matrix), effective._passing_delta(matrix)
+        assert isinstance(expected, DenseDelta)
+        assert isinstance(got, DenseDelta)
+        torch.testing.assert_close(got.weight, expected.weight, rtol=1e-6, atol=1e-8)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, moved
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
 from adapt_convert.convert.latte.layout import Layout, layout_of
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
@@ -25,8 +25,6 @@ from adapt_convert.convert.side_by_side import DELTA_BYTES, side_by_side
 from adapt_convert.formats.errors import AdaptError
 
 Result = TypeVar("Result")
-
-_ROWS = 256  # of a base matrix, read and folded at a time
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,13 @@ class Effective:
         return self._effective(matrix, self.pairs.delta(matrix.entry) if matrix.entry else None)
 
     def _passing_delta(self, matrix: Matrix) -> Delta | None:
-        """The same, in memory that the thread's next one overwrites."""
-        return self._effective(matrix, self.pairs.passing_delta(matrix.entry) if matrix.entry else None)
+        """The same, in memory that the thread's next one overwrites, and of a checkpoint in one reading of both sides."""
+        entry = matrix.entry
+        if entry is None or matrix.norm is None or entry.part.kind != "replace" or self.layout.conv1d:
+            return self._effective(matrix, self.pairs.passing_delta(entry) if entry else None)
+        new, old = self.gain(matrix.norm, new=True), self.gain(matrix.norm, new=False)
+        change = None if torch.equal(new, old) else new - old
+        return self._centre(self.pairs.passing_effective_delta(entry, new, change), dim=1)
 
     def _effective(self, matrix: Matrix, delta: Delta | None) -> Delta | None:
         if matrix.norm is None:
@@ -135,18 +138,10 @@ class Effective:
 
     def _with_folded_gain(self, matrix: Matrix, delta: Delta | None, change: Tensor) -> DenseDelta:
         """The delta plus the base's matrix times the change of its gain."""
+        base = self.base_weight(matrix.module)
         if not isinstance(delta, DenseDelta):
-            folded = self.base_weight(matrix.module) * change
-            return DenseDelta(folded if delta is None else delta.dense() + folded)
-        if self.layout.conv1d:
-            return replace(delta, weight=delta.weight.addcmul_(self.base_weight(matrix.module), change))
-        weight, row = delta.weight, 0
-        key = self.plan.base_keys[f"{matrix.module}.weight"]
-        for block in self.pairs.base.store.blocks(key, _ROWS * weight.shape[1]):
-            rows = moved(block.view(-1, weight.shape[1]), weight.device).float()
-            weight[row : row + len(rows)].addcmul_(rows, change)
-            row += len(rows)
-        return replace(delta, weight=weight)
+            return DenseDelta(base * change if delta is None else delta.dense() + base * change)
+        return replace(delta, weight=delta.weight.addcmul_(base, change))
 
     def _centre(self, delta: Delta | None, dim: int) -> Delta | None:
         if delta is None or self.layout.norm != "layer" or self.layout.post_norms:
