@@ -92,7 +92,6 @@ def delta(
     from adapt_convert.formats.checkpoint import hashing
     from adapt_convert.formats.location import locate
 
-    started = time.monotonic()
     parsed = Options(**options)
     parsed.require_text()
     located = locate(source, revision)
@@ -111,6 +110,7 @@ def delta(
         planned = inspect_paths(base, source, revision=revision, base_revision=base_revision, task=task, **options)
         emit(planned, True) if as_json else print_plan(planned, console())
         return
+    started = time.monotonic()
     with importing():
         opened = open_pair(base, source, revision, base_revision, task)
         with hashing(opened[0].store, opened[1].store):
@@ -383,11 +383,11 @@ def run() -> None:
             raise
         code = end.code
     atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:  # the reader of our output has left
-        code = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that was closed from the start is None
+        try:
+            stream.flush()
+        except OSError:  # the reader of our output has left, or the disk is full
+            code = code or 1
     os._exit(code)
 
 

@@ -47,11 +47,11 @@ class DenseDelta:
 
     def matmul(self, x: Tensor) -> Tensor:
         """`D @ x` for `x (in, k)`, float32."""
-        return times(self.weight, x) if self.weight.is_contiguous() else transposed_times(self.weight.T, x)
+        return times(self.weight, x)
 
     def rmatmul(self, x: Tensor) -> Tensor:
         """`D.T @ x` for `x (out, k)`, float32."""
-        return transposed_times(self.weight, x) if self.weight.is_contiguous() else times(self.weight.T, x)
+        return transposed_times(self.weight, x)
 
     @property
     def rounds(self) -> bool:

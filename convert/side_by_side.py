@@ -30,6 +30,7 @@ IN_FLIGHT = 3 * 2**29  # bytes of loaded items held at a time, unless one alone 
 DELTA_BYTES = 6  # of each number of a loaded delta, at most: float32, and bfloat16 where products may be rough
 _STREAMS = 8  # threads of a GPU, at most
 _BUSY = 0.9  # of the time of loading, at least: less, and threads wait for the disk
+_WATCHED = 0.05  # seconds of loading, before which nothing is concluded
 
 
 @functools.cache
@@ -59,22 +60,75 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Loading(Generic[Item, Loaded]):
-    """Loads, and sets `waits` once so far a tenth of the time went into waiting for the disk."""
+class _Cores(Generic[Item, Loaded, Result]):
+    """Threads of a CPU: as many as there are cores, and one more once threads were seen to wait while they load, most likely for the disk.
 
-    def __init__(self, load: Callable[[Item], Loaded]) -> None:
-        self._load = load
-        self._elapsed = self._busy = 0.0  # seconds of all threads
-        self.waits = threading.Event()
+    Where nobody waits, it would hold memory and push the others' data out of the processor's cache.
+    """
 
-    def __call__(self, item: Item) -> Loaded:
+    def __init__(self, load: Callable[[Item], Loaded], work: Callable[[Item, Loaded], Result]) -> None:
+        import torch
+
+        self.count = torch.get_num_threads()
+        self._load, self._work = load, work
+        # No thread starts before it has something to do.
+        self._pool, self._more = (ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) for n in (self.count, 1))
+        self._last: Future[Result] | None = None  # what the one more has to do
+        self._lock = threading.Lock()
+        self._elapsed = self._busy = 0.0  # seconds of loading, of all threads
+
+    def submit(self, item: Item) -> Future[Result]:
+        waits = self._elapsed > _WATCHED and self._busy < _BUSY * self._elapsed
+        if not waits or (self._last and not self._last.done()):
+            return self._pool.submit(self._both, item)
+        self._last = self._more.submit(self._both, item)
+        return self._last
+
+    def _both(self, item: Item) -> Result:
         start, busy = time.perf_counter(), time.thread_time()
         loaded = self._load(item)
-        self._elapsed += time.perf_counter() - start
-        self._busy += time.thread_time() - busy
-        if self._busy < _BUSY * self._elapsed:
-            self.waits.set()
-        return loaded
+        with self._lock:
+            self._elapsed += time.perf_counter() - start
+            self._busy += time.thread_time() - busy
+        return self._work(item, loaded)
+
+    def settle(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._more.shutdown()
+
+
+class _Gpu(Generic[Item, Loaded, Result]):
+    """Threads with a stream each of a GPU."""
+
+    def __init__(self, load: Callable[[Item], Loaded], work: Callable[[Item, Loaded], Result], device: torch.device) -> None:
+        import torch
+
+        self.count = min(torch.get_num_threads(), _STREAMS)
+        self._load, self._work, self._device = load, work, device
+        self._caller = torch.cuda.current_stream(device)
+        self._pool = _streams(device, self.count)
+
+    def submit(self, item: Item) -> Future[Result]:
+        return self._pool.submit(self._both, item)
+
+    def _both(self, item: Item) -> Result:
+        import torch
+
+        own = torch.cuda.current_stream(self._device)
+        own.wait_stream(self._caller)
+        result = self._work(item, self._load(item))
+        own.synchronize()
+        return result
+
+    def settle(self) -> None:
+        """What the caller did with a result is done before its memory can go to another."""
+        self._caller.synchronize()
+
+    def close(self) -> None:
+        self.settle()
 
 
 def side_by_side(
@@ -94,18 +148,7 @@ def side_by_side(
 
     pending: deque[tuple[Item, int, Future[Result]]] = deque()
     threads = torch.get_num_threads()
-    caller = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    loading = _Loading(load)
-    workers = threads + 1 if caller is None else min(threads, _STREAMS)
-
-    def both(item: Item) -> Result:
-        if caller is None:
-            return work(item, loading(item))
-        own = torch.cuda.current_stream(device)
-        own.wait_stream(caller)
-        result = work(item, load(item))
-        own.synchronize()
-        return result
+    workers = _Gpu(load, work, device) if device.type == "cuda" else _Cores(load, work)
 
     def held() -> int:
         return sum(nbytes for _, nbytes, future in pending if not future.done())
@@ -114,33 +157,21 @@ def side_by_side(
         item, _, future = pending.popleft()
         return item, future.result()
 
-    def settle() -> None:
-        """What the caller did with a result is done before its memory can go to another."""
-        if caller is not None:
-            caller.synchronize()
-
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) if caller is None else _streams(device, workers)
-    if caller is None:
-        # Until then it would only push the others' data out of the processor's cache, and hold memory.
-        pool.submit(loading.waits.wait)
     torch.set_num_threads(1)  # the caller adds up results meanwhile: more threads than cores would wait for each other
     try:
         for item in items:
             nbytes = size(item)
-            while pending and (held() + nbytes > IN_FLIGHT or len(pending) > 2 * workers):
+            while pending and (held() + nbytes > IN_FLIGHT or len(pending) > 2 * workers.count):
                 yield first()
-                settle()
-            pending.append((item, nbytes, pool.submit(both, item)))
+                workers.settle()
+            pending.append((item, nbytes, workers.submit(item)))
         while pending:
             yield first()
-            settle()
+            workers.settle()
     finally:
         torch.set_num_threads(threads)  # also what threads to come start with
-        loading.waits.set()
         wait([future for _, _, future in pending if not future.cancel()])
-        if caller is None:
-            pool.shutdown()
-        settle()
+        workers.close()
 
 
 @functools.cache

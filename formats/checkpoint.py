@@ -50,8 +50,8 @@ class Split:
 class TensorStore:
     """The tensors of one or more files: `infos` by name from the headers, `read` for one at a time.
 
-    Every tensor that is read is hashed on the way, so that `content_hash` names the weights and not the files they lie in:
-    the same model in other shards has the same hash. `prefixes` go before the names of the tensors of some files.
+    Every tensor is hashed when it is first read, or ahead of that (`hashing`), so that `content_hash` names the weights and not the
+    files they lie in: the same model in other shards has the same hash. `prefixes` go before the names of the tensors of some files.
     """
 
     def __init__(self, files: list[Path], prefixes: Mapping[Path, str] | None = None) -> None:

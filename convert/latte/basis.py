@@ -27,7 +27,7 @@ _PASSES = 12  # reads of all deltas, at most: as much work as a Gram matrix 4096
 _TOLERANCE = 5e-5  # share of captured energy that further passes may still be expected to add
 _NOISE = 1e-13  # eigenvalues below this share of the sum are rounding, of factored deltas at least; that of dense ones may be larger
 
-# Applied to a function of (matrix, effective delta): its results for every changed matrix of a segment, in order.
+# Applied to a function of (matrix, effective delta): its results for every changed matrix of a segment.
 Stream = Callable[[Callable[[Matrix, Delta], Any]], Iterable[Any]]
 
 
