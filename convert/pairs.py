@@ -220,6 +220,7 @@ class Pairs:
 
 
 def _fold(rows: Tensor, before: Tensor, new: Tensor, change: Tensor | None) -> None:
+    """Rows of a difference, in place, as `passing_effective_delta` has them; `before` are the base's, 1-D."""
     rows.mul_(new)
     if change is not None:
         rows.addcmul_(before.view(rows.shape).float(), change)
