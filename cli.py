@@ -94,8 +94,7 @@ def delta(
 
     parsed = Options(**options)
     parsed.require_text()
-    located = locate(source, revision)
-    directory = output or Path(default_name(located, parsed, task))
+    directory = output or Path(default_name(locate(source, revision), parsed, task))
     check_destination(directory, overwrite, (base, source))
     if rerun:
         from adapt_convert.formats.diffusion import refuse_diffusion
