@@ -27,7 +27,6 @@ from adapt_convert.convert.lorta.cp_core import (
     product_c_m,
     project,
     solve_proximal,
-    square_of,
     squares_of,
 )
 from adapt_convert.convert.lorta.cp_newton import CoreFit, fit_newton
@@ -39,16 +38,16 @@ _CLOSE = 1e-3  # share of the energy left below which the fit goes on in float64
 
 
 class Sweeper:
-    """Updates of one model's factors in turn, each by least squares; with `alone` each column is a model of its own."""
+    """Updates of one model's factors in turn, each by least squares."""
 
-    def __init__(self, core: Core, model: Model, alone: bool = False) -> None:
-        self.core, self.model, self.alone = core, list(model), alone
-        self.squares = squares_of(model, alone)
+    def __init__(self, core: Core, model: Model) -> None:
+        self.core, self.model = core, list(model)
+        self.squares = squares_of(model)
 
     def update(self, n: int, rhs: Array) -> Array:
         normal = normal_of(self.core, self.squares, n)
         self.model[n] = solve_proximal(rhs, normal, self.model[n])
-        self.squares[n] = square_of(self.model[n], self.alone)
+        self.squares[n] = self.model[n] @ self.model[n].T
         return normal
 
     def others(self, projected: list[Array]) -> tuple[Array, Array]:

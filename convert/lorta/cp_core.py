@@ -5,11 +5,9 @@ The core is a set of five-way tensors, one per head count, coupled through share
     T_g[a, m, l, h, j] ~ sum_rho A[rho, a] C_m^g[rho, m] C_l[rho, l] C_h^g[rho, h] B[rho, j].
 
 A model is a flat list of factors `[A, B, C_l, C_h^0 .. C_h^{G-1}, C_m^0 .. C_m^{G-1}]`, so group `g` uses the positions
-`(0, 1, 2, 3 + g, 3 + G + g)`. Each factor is `(r, size)` float64, in NumPy whatever the core's device: all but the two products with
-the core is thousands of operations on a few numbers, and a call is what they cost. Its BLAS uses one thread (`single_blas_thread`).
-
-The columns of a model are added up, or they are `r` models of one column each, side by side. Those have normal matrices of one number,
-`(r, 1)` in place of `(r, r)`; all else is the same.
+`(0, 1, 2, 3 + g, 3 + G + g)`. Each factor is `(r, size)`, in NumPy whatever the core's device: all but the two products with the core
+is thousands of operations on a few numbers, and a call is what they cost. Its BLAS uses one thread (`single_blas_thread`). Factors are
+float64, but of the core's dtype while terms are searched (convert/lorta/cp_search.py); products have the dtype of the factors.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ class Core:
 
 
 def random_model(core: Core, rank: int, generator: np.random.Generator) -> Model:
-    """A model of Gaussian factors."""
+    """A model of Gaussian factors, float64."""
     return [generator.standard_normal((rank, size)) for size in core.sizes()]
 
 
@@ -97,9 +95,9 @@ def khatri_rao(core: Core, model: Model, group: int) -> Tensor:
 
 
 def product_a(core: Core, model: Model) -> Array:
-    """MTTKRP of the first mode, `sum_g T_g W_g`, `(r, k)` float64."""
+    """MTTKRP of the first mode, `sum_g T_g W_g`, `(r, k)`."""
     out = sum_of([khatri_rao(core, model, group) @ tensor.flatten(1).T for group, tensor in enumerate(core.tensors)])
-    return as_array(out.double())
+    return as_array(out).astype(model[0].dtype, copy=False)
 
 
 def project(core: Core, a: Array) -> list[Array]:
@@ -114,40 +112,40 @@ def as_array(tensor: Tensor) -> Array:
 
 
 def product_b(core: Core, model: Model, projected: list[Array]) -> Array:
-    """MTTKRP of B, `(r, p)` float64."""
-    parts = (joined(core, model, group).astype(y.dtype)[:, None, :] @ y for group, y in enumerate(projected))
-    out: Array = sum_of([part[:, 0].astype(np.float64) for part in parts])
+    """MTTKRP of B, `(r, p)`."""
+    parts = (joined(core, model, group).astype(y.dtype, copy=False)[:, None, :] @ y for group, y in enumerate(projected))
+    out: Array = sum_of([part[:, 0].astype(model[1].dtype, copy=False) for part in parts])
     return out
 
 
 def contract_b(core: Core, model: Model, projected: list[Array]) -> list[Array]:
-    """`(r, M_g L, heads_g)` float64: the core contracted with A and B."""
-    b = model[1].astype(projected[0].dtype)[:, :, None]
+    """`(r, M_g L, heads_g)`: the core contracted with A and B."""
+    b = model[1].astype(projected[0].dtype, copy=False)[:, :, None]
     parts = zip(projected, core.tensors, strict=True)
-    return [(y @ b).astype(np.float64).reshape(len(b), -1, tensor.shape[3]) for y, tensor in parts]
+    return [(y @ b).astype(model[1].dtype, copy=False).reshape(len(b), -1, tensor.shape[3]) for y, tensor in parts]
 
 
 def product_c_h(core: Core, model: Model, small: list[Array], group: int) -> Array:
-    """MTTKRP of C_h of a group, `(r, heads_g)` float64."""
+    """MTTKRP of C_h of a group, `(r, heads_g)`."""
     _, _, c_l, _, c_m = (model[n] for n in core.positions(group))
     out: Array = (_outer(c_m, c_l)[:, None, :] @ small[group])[:, 0]
     return out
 
 
 def contract_heads(core: Core, model: Model, small: list[Array]) -> list[Array]:
-    """`(r, M_g, L)` float64: the core contracted with all factors but C_l and C_m."""
+    """`(r, M_g, L)`: the core contracted with all factors but C_l and C_m."""
     parts = (each @ model[3 + group][:, :, None] for group, each in enumerate(small))
     return [part.reshape(len(part), -1, model[2].shape[1]) for part in parts]
 
 
 def product_c_m(model: Model, rest: list[Array], group: int) -> Array:
-    """MTTKRP of C_m of a group, `(r, M_g)` float64."""
+    """MTTKRP of C_m of a group, `(r, M_g)`."""
     out: Array = (rest[group] @ model[2][:, :, None])[:, :, 0]
     return out
 
 
 def product_c_l(core: Core, model: Model, rest: list[Array]) -> Array:
-    """MTTKRP of C_l, `(r, L)` float64."""
+    """MTTKRP of C_l, `(r, L)`."""
     out: Array = sum_of([(model[core.positions(group)[4]][:, None, :] @ part)[:, 0] for group, part in enumerate(rest)])
     return out
 
@@ -159,14 +157,15 @@ def sum_of(parts: list[Any]) -> Any:
     return out
 
 
-def squares_of(model: Model, alone: bool = False) -> list[Array]:
-    """The Gram matrices `(r, r)` of all factors; with `alone` their diagonals, `(r, 1)`, of columns that are models of their own."""
-    return [square_of(factor, alone) for factor in model]
+def squares_of(model: Model) -> list[Array]:
+    """The Gram matrices `(r, r)` of all factors."""
+    return [factor @ factor.T for factor in model]
 
 
-def square_of(factor: Array, alone: bool) -> Array:
-    square: Array = np.einsum("rn,rn->r", factor, factor)[:, None] if alone else factor @ factor.T
-    return square
+def lengths_of(factor: Array) -> Array:
+    """The norms of its columns, `(r, 1)`."""
+    lengths: Array = np.sqrt(np.einsum("rn,rn->r", factor, factor))[:, None]
+    return lengths
 
 
 def normal_of(core: Core, squares: list[Array], n: int) -> Array:
@@ -189,8 +188,6 @@ def normals(core: Core, model: Model) -> list[Array]:
 
 def solve_proximal(rhs: Array, normal: Array, old: Array) -> Array:
     """`argmin_U <U, normal U> - 2 <U, rhs> + mu ||U - old||^2`: least squares that cannot divide by zero and never goes uphill."""
-    if normal.shape[1] < len(normal):  # of columns that are models of their own
-        return rhs / (normal + TINY)
     damped = normal.copy()
     mu = normal.trace() / len(normal) * _PROXIMAL + TINY
     damped.reshape(-1)[:: len(normal) + 1] += mu
@@ -219,7 +216,7 @@ def loss_of(core: Core, rhs: Array, normal: Array, factor: Array) -> float:
 
 def balance(core: Core, model: Model) -> Model:
     """The same tensors with equal column norms: per group C_h and C_m, over the model A, B, C_l, each C_h and the stacked C_m."""
-    norms = [np.sqrt(square_of(factor, alone=True)) for factor in model]
+    norms = [lengths_of(factor) for factor in model]
     units = [factor / (norm + TINY) for factor, norm in zip(model, norms, strict=True)]
     shared = norms[0] * norms[1] * norms[2]
     weights = [shared * norms[3 + g] * norms[3 + core.groups + g] for g in range(core.groups)]

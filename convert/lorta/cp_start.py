@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adapt_convert.convert.lorta.cp_als import Sweeper, finish, fit_als, refine, residual_core
+from adapt_convert.convert.lorta.cp_als import finish, fit_als, refine, residual_core
 from adapt_convert.convert.lorta.cp_core import (
     EXACT,
     TINY,
@@ -22,39 +22,25 @@ from adapt_convert.convert.lorta.cp_core import (
     as_array,
     project,
     random_model,
-    squares_of,
     sum_of,
 )
 from adapt_convert.convert.lorta.cp_newton import CoreFit
+from adapt_convert.convert.lorta.cp_search import Effort, Search, best_terms
 from adapt_convert.convert.side_by_side import single_thread
 
-_LEFT, _SEARCH_SWEEPS = 6, 2  # rank-1 searches that go on after the last halving of a first round; sweeps before each halving
 _REFIT_SWEEPS = 3, 8  # after each round, of the first start and of others, which should go another way
-_ALIKE = 0.1  # cosine above which two rank-1 terms count as one
 _NEARLY = 0.03  # share of the energy left below which a greedy start looks for an exact fit before it adds columns
 _PROBE_STEPS = 40  # Newton steps of that look
 _AGREED = 1e-4  # share of the energy: two starts this close have found the same fit
-_WIDTH = 2  # leading directions that are looked at, for each column of a model
+_WIDTH = 3  # leading directions that are looked at, for each column of a model; of a mode shorter than that, no start searches in them
 _OVERSAMPLING, _POWER = 8, 2  # of the leading directions: more of them than asked for, iterations
-_WORTH = 2**18  # numbers of a core whose leading directions are worth a start of their own
 _SIGNAL = 0.02  # share of the energy that they must hold beyond noise for it
 _LEAST, _MOST = 0.5, 1.5  # shares of what they hold beyond noise that a model of them holds if they are enough
-_NARROW = 2 / 3  # of a mode: wider leading directions save too little
 _WHOLE = 4  # a mode at most so many times as long as its sketch would be wide is decomposed whole
 _PAIRS = 8  # of slices, of which the best one gives the algebraic start
 _ALGEBRAIC = 3  # such starts, if ALS gets stuck from the first ones: a pair of slices may be an unlucky one
 _TERM_SWEEPS = 2  # over the other factors of each of its terms
 _NOISE = 0.5  # share of the energy left above which one start is enough
-
-
-@dataclass(frozen=True)
-class Effort:
-    """`halvings` of the searches, one less where a round has a pool; a round adds the terms that explain at least `share` of its best."""
-
-    halvings: int
-    share: float
-
-
 _THOROUGH, _QUICK = Effort(4, 0.7), Effort(3, 0.6)  # where directions are all alike, the thorough one finds percents more
 
 
@@ -62,9 +48,9 @@ _THOROUGH, _QUICK = Effort(4, 0.7), Effort(3, 0.6)  # where directions are all a
 class _Leading:
     """The leading directions of a core's first mode, of which a model of rank r has no more than r.
 
-    `basis (2 r, k)` or fewer, the core `projected` into it, the energy `held` by the first r, and the part of that which is white `noise`:
-    0 where the other directions are not those of white noise, as their average says nothing then. `signal`: what the first r hold beyond
-    the most that directions of white noise would; `full`: none of them is one of noise.
+    `basis (3 r, k)`, or half of the mode where that is less, the core `projected` into it, the energy `held` by the first r, and the
+    part of that which is white `noise`: 0 where the other directions are not those of white noise, as their average says nothing then.
+    `signal`: what the first r hold beyond the most that directions of white noise would; `full`: none of them is one of noise.
     """
 
     basis: Array
@@ -78,7 +64,7 @@ class _Leading:
 def _leading(core: Core, rank: int, generator: np.random.Generator) -> _Leading:
     """By the Gram matrix of the mode if it is short, else within a sketch of it (randomised subspace iteration)."""
     size, channels = core.sizes()[:2]
-    count = min(_WIDTH * rank, size)
+    count = min(size, max(rank, min(_WIDTH * rank, size // 2)))
     width = count + _OVERSAMPLING
     basis, projected = np.eye(size), [as_array(tensor.flatten(1)) for tensor in core.tensors]
     if size > _WHOLE * width:
@@ -114,10 +100,10 @@ def _algebraic_model(core: Core, leading: _Leading, rank: int, generator: np.ran
     vectors = _shared_eigenvectors(slices, rank, generator)
     inverse = np.linalg.pinv(vectors)
     terms = [(inverse.astype(y.dtype) @ y.reshape(rank, -1)).reshape(y.shape) for y in within]
-    search = Sweeper(core, [vectors.T @ leading.basis[:rank], *random_model(core, rank, generator)[1:]], alone=True)
+    search = Search(core, [vectors.T @ leading.basis[:rank], *random_model(core, rank, generator)[1:]])
     for _ in range(_TERM_SWEEPS):
         search.others(terms)
-    return search.model
+    return search.scaled()
 
 
 def _shared_eigenvectors(slices: Array, rank: int, generator: np.random.Generator) -> Array:
@@ -139,45 +125,6 @@ def _shared_eigenvectors(slices: Array, rank: int, generator: np.random.Generato
     return out
 
 
-def _best(core: Core, search: Sweeper, last: tuple[Array, Array], most: int) -> tuple[list[int], Array]:
-    """Which of the columns of a search explain most of the core, best first, no two of them alike; and what each column explains."""
-    rhs, normal = last
-    explained = (search.model[2] * (2 * rhs - normal * search.model[2])).sum(1)
-    squares = squares_of(search.model)
-    inner = sum_of([np.prod([squares[n] for n in core.positions(group)], axis=0) for group in range(core.groups)])
-    length = np.sqrt(inner.diagonal()) + TINY
-    other = np.abs(inner / length / length[:, None]) <= _ALIKE
-    chosen: list[int] = []
-    free = np.ones(len(other), dtype=bool)
-    for index in np.argsort(-explained, kind="stable").tolist():
-        if len(chosen) < most and free[index]:
-            chosen.append(index)
-            free &= other[index]
-    return chosen, explained
-
-
-def _search(core: Core, pool: Model, most: int, effort: Effort, generator: np.random.Generator) -> tuple[Model, Model]:
-    """The best rank-1 terms of a core, as one model of at most `most` columns, and the other distinct ones found.
-
-    Searches start side by side from the pool that the last search left and from random terms; every few sweeps the better half of the
-    distinct ones goes on.
-    """
-    searches = max(_LEFT * 2 ** (effort.halvings - bool(len(pool[0]))), 4 * most)
-    pool = [factor[: searches // 2] for factor in pool]
-    fresh = random_model(core, searches - len(pool[0]), generator)
-    search = Sweeper(core, [np.concatenate(parts) for parts in zip(pool, fresh, strict=True)], alone=True)
-    for _ in range(effort.halvings):
-        searches = max(searches // 2, 2 * most)
-        for _ in range(_SEARCH_SWEEPS):
-            last = search.sweep()
-        chosen, explained = _best(core, search, last, searches)
-        search = Sweeper(core, [factor[chosen] for factor in search.model], alone=True)
-    explained = explained[chosen]
-    good = np.flatnonzero(explained >= effort.share * explained[0])[:most]
-    rest = np.setdiff1d(np.arange(len(chosen)), good)
-    return [factor[good] for factor in search.model], [factor[rest] for factor in search.model]
-
-
 def greedy_model(core: Core, rank: int, sweeps: int, effort: Effort, generator: np.random.Generator) -> Model:
     """A start by deflation: search rank-1 terms in what the model leaves, add the best ones, refit all in some `sweeps`, until there are
     `rank`.
@@ -190,7 +137,7 @@ def greedy_model(core: Core, rank: int, sweeps: int, effort: Effort, generator: 
         rest = residual_core(core, model) if have else core
         if rest.energy <= EXACT * core.energy:
             return [np.pad(factor, ((0, rank - have), (0, 0))) for factor in model]
-        terms, pool = _search(rest, pool, rank - have, effort, generator)
+        terms, pool = best_terms(rest, pool, rank - have, effort, generator)
         fit, _ = fit_als(core, [np.concatenate(parts) for parts in zip(model, terms, strict=True)], sweeps, 0.0)
         # Columns beyond an exact fit would only cancel each other, so find out whether this is one.
         model = refine(core, fit.model, _PROBE_STEPS).model if fit.loss < _NEARLY * core.energy else fit.model
@@ -203,8 +150,7 @@ def _greedy_within(core: Core, leading: _Leading, rank: int, sweeps: int, genera
     Less: they are those of other data than a few columns. More: it is noise that is fitted, which is no less elsewhere.
     """
     count, size = leading.basis.shape
-    numbers = sum(tensor.numel() for tensor in core.tensors)
-    if numbers >= _WORTH and count <= _NARROW * size and leading.signal > _SIGNAL * core.energy:
+    if _WIDTH * rank <= size and leading.signal > _SIGNAL * core.energy:
         parts = zip(leading.projected, core.tensors, strict=True)
         small = Core.of(tuple(torch.from_numpy(y).to(tensor.device).view(count, *tensor.shape[1:]) for y, tensor in parts))
         a, *others = greedy_model(small, rank, sweeps, _QUICK, generator)
