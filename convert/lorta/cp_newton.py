@@ -53,7 +53,8 @@ class _System:
 
     def __init__(self, core: Core, model: Model) -> None:
         self.core, self.model = core, model
-        self.stops = np.cumsum([factor.shape[1] for factor in model])[:-1].tolist()
+        stops = itertools.accumulate((factor.shape[1] for factor in model), initial=0)
+        self.places = [slice(*pair) for pair in itertools.pairwise(stops)]
         squares = squares_of(model)
         self.normals = [normal_of(core, squares, n) for n in range(len(model))]
         self.pairs = np.zeros((len(model), len(model), *squares[0].shape))
@@ -65,7 +66,7 @@ class _System:
                 self.pairs[m, n] = self.pairs[n, m]
 
     def parts(self, vector: Array) -> list[Array]:
-        return np.split(vector, self.stops, axis=1)
+        return [vector[:, place] for place in self.places]
 
     def apply(self, step: Array, mu: float) -> Array:
         parts = self.parts(step)
