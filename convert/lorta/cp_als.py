@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from adapt_convert.convert.lorta.cp_core import (
+    INNER,
     Array,
     Core,
     Model,
@@ -31,7 +32,6 @@ from adapt_convert.convert.lorta.cp_core import (
 )
 from adapt_convert.convert.lorta.cp_newton import CoreFit, fit_newton
 
-_INNER = 2  # cheap sweeps over B and the C factors per product with the core
 _ALS_SWEEPS, _ALS_TOLERANCE = 40, 1e-5  # tolerance relative to the energy
 _NEWTON_STEPS, _NEWTON_TOLERANCE = 150, 2e-6  # tolerance relative to the loss
 _CLOSE = 1e-3  # share of the energy left below which the fit goes on in float64
@@ -64,10 +64,10 @@ class Sweeper:
         return rhs, self.update(2, rhs)
 
     def sweep(self) -> tuple[Array, Array]:
-        """A exactly, then `_INNER` sweeps over the other factors on the projected core."""
+        """A exactly, then `INNER` sweeps over the other factors on the projected core."""
         self.update(0, product_a(self.core, self.model))
         projected = project(self.core, self.model[0])
-        for _ in range(_INNER):
+        for _ in range(INNER):
             last = self.others(projected)
         return last
 

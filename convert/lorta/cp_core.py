@@ -28,6 +28,7 @@ Array = npt.NDArray[Any]
 Model = list[Array]
 
 _PROXIMAL = 1e-9  # relative weight of the old factor in a normal equation: keeps a singular one solvable, moves no digit of a good one
+INNER = 2  # cheap sweeps over B and the C factors per product with the core
 EXACT = 1e-13  # share of the energy below which nothing is left to fit
 TINY = 1e-30  # added where a whole column or core may be zero
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from adapt_convert.convert.lorta.cp_core import (
+    INNER,
     TINY,
     Array,
     Core,
@@ -31,7 +32,6 @@ from adapt_convert.convert.lorta.cp_core import (
 )
 
 _LEFT, _SWEEPS = 6, 2  # searches that go on after the last halving of a first round; sweeps before each halving
-_INNER = 2  # cheap sweeps over B and the C factors per product with the core
 _ALIKE = 0.1  # cosine above which two terms count as one
 
 
@@ -44,8 +44,11 @@ class Effort:
 
 
 class Search:
-    """Models of one column each: the columns of one `model`, of the core's dtype. Factors have norm 1, and so have those of C_m of all
-    groups together; with its best scale a column explains `explained (r,)` of the core's energy, the square of that scale."""
+    """Models of one column each: the columns of one `model`, of the core's dtype.
+
+    Factors have norm 1, those of C_m of all groups together. With its best scale a column explains `explained (r,)` of the core's energy,
+    the square of that scale.
+    """
 
     def __init__(self, core: Core, model: Model) -> None:
         self.core, self.groups = core, range(core.groups)
@@ -72,10 +75,10 @@ class Search:
         self.explained = self._set(2, product_c_l(core, model, rest))[:, 0] ** 2
 
     def sweep(self) -> None:
-        """A, then `_INNER` sweeps over the other factors on the projected core."""
+        """A, then `INNER` sweeps over the other factors on the projected core."""
         self._set(0, product_a(self.core, self.model))
         projected = project(self.core, self.model[0])
-        for _ in range(_INNER):
+        for _ in range(INNER):
             self.others(projected)
 
     def best(self, most: int) -> list[int]:
@@ -92,6 +95,7 @@ class Search:
         return chosen
 
     def scaled(self) -> Model:
+        """The columns with their best scale, which is in C_l."""
         return [*self.model[:2], self.model[2] * np.sqrt(self.explained)[:, None], *self.model[3:]]
 
     def keep(self, chosen: list[int]) -> None:
