@@ -28,6 +28,7 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record
+from adapt_convert.convert.svd import orthonormal
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.latte import LatteAdapter, Segment
 
@@ -105,7 +106,7 @@ def _fit(effective: Effective, segment: Segment, moments: Moments, progress: Pro
     keys = grams.keys(Q)
     captured = grams.captured(Q, keys)
     for _ in range(_ROUNDS):
-        trial = torch.linalg.qr(_better(grams, Q, keys).double()).Q.float()
+        trial = orthonormal(_better(grams, Q, keys).double()).float()
         trial_keys = grams.keys(trial)
         gain = grams.captured(trial, trial_keys) - captured
         if gain <= 0:

@@ -21,6 +21,7 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.report import Record
+from adapt_convert.convert.svd import orthonormal
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.peft import LoraAdapter
 
@@ -90,7 +91,7 @@ def solve_whitened_lora(
 
 def _projected(delta: Delta, B: Tensor) -> LowRankDelta:
     """`U U^T D` for the range U of `B (out, r)`, as factors of one scale."""
-    U = torch.linalg.qr(B.double()).Q.float()
+    U = orthonormal(B.double()).float()
     left, values, right = torch.linalg.svd(delta.rmatmul(U).T.double(), full_matrices=False)
     root = values.sqrt()
     return LowRankDelta((U.double() @ (left * root)).float(), (right * root[:, None]).float())

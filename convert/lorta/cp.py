@@ -26,7 +26,7 @@ from adapt_convert.convert.lorta.cp_als import refine, residual_core
 from adapt_convert.convert.lorta.cp_core import Array, Core, Model, as_array, balance, normals, solve_proximal
 from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.lorta.cp_start import fit_core
-from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
+from adapt_convert.convert.lorta.cp_stream import Bases, Stream, basis_of, find_bases
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_blas_thread, single_thread
@@ -73,7 +73,7 @@ def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> M
 def _span(factor: Tensor, better: Array, *older: Tensor) -> Tensor | None:
     """A basis of all columns, or `None` (the identity) where that is no larger."""
     columns = torch.cat([factor.double(), torch.from_numpy(better.T).to(factor.device), *(part.double() for part in older)], dim=1)
-    return orthonormal(columns) if columns.shape[1] < columns.shape[0] else None
+    return basis_of(columns) if columns.shape[1] < columns.shape[0] else None
 
 
 def _improve(rhs: Array, normal: Array, old: Array) -> tuple[Array, float]:

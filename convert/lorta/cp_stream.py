@@ -15,6 +15,7 @@ from adapt_convert.convert.lorta.cp_core import Core
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.side_by_side import side_by_side, single_thread
+from adapt_convert.convert.svd import orthonormal
 
 Result = TypeVar("Result")
 
@@ -127,10 +128,10 @@ class Stream:
         return sum(factors.slab(self.shape, *place).energy() for place in sorted(places))
 
 
-def orthonormal(columns: Tensor) -> Tensor:
+def basis_of(columns: Tensor) -> Tensor:
+    """Orthonormal columns `(n, k)`, float32, that span those of `columns`, float64."""
     with single_thread():
-        basis: Tensor = torch.linalg.qr(columns.double()).Q
-    return basis.float()
+        return orthonormal(columns).float()
 
 
 def _leading_directions(gram: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -139,7 +140,7 @@ def _leading_directions(gram: Tensor, k: int, generator: torch.Generator) -> Ten
     basis = torch.randn(len(gram), k, generator=generator, dtype=torch.float64).to(gram.device)
     with single_thread():
         for _ in range(_ITERATIONS):
-            basis = torch.linalg.qr(gram @ basis).Q
+            basis = orthonormal(gram @ basis)
     return basis.float()
 
 
@@ -225,4 +226,4 @@ def _summed_ranges(stream: Stream, purpose: str, work: Callable[[Slab, Delta], t
             if part is not None:
                 total = sums[side]
                 sums[side] = part.double() if total is None else total.add_(part)
-    return Bases(*(None if total is None else orthonormal(total) for total in sums))
+    return Bases(*(None if total is None else basis_of(total) for total in sums))
