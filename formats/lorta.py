@@ -78,10 +78,8 @@ class LortaBlock:
 
         Exact at the tensor's rank. LoRTA (arXiv 2410.04060), section 4.
         """
-        f = self.factors
-        heads = f.C_h[self.group[slot.matrix]] * f.C_l[slot.layer] * f.C_m[slot.matrix]
-        inner = (heads[:, None, :] * f.B[None, :, :]).flatten(0, 1)  # (H d_h, r), row h * d_h + j
-        return LowRankDelta(inner, f.A.T) if slot.transposed else LowRankDelta(f.A, inner.T)
+        slab = self.factors.slab(self.group, slot.layer, slot.matrix)
+        return slab.T if slot.transposed else slab
 
 
 @dataclass

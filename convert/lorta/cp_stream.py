@@ -107,11 +107,11 @@ class Stream:
         product_b = torch.zeros(shape.d_h, rank, dtype=torch.float64, device=self.device) if channel else None
 
         def parts(slab: Slab, delta: Delta) -> tuple[float, Tensor, Tensor | None]:
-            missed = residual_energy(delta, factors.slab(shape, slab.layer, slab.matrix)) if exact else 0.0
-            part_a = delta.matmul(factors.right(shape, slab.layer, slab.matrix))
+            missed = residual_energy(delta, factors.slab(shape.group, slab.layer, slab.matrix)) if exact else 0.0
+            part_a = delta.matmul(factors.right(shape.group, slab.layer, slab.matrix))
             if product_b is None:
                 return missed, part_a, None
-            heads = factors.C_h[shape.group[slab.matrix]] * factors.C_l[slab.layer] * factors.C_m[slab.matrix]
+            heads = factors.heads(shape.group, slab.layer, slab.matrix)
             return missed, part_a, torch.einsum("hjr,hr->jr", delta.rmatmul(factors.A).view(-1, shape.d_h, rank), heads)
 
         for _, (missed, part_a, part_b) in self.read("residual" if exact else "products", parts):
@@ -125,7 +125,7 @@ class Stream:
         """The energy that the factors have where there is no slab."""
         places = {(layer, matrix) for layer in range(self.shape.layers) for matrix in range(len(self.shape.group))}
         places -= {(slab.layer, slab.matrix) for slab in self.slabs}
-        return sum(factors.slab(self.shape, *place).energy() for place in sorted(places))
+        return sum(factors.slab(self.shape.group, *place).energy() for place in sorted(places))
 
 
 def basis_of(columns: Tensor) -> Tensor:

@@ -195,17 +195,7 @@ def _rounding(block: LortaBlock, dtype: torch.dtype) -> float:
 
 def as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
     """The factors as they will be read back: rounded to the output dtype, in float32 on the CPU."""
-
-    def rounded(factor: torch.Tensor) -> torch.Tensor:
-        return factor.to("cpu", dtype).float()
-
-    return CPFactors(
-        A=rounded(factors.A),
-        B=rounded(factors.B),
-        C_h=tuple(rounded(c) for c in factors.C_h),
-        C_l=rounded(factors.C_l),
-        C_m=rounded(factors.C_m),
-    )
+    return CPFactors.of({name: factor.to("cpu", dtype).float() for name, factor in factors.named().items()})
 
 
 def measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress) -> list[Record]:
