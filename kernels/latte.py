@@ -156,7 +156,7 @@ class _Loader:
             before = segments[number - 1] if number else None
             after = segments[number + 1] if number + 1 < len(segments) else None
             self._open(segment, before)
-            for layer in range(segment.start, segment.stop):
+            for layer in segment.layers:
                 self._expand_layer(self.layout.block.format(layer), segment)
                 self._cross_post_norms(self.layout.block.format(layer), segment, segment if layer + 1 < segment.stop else after)
         if self.layout.final_norm:

@@ -13,7 +13,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record
-from adapt_convert.formats.latte import LatteAdapter
+from adapt_convert.formats.latte import LatteAdapter, segment_of
 from adapt_convert.formats.lorta import LortaAdapter
 from adapt_convert.formats.peft import LoraAdapter
 
@@ -46,7 +46,7 @@ def _latte(pairs: Pairs, plan: Plan, adapter: LatteAdapter, progress: Progress) 
         block = (task.readers if matrix.reads else task.writers).get(matrix.module)
         if delta is None or block is None:
             return None
-        segment = next(s for s in adapter.segments if s.start <= matrix.layer < s.stop)
+        segment = segment_of(adapter.segments, matrix.layer)
         return residual_energy(delta, approximation(block.to(pairs.device), segment.Q.to(pairs.device), matrix.reads))
 
     found = effective.each(effective.matrices, work, progress, "measuring")

@@ -53,7 +53,7 @@ def solve_whitened_latte(
     project(effective, adapter.segments, task, dtype, progress)
 
     def block(matrix: Matrix, delta: Delta | None) -> Tensor | None:
-        K = next(fit.readers for fit in fits if fit.segment.start <= matrix.layer < fit.segment.stop).get(_site(matrix))
+        K = next(fit.readers for fit in fits if matrix.layer in fit.segment.layers).get(_site(matrix))
         return None if delta is None or K is None else as_written(delta.matmul(K.to(pairs.device)), dtype, matrix.module).cpu()
 
     readers = [matrix for matrix in effective.matrices if matrix.reads]
@@ -128,7 +128,7 @@ def _grams(effective: Effective, segment: Segment, moments: Moments, progress: P
         DL = delta.matmul(moments.root(matrix.module).to(device))
         return DL @ DL.T
 
-    matrices = [m for m in effective.matrices if segment.start <= m.layer < segment.stop]
+    matrices = [m for m in effective.matrices if m.layer in segment.layers]
     zero = torch.zeros(effective.width, effective.width, device=device)
     sums, W = dict[str, Tensor](), zero.clone()
     for matrix, part in effective.each(matrices, own, progress, "Gram matrices"):
