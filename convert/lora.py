@@ -131,7 +131,7 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
     else:
         rank = budgeted or options.rank or 1
         factorisation = factorise(delta, rank, generator, exact=False)
-    return _written(pairs, entry, delta, factorisation.truncate(min(rank, len(factorisation.values), options.max_rank)), options)
+    return _written(pairs, entry, delta, factorisation.truncate(min(rank, options.max_rank)), options)
 
 
 def _written(pairs: Pairs, entry: Entry, delta: Delta, factors: LowRankDelta, options: Options) -> Piece:

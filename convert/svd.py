@@ -40,7 +40,7 @@ class Factorisation:
     energy: float
 
     def truncate(self, rank: int) -> LowRankDelta:
-        """The best rank-`rank` approximation, the singular values shared evenly so that both factors have the same scale."""
+        """The best approximation of rank `rank`, or of all triplets that there are, the singular values shared evenly so that both factors have the same scale."""
         scale = self.values[:rank].sqrt().float()
         return LowRankDelta(self.left[:, :rank] / scale, self.right[:rank] * scale[:, None])
 

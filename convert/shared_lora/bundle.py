@@ -152,5 +152,4 @@ def _thin(delta: Delta, options: Options) -> LowRankDelta | None:
     if isinstance(delta, LowRankDelta):
         return delta
     rank = min(_SKETCH * (options.rank or 1), *delta.shape)
-    found = factorise(delta, rank, torch.Generator().manual_seed(options.seed))
-    return found.truncate(min(rank, len(found.values)))
+    return factorise(delta, rank, torch.Generator().manual_seed(options.seed)).truncate(rank)
