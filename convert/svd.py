@@ -40,7 +40,8 @@ class Factorisation:
     energy: float
 
     def truncate(self, rank: int) -> LowRankDelta:
-        """The best approximation of rank `rank`, or of all triplets that there are, the singular values shared evenly so that both factors have the same scale."""
+        """The best approximation of rank `rank`, or all that there is where that is less; the singular values are shared evenly, so that
+        both factors have the same scale."""
         scale = self.values[:rank].sqrt().float()
         return LowRankDelta(self.left[:, :rank] / scale, self.right[:rank] * scale[:, None])
 
