@@ -65,7 +65,7 @@ class Search:
         small = contract_b(core, model, projected)
         for group in self.groups:
             self._set(3 + group, product_c_h(core, model, small, group))
-        rest = contract_heads(core, model, small)
+        rest = contract_heads(model, small)
         c_m = [product_c_m(model, rest, group) for group in self.groups]
         length = np.sqrt(sum_of([lengths_of(factor) ** 2 for factor in c_m])) + TINY
         model[3 + core.groups :] = [factor / length for factor in c_m]
