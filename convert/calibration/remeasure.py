@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+import torch
+
+from adapt_convert.convert.delta import Delta, residual_energy
 from adapt_convert.convert.latte.deltas import Effective, Matrix
 from adapt_convert.convert.latte.solver import approximation
 from adapt_convert.convert.lorta.solver import measure as measure_lorta
@@ -30,7 +32,7 @@ def _lora(pairs: Pairs, plan: Plan, adapter: LoraAdapter, progress: Progress) ->
 
     def work(entry: Entry, delta: Delta) -> float:
         factors = (adapter.embeddings if entry.kind == "embedding" else adapter.factors)[entry.module]
-        return residual_energy(delta, LowRankDelta(factors.B.float(), factors.A.float()).to(pairs.device))
+        return residual_energy(delta, factors.cast(torch.float32).to(pairs.device))
 
     return dict(pairs.each(progress(entries, "measuring"), work))
 

@@ -77,8 +77,8 @@ def solve_whitened_lora(
     def project(entry: Entry, delta: Delta) -> tuple[LowRankDelta, float, float]:
         held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
         factors = _projected(delta, held[entry.module].B.to(pairs.device))
-        written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
-        residual = residual_energy(delta, LowRankDelta(written.B.float(), written.A.float()))
+        written = factors.cast(dtype)
+        residual = residual_energy(delta, written.cast(torch.float32))
         return LowRankDelta(written.B.cpu().contiguous(), written.A.cpu().contiguous()), delta.energy(), residual
 
     for entry, (factors, energy, residual) in pairs.each(progress(entries, "factoring on inputs"), project):
