@@ -47,7 +47,7 @@ def solve_whitened_latte(
     others = tuple(m.module for m in effective.matrices if not m.reads or not m.norm)
     moments = find_moments(others, dict.fromkeys(norms, effective.layout.norm))
     fits = [_fit(effective, segment, moments, progress) for segment in first[0].segments]
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     task = replace(first[0].tasks[0], readers={}, writers={}, biases={})
     adapter = replace(first[0], segments=[fit.segment for fit in fits], tasks=[task])
     project(effective, adapter.segments, task, dtype, progress)

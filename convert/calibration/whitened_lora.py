@@ -65,7 +65,7 @@ def solve_whitened_lora(
     """`solve_lora` with every error weighed by the inputs; the records say what is held of the deltas themselves."""
     pairs, plan, progress = work.pairs, work.plan, work.progress
     moments = find_moments(modules_with_inputs(plan), {})
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     budget = int(options.budget) * torch.float32.itemsize // dtype.itemsize if options.budget else None  # as many numbers
     adapter, records = solve_lora(
         WhitenedPairs(pairs, moments), plan, options.changed(dtype="float32", budget=budget), work.stored, progress

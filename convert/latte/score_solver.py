@@ -34,7 +34,7 @@ def solve_scores(
     """Factor the changes of q, k and v, one after the other, and keep the changed tensors of `stored` by value."""
     layout = score_layout_of(pairs.base.config, pairs.base.origin)
     check_heads(options.heads, options.rank or 0)
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), [], [task], construction="score")
     records = []

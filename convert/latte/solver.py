@@ -41,7 +41,7 @@ def solve_latte(
         return solve_scores(pairs, plan, options, stored, progress)
     effective = Effective(pairs, plan)
     segments, searched = find_segments([effective], options, progress)
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), segments, [task])
     compared: list[tuple[int, int]] = []

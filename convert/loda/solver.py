@@ -48,7 +48,7 @@ def solve_loda(judge: Judge, work: Work, options: Options) -> tuple[Solved, Solv
 
     What a weight is replaced by is the same in both; the changed tensors of `work.stored` are kept by value.
     """
-    dtype = torch_dtype(options.dtype or output_dtype(work.pairs.source))
+    dtype = torch_dtype(output_dtype(options, work.pairs.source))
     records = [exact(entry, energy, entry.reason) for entry, energy in work.stored.items()]
     made = []
     for entry, activations in _watched(judge, work, work.plan.having("factor"), "fitting"):

@@ -43,7 +43,7 @@ def solve_lorta(
 
     Factors get the dtype asked for, or the source's own unless rounding to it would cost a noticeable part of the tensor.
     """
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     adapter = LortaAdapter([], dtype, orientation=options.orientation)
     for name, slices, shape in _tensors(pairs.base, plan, options.orientation):
         adapter.blocks.append(_fit(pairs, name, slices, shape, options, progress))

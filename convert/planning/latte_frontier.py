@@ -57,7 +57,7 @@ def latte_frontier(
             task = LatteTask(pairs.source.location.name)
             narrow = [replace(segment, Q=segment.Q[:, :rank]) for segment in segments]
             adapter = LatteAdapter(str(pairs.base.config.get("model_type")), narrow, [task])
-            records = _fill(effective, adapter, kept, torch_dtype(options.dtype or output_dtype(pairs.source)))
+            records = _fill(effective, adapter, kept, torch_dtype(output_dtype(options, pairs.source)))
             records += store_exact(effective, task, stored)
             yield candidate(f"--rank {rank} --segments {count}", options, adapter, records, rest)
 
