@@ -115,6 +115,12 @@ def layer_of(entry: Entry) -> int | None:
     return int(found[1]) if found else None
 
 
+def mean_effective_rank(changes: Sequence[MatrixChange]) -> list[float]:
+    """The means of the lower and of the upper bound of the matrices' effective ranks, as reports give them."""
+    bounds = [change.effective_rank() for change in changes]
+    return [round(sum(bound[side] for bound in bounds) / len(bounds), 3) for side in (0, 1)]
+
+
 def captured_by_rank(changes: Sequence[MatrixChange], rank: int) -> float | None:
     """The share of several matrices' energy that rank `rank` each captures; None when a spectrum does not reach so far."""
     total = sum(change.energy for change in changes)
