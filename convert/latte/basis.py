@@ -2,7 +2,8 @@
 
 The best one in Frobenius norm is closed form: the leading eigenvectors of
 `G = sum_readers D^T D + sum_writers D D^T` (d, d), summed while the deltas stream by, so that no two of them are in memory.
-Above `GRAM_LIMIT` the matrix itself takes more work than reading the deltas again, and G is only ever multiplied with thin blocks.
+Where d is above `GRAM_LIMIT` and a rank is asked for that is small beside it, the matrix itself takes more work than reading the deltas
+again, and G is only ever multiplied with thin blocks.
 """
 
 from __future__ import annotations

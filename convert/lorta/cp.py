@@ -9,7 +9,7 @@ nothing is left of the data, that pass subtracts them from every delta instead. 
 
 Memory beside one loaded delta: the core, `k` floats per column of every delta, where `k = max(4 r, 64)` or, as long as the core stays below
 16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); four times the same again while starts are searched,
-or where the fit is near exact and goes on in float64; and `d * d` floats where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
+or where the fit is near exact and goes on in float64; and `d * d` doubles where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
 width) is compressed to `2 k`.
 """
 
@@ -151,7 +151,8 @@ def fit_cp(
     them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement. The same input, seed
     and device give the same bytes.
 
-    Raises `ValueError` for a slab outside of the shape, given twice, of another size than the shape says, or not finite.
+    Raises `ValueError` for a slab outside of the shape, given twice, of another size than the shape says, or not finite, and for a `rank`
+    or `starts` below 1.
     """
     _check(slabs, shape, rank, starts)
     stream = Stream(slabs, shape, device, progress)

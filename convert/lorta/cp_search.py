@@ -37,7 +37,8 @@ _ALIKE = 0.1  # cosine above which two terms count as one
 
 @dataclass(frozen=True)
 class Effort:
-    """`halvings` of the searches, one less where a round has a pool; a round adds the terms that explain at least `share` of its best."""
+    """`halvings`: how often the better half of a round's searches is kept, of half as many to begin with where it has a pool; a round adds
+    the terms that explain at least `share` of its best."""
 
     halvings: int
     share: float
