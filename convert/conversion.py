@@ -125,7 +125,7 @@ def convert_opened(
     records += solved
     _require_change(records, base, source, options)
     if options.strict:
-        refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
+        refuse_losses(_losses(records))
     order = {entry.name: position for position, entry in enumerate(plan.entries)}
     records.sort(key=lambda record: order[record.entry.name])
     adapter.base_model = base.location.loadable
@@ -168,9 +168,13 @@ def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tu
             stored[entry] = energy
     if options.strict:
         reasons = {e: unstorable(plan, e) for e in stored} if options.to == "lora" else {}
-        losses = [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
-        refuse_losses(losses + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
+        refuse_losses(_losses(records) + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
     return stored, records
+
+
+def _losses(records: list[Record]) -> list[str]:
+    """What of them `--strict` refuses, each with the reason."""
+    return [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
 
 
 def _solve(
