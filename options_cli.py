@@ -31,7 +31,11 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier o
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 BASE_REVISION = click.option("--base-revision", metavar="REV", help="Branch, tag or commit of BASE when it is a Hub id.")
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of the fine-tune or adapter when it is a Hub id.")
-
+EXCLUDE = click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats.")
+DTYPE = click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default.")
+CALIB_TOKENS = click.option("--calib-tokens", metavar="N", default="32768", show_default=True, help="Tokens taken from --calib.")
+DEVICE = click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
+SEED = click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers.")
 
 TARGETS_TEXT = "lora, lorta, latte, or loda, r-loda, s-loda, also with a + (docs/loda.md)."
 
@@ -90,7 +94,7 @@ class Commands(click.Group):
 _CALIBRATION = [
     click.option("--target-kl", metavar="F", help="With --calib: the smallest rank whose KL on held-out text is at most this."),
     click.option("--calib", metavar="FILE", help="Text or token ids (.jsonl) to weigh errors by, or self: text from the fine-tune."),
-    click.option("--calib-tokens", metavar="N", default="32768", show_default=True, help="Tokens taken from --calib."),
+    CALIB_TOKENS,
     click.option("--refine", metavar="N", help="With --calib: N steps of distilling the fine-tune's outputs into the adapter."),
 ]
 
@@ -121,8 +125,8 @@ def conversion_options(command: Callable[..., Any], to: str = "lora", targets: s
             metavar="NAME",
             help="What to factor: all-linear, attention, mlp or module names; commas or repeats.",
         ),
-        click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats."),
-        click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default."),
+        EXCLUDE,
+        DTYPE,
         click.option(
             "--orientation",
             default="paper",
@@ -148,8 +152,8 @@ def conversion_options(command: Callable[..., Any], to: str = "lora", targets: s
         click.option("--base-rank", metavar="K", help="R-LoDA only: rank of the weights that replace q, k and v (or --target-modules)."),
         click.option("--keep", metavar="F", help="S-LoDA only: share of the entries that stay of q, k and v (or --target-modules)."),
         click.option("--strict", is_flag=True, help="Refuse when anything but --exclude'd modules would be lost."),
-        click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default."),
-        click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers."),
+        DEVICE,
+        SEED,
     ]
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 

@@ -7,7 +7,19 @@ from typing import Any
 
 import click
 
-from adapt_convert.options_cli import BASE_REVISION, JSON, OVERWRITE, REVISION, importing, path_option
+from adapt_convert.options_cli import (
+    BASE_REVISION,
+    CALIB_TOKENS,
+    DEVICE,
+    DTYPE,
+    EXCLUDE,
+    JSON,
+    OVERWRITE,
+    REVISION,
+    SEED,
+    importing,
+    path_option,
+)
 from adapt_convert.terminal import emit, print_forecast, progress
 
 
@@ -16,12 +28,12 @@ from adapt_convert.terminal import emit, print_forecast, progress
 @click.argument("ft")
 @click.option("--capture", type=float, default=0.9, show_default=True, metavar="F", help="Share of the change that is to be kept.")
 @click.option("--target-modules", multiple=True, metavar="NAME", help="What to factor, as in `delta`; all-linear if nothing is said.")
-@click.option("--exclude", multiple=True, metavar="NAME", help="Modules to leave as in the base; commas or repeats.")
-@click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the source's own by default.")
+@EXCLUDE
+@DTYPE
 @click.option("--calib", metavar="FILE", help="Text or token ids (.jsonl) to weigh the change by, or self: text from the fine-tune.")
-@click.option("--calib-tokens", metavar="N", default="32768", show_default=True, help="Tokens taken from --calib.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
-@click.option("--seed", metavar="N", default="0", show_default=True, help="Seed of the randomised solvers.")
+@CALIB_TOKENS
+@DEVICE
+@SEED
 @click.option(
     "--fit-seconds", type=float, default=120.0, show_default=True, metavar="S", help="Begin no LoRTA fit later than this; 0 for none."
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from adapt_convert.options_cli import importing, path_option
+from adapt_convert.options_cli import DEVICE, JSON, importing, path_option
 from adapt_convert.terminal import progress, report_validation
 
 
@@ -29,12 +29,12 @@ from adapt_convert.terminal import progress, report_validation
 @click.option("--no-speed", is_flag=True, help="Leave out the timing.")
 @click.option("--no-attribution", is_flag=True, help="Leave out the KL by matrix, which runs the base 4 times forth and back.")
 @click.option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 to run in; the fine-tune's own by default.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
+@DEVICE
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap and of masked positions.")
 @path_option("-o", "--output", help="Directory to write validation.json into.")
 @path_option("--html", help="File for the report as one self-contained page.")
 @click.option("--no-card", is_flag=True, help="Leave the README.md of the candidates as it is.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+@JSON
 def validate(
     base: str,
     ft: str,

@@ -80,21 +80,11 @@ def _figures(name: str, report: dict[str, Any], candidate: dict[str, Any]) -> di
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    cells = [row["name"], f"{row['kl']:.4f}", f"{row['recovered']:.1%}", f"{row['bytes'] / 1e6:.2f}"]
     if row["mean_ratio"] is None:
-        return [
-            row["name"],
-            f"{row['kl']:.4f}",
-            f"{row['recovered']:.1%}",
-            f"{row['bytes'] / 1e6:.2f}",
-            *"-" * 3,
-            row["chosen"] or "-",
-            "-",
-        ]
+        return [*cells, *"-" * 3, row["chosen"] or "-", "-"]
     return [
-        row["name"],
-        f"{row['kl']:.4f}",
-        f"{row['recovered']:.1%}",
-        f"{row['bytes'] / 1e6:.2f}",
+        *cells,
         f"{row['mean_ratio']:.3f}",
         f"{row['largest_ratio']:.3f}",
         f"{row['below']} of {row['matrices']}",

@@ -102,75 +102,50 @@ def convert(
 
 
 def convert_opened(
-    opened_base: Checkpoint,
-    opened_source: Source,
-    chosen: Options,
+    base: Checkpoint,
+    source: Source,
+    options: Options,
     started: float,
     *,
     progress: Progress = silent,
     on_plan: OnPlan | None = None,
     pieces: Pieces | None = None,
 ) -> Conversion:
-    """The same of two sides that are open, `started` seconds of `time.monotonic()` ago."""
-    plan = make_plan(opened_base, opened_source, chosen)
-    require_factors(plan, opened_base, chosen)
-    budget = chosen.budget
-    plan, chosen = settle_budget(plan, opened_base, opened_source, chosen)
+    """`convert` of two sides that are open; `started` is the `time.monotonic()` from which its seconds are counted."""
+    plan = make_plan(base, source, options)
+    require_factors(plan, base, options)
+    budget = options.budget  # as asked for; settled, it is a rank, but for a LoRA
+    plan, options = settle_budget(plan, base, source, options)
     if on_plan:
-        on_plan(plan, opened_base, opened_source, chosen)
-    refuse_certain_losses(plan, chosen)
-    pairs = Pairs(opened_base, opened_source, chosen.torch_device(), pieces)
-    stored, records = survey(pairs, plan, chosen, progress)
-    calibration: dict[str, Any] = {}
-    if chosen.calib is None:
-        adapter, solved = SOLVERS[chosen.to](pairs, plan, chosen, stored, progress)
-    else:
-        adapter, solved, calibration = _solve_with_text(pairs, plan, chosen, stored, progress)
+        on_plan(plan, base, source, options)
+    refuse_certain_losses(plan, options)
+    pairs = Pairs(base, source, options.torch_device(), pieces)
+    stored, records = survey(pairs, plan, options, progress)
+    adapter, solved, calibration = _solve(pairs, plan, options, stored, progress)
     records += solved
-    _require_change(records, opened_base, opened_source, chosen)
-    if chosen.strict:
-        refuse_losses([f"{record.entry.name} ({record.reason})" for record in records if record.is_loss])
+    _require_change(records, base, source, options)
+    if options.strict:
+        refuse_losses(_losses(records))
     order = {entry.name: position for position, entry in enumerate(plan.entries)}
     records.sort(key=lambda record: order[record.entry.name])
-    adapter.base_model = opened_base.location.loadable
+    adapter.base_model = base.location.loadable
     if isinstance(adapter, LoraAdapter):  # PEFT alone has a place for it
-        adapter.base_revision = opened_base.location.revision
+        adapter.base_revision = base.location.revision
     adapter.task_type = task_type(plan)
-    report = build_report(opened_base, opened_source, chosen, records, plan.missing)
+    report = build_report(base, source, options, records, plan.missing)
     if budget is not None:
         report["budget"] = budget
-    if isinstance(adapter, LatteAdapter | LodaAdapter):
-        report["latte" if isinstance(adapter, LatteAdapter) else "loda"] = adapter.details
+    if isinstance(adapter, LatteAdapter):
+        report["latte"] = adapter.details
+    if isinstance(adapter, LodaAdapter):
+        report["loda"] = adapter.details
     if calibration:
         report["calibration"] = calibration
-    if isinstance(adapter, LoraAdapter) and (consumer := consumer_of(opened_base, chosen)):
-        fitted = fit(adapter, plan, opened_base, consumer)
+    if isinstance(adapter, LoraAdapter) and (consumer := consumer_of(base, options)):
+        fitted = fit(adapter, plan, base, consumer)
         report["profile"] = fitted.to_json(share_left_out(records, consumer))
-        return Conversion(fitted.adapter, opened_base, plan, records, report, started)
-    return Conversion(adapter, opened_base, plan, records, report, started)
-
-
-def _solve_with_text(
-    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
-) -> tuple[Any, list[Record], dict[str, Any]]:
-    """As a `Solver` does, but by `--calib`; and what the report says of it."""
-    from adapt_convert.convert.calibration.calibrated import calibrated  # what runs models takes long to import
-    from adapt_convert.convert.calibration.work import Work
-
-    return calibrated(Work(pairs, plan, stored, SOLVERS.get(options.to), progress), options)
-
-
-def _require_change(records: list[Record], base: Checkpoint, source: Source, options: Options) -> None:
-    """Raise `AdaptError` when no matrix changed, unless a LoRA stores what the base lacks: added tokens, a new head."""
-    if not any(record.energy for record in records):
-        raise AdaptError(f"{source.origin} equals {base.origin}: no tensor changed, nothing to convert")
-    if any(record.status == "factored" and record.energy for record in records):
-        return
-    has_new = any(record.status == "exact" and (record.entry.rows_added or record.entry.base_key is None) for record in records)
-    if options.to == "lora" and has_new:
-        return
-    advice = "--to lora stores what the fine-tune added" if has_new else "there is nothing to factor"
-    raise AdaptError(f"{source.origin}: none of the targeted matrices changed; {advice}")
+        adapter = fitted.adapter
+    return Conversion(adapter, base, plan, records, report, started)
 
 
 def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tuple[dict[Entry, float], list[Record]]:
@@ -193,9 +168,38 @@ def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tu
             stored[entry] = energy
     if options.strict:
         reasons = {e: unstorable(plan, e) for e in stored} if options.to == "lora" else {}
-        losses = [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
-        refuse_losses(losses + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
+        refuse_losses(_losses(records) + [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason])
     return stored, records
+
+
+def _losses(records: list[Record]) -> list[str]:
+    """What of them `--strict` refuses, each with the reason."""
+    return [f"{record.entry.name} ({record.reason})" for record in records if record.is_loss]
+
+
+def _solve(
+    pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], progress: Progress
+) -> tuple[Any, list[Record], dict[str, Any]]:
+    """The adapter and the records of what it holds; and what the report says of `--calib`, nothing without one."""
+    if options.calib is None:
+        return *SOLVERS[options.to](pairs, plan, options, stored, progress), {}
+    from adapt_convert.convert.calibration.calibrated import calibrated  # what runs models takes long to import
+    from adapt_convert.convert.calibration.work import Work
+
+    return calibrated(Work(pairs, plan, stored, SOLVERS.get(options.to), progress), options)
+
+
+def _require_change(records: list[Record], base: Checkpoint, source: Source, options: Options) -> None:
+    """Raise `AdaptError` when no matrix changed, unless a LoRA stores what the base lacks: added tokens, a new head."""
+    if not any(record.energy for record in records):
+        raise AdaptError(f"{source.origin} equals {base.origin}: no tensor changed, nothing to convert")
+    if any(record.status == "factored" and record.energy for record in records):
+        return
+    has_new = any(record.status == "exact" and (record.entry.rows_added or record.entry.base_key is None) for record in records)
+    if options.to == "lora" and has_new:
+        return
+    advice = "--to lora stores what the fine-tune added" if has_new else "there is nothing to factor"
+    raise AdaptError(f"{source.origin}: none of the targeted matrices changed; {advice}")
 
 
 _TASKS = {

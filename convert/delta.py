@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adapt_convert.convert.products import has_instructions, times, transposed_times
 
@@ -172,6 +173,15 @@ class LowRankDelta:
 
     def to(self, device: torch.device) -> LowRankDelta:
         return LowRankDelta(self.B.to(device), self.A.to(device))
+
+    def cast(self, dtype: torch.dtype) -> LowRankDelta:
+        """The same with both factors in another dtype, as an adapter holds them."""
+        return LowRankDelta(self.B.to(dtype), self.A.to(dtype))
+
+    def padded(self, rank: int) -> LowRankDelta:
+        """The same change at a larger rank: with columns of zeros in B, and as many rows in A."""
+        missing = rank - self.rank
+        return LowRankDelta(pad(self.B, (0, missing)), pad(self.A, (0, 0, 0, missing)))
 
 
 Delta = DenseDelta | LowRankDelta

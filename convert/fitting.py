@@ -56,7 +56,7 @@ def fit(adapter: LoraAdapter, plan: Plan, base: Checkpoint, profile: Profile) ->
     if profile.uniform:
         for held in (factors, embeddings):
             padded += [module for module, delta in held.items() if delta.rank < rank]
-            held.update({module: _padded(delta, rank) for module, delta in held.items()})
+            held.update({module: delta.padded(rank) for module, delta in held.items()})
     for module in absent_modules(factors, plan, profile):
         rows, columns = base.infos[plan.base_keys[f"{module}.weight"]].shape
         dtype = next(iter(factors.values())).A.dtype
@@ -69,13 +69,6 @@ def fit(adapter: LoraAdapter, plan: Plan, base: Checkpoint, profile: Profile) ->
     elif profile.layout != "peft":
         written = in_form(fitted, base, profile.layout)
     return Fitted(written, profile, rank, padded, filled)
-
-
-def _padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
-    missing = rank - delta.rank
-    columns = torch.zeros(delta.B.shape[0], missing, dtype=delta.B.dtype)
-    rows = torch.zeros(missing, delta.A.shape[1], dtype=delta.A.dtype)
-    return LowRankDelta(torch.cat([delta.B, columns], dim=1), torch.cat([delta.A, rows], dim=0))
 
 
 def absent_modules(factors: Iterable[str], plan: Plan, profile: Profile) -> list[str]:

@@ -78,11 +78,11 @@ def _solve_kept(pairs: Pairs, entry: Entry, options: Options, budgeted: int | No
 
 def prepare(pairs: Pairs, plan: Plan, entry: Entry, options: Options) -> None:
     """Work out, and keep among the pieces, all that a conversion will ask of the base about one tensor."""
-    if entry.action != "factor":
-        pairs.change_energy(entry)
     if entry.action == "factor":
         _solve_kept(pairs, entry, options)
-    elif entry.action == "store" and entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
+        return
+    pairs.change_energy(entry)
+    if entry.action == "store" and entry.name == f"{entry.module}.bias" and plan.is_factored(entry.module):
         pairs.difference(entry)
 
 
@@ -91,7 +91,7 @@ def _ranks_for_budget(pairs: Pairs, plan: Plan, options: Options) -> dict[str, i
     with twice as many, until none is."""
     assert isinstance(options.budget, int)
     entries, units = plan.having("factor"), units_of(plan, pairs.base)
-    item = torch_dtype(options.dtype or output_dtype(pairs.source)).itemsize
+    item = torch_dtype(output_dtype(options, pairs.source)).itemsize
     average = max(1, options.budget // (item * sum(units.numbers.values())))
     known = {entry.name: min(4 * average + 8, *entry.matrix_shape) for entry in entries}
     spectra: dict[str, Tensor] = {}
@@ -131,12 +131,12 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
     else:
         rank = budgeted or options.rank or 1
         factorisation = factorise(delta, rank, generator, exact=False)
-    return _written(pairs, entry, delta, factorisation.truncate(min(rank, len(factorisation.values), options.max_rank)), options)
+    return _written(pairs, entry, delta, factorisation.truncate(min(rank, options.max_rank)), options)
 
 
 def _written(pairs: Pairs, entry: Entry, delta: Delta, factors: LowRankDelta, options: Options) -> Piece:
     """The factors in the output dtype, and what they then miss of the change. Of a dense one, B is fitted to A as it is written."""
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     A = _in_dtype(factors.A, dtype, entry)
     if isinstance(delta, DenseDelta):
         fitted, product = fit_left(delta, LowRankDelta(factors.B, A.float()))

@@ -31,11 +31,10 @@ class Options:
 
     At most one of `rank`, `energy` (share of each matrix, in (0, 1]), `budget` (for all factors together: bytes, or a float below 1 as
     a share of the base's bytes, "0.1%" as text; with one rank for all matrices it gives the largest that fits) and `target_kl` (nats per
-    token) is given; without any the rank is 16, or that of a source
-    in factors. `calib` (a file, or `self` for text that the fine-tune writes) gives `calib_tokens` tokens to fit to; `refine` counts steps
-    of distillation. `dtype` None keeps the source's own. `segments` (a number, `auto`, or None for what suits the model), `construction`
-    and `heads` are LatTE's, `base_rank` and `keep` those of R- and S-LoDA; `profile` is what a LoRA is written for (`--for`). Raises
-    `AdaptError` on anything out of range.
+    token) is given; without any the rank is 16, or that of a source in factors. `calib` (a file, or `self` for text that the fine-tune
+    writes) gives `calib_tokens` tokens to fit to; `refine` counts steps of distillation. `dtype` None keeps the source's own. `segments`
+    (a number, `auto`, or None for what suits the model), `construction` and `heads` are LatTE's, `base_rank` and `keep` those of R- and
+    S-LoDA; `profile` is what a LoRA is written for (`--for`). Raises `AdaptError` on anything out of range.
     """
 
     to: str = "lora"

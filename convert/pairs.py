@@ -81,11 +81,6 @@ class Pairs:
         """`work(entry, change)` of every matrix, in order but several at a time; the change is gone when `work` returns."""
         return side_by_side(entries, _delta_bytes, self.passing_delta, work, self.device)
 
-    def deltas(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, Delta]]:
-        """Each matrix's change, one after the other; it is gone when the next is asked for."""
-        for entry in entries:
-            yield entry, self.passing_delta(entry)
-
     def delta(self, entry: Entry) -> Delta:
         """One matrix's change, `(out, in)` float32, on the device of the conversion."""
         return self._delta(entry, self._scratch.fresh)

@@ -43,7 +43,7 @@ def predict(plan: Plan, base: Checkpoint, source: Source, options: Options) -> P
     """The file and the memory of a conversion, from headers; a budget of a target of one rank is settled before."""
     stored = [_stored(entry, plan, options) for entry in _kept_whole(plan, base, source, options)] + _zero_biases(plan, options)
     if options.to == "lora" or options.construction == "score":
-        item = _bytes_each(options.dtype or output_dtype(source))
+        item = _bytes_each(output_dtype(options, source))
         factors, modules = _lora_factors(plan, base, options, item) if options.to == "lora" else _score_factors(plan, options, item)
         header = _FILE + sum(_ROW + len(module) for module in modules)
     else:
@@ -85,7 +85,7 @@ def _is_bound(source: Source, options: Options) -> bool:
 
 def _may_need_float32(source: Source, options: Options) -> bool:
     """Whether a fit may show that its factors have to be stored more precisely than the source is."""
-    return options.to == "lorta" and options.dtype is None and output_dtype(source) != "float32"
+    return options.to == "lorta" and options.dtype is None and output_dtype(options, source) != "float32"
 
 
 def _lora_factors(plan: Plan, base: Checkpoint, options: Options, item: int) -> tuple[int, list[str]]:

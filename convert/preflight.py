@@ -341,8 +341,10 @@ def _untargeted_reason(options: Options) -> str:
     return "outside the attention that a LoRTA holds by default; --target-modules all-linear adds the MLP"
 
 
-def output_dtype(source: Source) -> str:
-    """The dtype of most of the source's numbers: what its author thought enough."""
+def output_dtype(options: Options, source: Source) -> str:
+    """The dtype of an adapter: the one asked for, or that of most of the source's numbers, which its author thought enough."""
+    if options.dtype is not None:
+        return options.dtype
     counts: dict[str, int] = {}
     for name, info in source.store.infos.items():
         if info.is_float and name not in source.ignored:

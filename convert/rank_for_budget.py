@@ -70,7 +70,7 @@ def largest_rank(plan: Plan, options: Options) -> int:
 
 def sizes_by_rank(plan: Plan, base: Checkpoint, source: Source, options: Options) -> Callable[[int], int]:
     """The bytes of the adapter's file by rank, without what is stored exactly, of a target that has one rank for all matrices."""
-    dtype = torch_dtype(options.dtype or output_dtype(source))
+    dtype = torch_dtype(output_dtype(options, source))
     if options.to == "lorta":
         make: _Make = functools.partial(_lorta, base, plan, options, dtype)
     elif options.to == "latte":

@@ -22,27 +22,21 @@ def product_of(down: Tensor, up: Tensor, mid: Tensor | None, scale: float) -> Lo
 
 def hadamard(tensors: Mapping[str, Tensor]) -> Tensor:
     """LoHa: `(w1_a w1_b) * (w2_a w2_b)`, `(out, in ...)`. With cores `t1`, `t2 (r, r, kh, kw)` the `_a` are `(r, out)`."""
-
-    def half(number: int) -> Tensor:
-        a, b = tensors[f"w{number}_a"], tensors[f"w{number}_b"]
-        core = tensors.get(f"t{number}")
-        return a @ b if core is None else torch.einsum("ij...,ip,jr->pr...", core, a, b)
-
-    return half(1) * half(2)
+    return _half(tensors, 1) * _half(tensors, 2)
 
 
 def kronecker(tensors: Mapping[str, Tensor]) -> Tensor:
     """LoKr: the Kronecker product of `w1` and `w2`, each whole or as `_a _b`, with convolution kernels in `w2`: `(out, in * kh * kw)`."""
-
-    def half(number: int) -> Tensor:
-        if f"w{number}" in tensors:
-            return tensors[f"w{number}"]
-        a, b = tensors[f"w{number}_a"], tensors[f"w{number}_b"]
-        core = tensors.get(f"t{number}")
-        return a @ b if core is None else torch.einsum("ij...,ip,jr->pr...", core, a, b)
-
-    product: Tensor = torch.kron(half(1).contiguous(), half(2).flatten(1).contiguous())
+    w1, w2 = (tensors[name] if (name := f"w{number}") in tensors else _half(tensors, number) for number in (1, 2))
+    product: Tensor = torch.kron(w1.contiguous(), w2.flatten(1).contiguous())
     return product
+
+
+def _half(tensors: Mapping[str, Tensor], number: int) -> Tensor:
+    """`w_a w_b` of one number, or with a core `t (r, r, kh, kw)` what that makes of them."""
+    a, b = tensors[f"w{number}_a"], tensors[f"w{number}_b"]
+    core = tensors.get(f"t{number}")
+    return a @ b if core is None else torch.einsum("ij...,ip,jr->pr...", core, a, b)
 
 
 def with_magnitude(weight: Tensor, change: Tensor, magnitude: Tensor, rows: bool, eps: float = 0.0) -> Tensor:

@@ -40,7 +40,8 @@ class Factorisation:
     energy: float
 
     def truncate(self, rank: int) -> LowRankDelta:
-        """The best rank-`rank` approximation, the singular values shared evenly so that both factors have the same scale."""
+        """The best approximation of rank `rank`, or all that there is where that is less; the singular values are shared evenly, so that
+        both factors have the same scale."""
         scale = self.values[:rank].sqrt().float()
         return LowRankDelta(self.left[:, :rank] / scale, self.right[:rank] * scale[:, None])
 
@@ -129,7 +130,7 @@ def _from_krylov(
     `delta` in all products but the last, which makes the result exact; without `exact` there, too.
     """
     start = torch.randn(delta.shape[0], block, generator=generator).to(delta.weight.device)
-    basis = _orthonormal(products.rmatmul(start))
+    basis = orthonormal(products.rmatmul(start))
     image = products.matmul(basis)
     gram = _small(image, image)
     captured, gain = 0.0, math.inf
@@ -143,9 +144,9 @@ def _from_krylov(
             break
         if basis.shape[1] + block > _DENSE_SHARE * min(delta.shape):
             return None
-        fresh = products.rmatmul(_orthonormal(image[:, -block:]))
+        fresh = products.rmatmul(orthonormal(image[:, -block:]))
         for _ in range(2):  # once is not enough in float32
-            fresh = _orthonormal(fresh - basis @ (basis.T @ fresh))
+            fresh = orthonormal(fresh - basis @ (basis.T @ fresh))
         fresh_image = products.matmul(fresh)
         cross = _small(image, fresh_image)
         gram = torch.cat([torch.cat([gram, cross], dim=1), torch.cat([cross.T, _small(fresh_image, fresh_image)], dim=1)])
@@ -176,7 +177,8 @@ def _beside(columns: Tensor, more: Tensor) -> Tensor:
     return torch.cat([columns.T, more.T]).T
 
 
-def _orthonormal(matrix: Tensor) -> Tensor:
+def orthonormal(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of `matrix (n, k)`, in its dtype."""
     basis: Tensor = torch.linalg.qr(matrix).Q
     return basis
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ class Segment:
     def rank(self) -> int:
         return self.Q.shape[1]
 
+    @property
+    def layers(self) -> range:
+        return range(self.start, self.stop)
+
+
+def segment_of(segments: Iterable[Segment], layer: int) -> Segment:
+    """The segment that a layer belongs to."""
+    return next(segment for segment in segments if layer in segment.layers)
+
 
 @dataclass
 class LatteTask:
@@ -59,15 +69,13 @@ class LatteTask:
     exact: dict[str, Tensor | LazyTensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """What it holds, by the word for it in the names of its tensors."""
+        return {"reader": self.readers, "writer": self.writers, "bias": self.biases, "exact": self.exact, "score": self.scores}
+
     def tensors(self, number: int) -> dict[str, Tensor | LazyTensor]:
-        groups: dict[str, Mapping[str, Tensor | LazyTensor]] = {
-            "reader": self.readers,
-            "writer": self.writers,
-            "bias": self.biases,
-            "exact": self.exact,
-            "score": self.scores,
-        }
-        return {f"{number}.{group}.{name}": value for group, held in groups.items() for name, value in held.items()}
+        return {f"{number}.{group}.{name}": value for group, held in self.groups.items() for name, value in held.items()}
 
 
 @dataclass
@@ -117,19 +125,12 @@ class LatteAdapter:
 
     def parameters(self) -> int:
         """How many numbers the adapter adds."""
-        return sum(_count(tensor.shape) for tensor in self.tensors().values())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors().values())
 
     def write(self, directory: Path) -> int:
         """Write config and weights; returns the size of the weights in bytes."""
         (directory / LATTE_CONFIG).write_text(json.dumps(self.config(), indent=1) + "\n", encoding="utf-8")
         return write_safetensors(directory / LATTE_WEIGHTS, self.tensors(), {"format": "pt"})
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def fingerprint(weight: Tensor, stored: torch.dtype) -> dict[str, str]:
@@ -242,12 +243,7 @@ def _place(adapter: LatteAdapter, store: TensorStore, key: str) -> None:
     number = int(head) if head.isdecimal() else 0
     if number > len(adapter.tasks):
         raise ValueError(f"{key!r} is of task {number}, the config names {len(adapter.tasks)}")
-    task = adapter.tasks[number - 1] if number else None
-    held: dict[str, dict[str, Any]] = (
-        {}
-        if task is None
-        else {"reader": task.readers, "writer": task.writers, "bias": task.biases, "exact": task.exact, "score": task.scores}
-    )
+    held = adapter.tasks[number - 1].groups if number else {}
     if group not in held or not name:
         raise ValueError(f"{key!r} is no tensor of a LatTE")
     value = store.read(key)

@@ -9,7 +9,6 @@ reference lacks: `lora_C_hkv (H_kv, r)` for grouped-query attention, and a secon
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from adapt_convert.convert.lorta.cp_tensor import CPFactors
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
-from adapt_convert.formats.peft import CONFIG, PREFIX, WEIGHTS, is_positive
+from adapt_convert.formats.peft import CONFIG, PREFIX, WEIGHTS, is_positive, scaling
 from adapt_convert.formats.safetensors_file import LazyTensor, write_safetensors
 from adapt_convert.formats.source import LORTA, Part, Source, whole_part
 
@@ -78,10 +77,8 @@ class LortaBlock:
 
         Exact at the tensor's rank. LoRTA (arXiv 2410.04060), section 4.
         """
-        f = self.factors
-        heads = f.C_h[self.group[slot.matrix]] * f.C_l[slot.layer] * f.C_m[slot.matrix]
-        inner = (heads[:, None, :] * f.B[None, :, :]).flatten(0, 1)  # (H d_h, r), row h * d_h + j
-        return LowRankDelta(inner, f.A.T) if slot.transposed else LowRankDelta(f.A, inner.T)
+        slab = self.factors.slab(self.group, slot.layer, slot.matrix)
+        return slab.T if slot.transposed else slab
 
 
 @dataclass
@@ -189,8 +186,7 @@ def _read_factors(store: TensorStore, config: Mapping[str, Any], name: str) -> C
     rank = read("A").shape[1]
     if rank == 0:
         raise ValueError(f"{start}A has rank 0")
-    alpha = float(config.get("lora_alpha", rank))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = scaling(config, float(config.get("lora_alpha", rank)), rank)
     heads = [read("C_h")] + ([read("C_hkv")] if f"{start}C_hkv" in keys else [])
     return CPFactors(A=read("A") * scale, B=read("B").T, C_h=tuple(heads), C_l=read("C_l"), C_m=read("C_m"))
 

@@ -176,8 +176,7 @@ def _stack_parts(
     if not isinstance(rank, int) or whole.rank is None or whole.rank % rank:
         raise AdaptError(f"{location.origin}: {module} has {whole.rank} rows, no multiple of the rank {rank!r} that {CONFIG} gives {stack}")
     alpha = float(matching_pattern(config.get("alpha_pattern") or {}, [stack], config.get("lora_alpha", 8)))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return stack_parts(store, slot["lora_A.weight"], slot["lora_B.weight"], stack, rank, scale, experts)
+    return stack_parts(store, slot["lora_A.weight"], slot["lora_B.weight"], stack, rank, scaling(config, alpha, rank), experts)
 
 
 def _rank(store: TensorStore, slot: Mapping[str, str], name: str) -> int:
@@ -236,11 +235,16 @@ def _added_bias(store: TensorStore, config: Mapping[str, Any], module: str, key:
     return Part(f"{module}.bias", (key,), info.shape, info.dtype, "add", lambda: store.read(key).float() * scale)
 
 
-def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+def scaling(config: Mapping[str, Any], alpha: float, rank: int) -> float:
     """What PEFT multiplies `B A` by: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The scaling of a module, whose alpha a pattern may give."""
     names = (module, f"{module}.weight") if config.get("target_parameters") else (module,)
     alpha = matching_pattern(config.get("alpha_pattern") or {}, names, config.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return scaling(config, float(alpha), rank)
 
 
 def matching_pattern(patterns: Mapping[str, Any], names: Sequence[str], otherwise: Any) -> Any:

@@ -26,12 +26,6 @@ from adapt_convert.formats.source import Part
 Factors = Mapping[str, LowRankDelta]
 
 
-def padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
-    """The same matrix in `rank` columns, the added ones zero."""
-    more = rank - delta.rank
-    return LowRankDelta(torch.nn.functional.pad(delta.B, (0, more)), torch.nn.functional.pad(delta.A, (0, 0, 0, more)))
-
-
 def complete(factors: Factors, modules: Iterable[str], experts: Experts) -> dict[str, LowRankDelta]:
     """The factors with those of the experts in one rank, and zeros for each expert among `modules` that PEFT wants beside them."""
     if experts.modules is None:
@@ -47,7 +41,7 @@ def complete(factors: Factors, modules: Iterable[str], experts: Experts) -> dict
             continue
         zeros = LowRankDelta(torch.zeros_like(like.B), torch.zeros_like(like.A))
         for module in sorted(name for name, projection in projections.items() if projection in group):
-            result[module] = padded(factors.get(module, zeros), rank)
+            result[module] = factors.get(module, zeros).padded(rank)
     return result
 
 
@@ -73,7 +67,7 @@ def stacks(factors: Factors, modules: Iterable[str], experts: Experts) -> dict[s
         rank = max(delta.rank for delta in held.values())
         like = next(iter(held.values()))
         zeros = LowRankDelta(torch.zeros_like(like.B), torch.zeros_like(like.A))
-        each = [padded(held.get(module, zeros), rank) for module in sorted(everyone[stack], key=_number)]
+        each = [held.get(module, zeros).padded(rank) for module in sorted(everyone[stack], key=_number)]
         b = torch.stack([delta.B for delta in each], dim=2).flatten(1)
         result[stack] = Stack(prefix, rank, torch.cat([delta.A for delta in each]), b)
     return result

@@ -159,15 +159,15 @@ def _inside(data: Mapping[str, Any], numbers: Mapping[str, int]) -> str:
         note = f"<p class='soft wrap'>Not compared, their states have another width: {escape(', '.join(others))}.</p>" if others else ""
         parts.append(f"<div class=card><h3>Hidden states: share of the base's squared error that is gone</h3>{curves}{note}</div>")
     scale = (
-        f"<p class=soft>Energy: {_ramp('0%', '100%')}; red is below 0%, farther from the fine-tune than the base."
-        + (f" KL: {_ramp('0%', share_text(full, 2))} in all maps; red adds to the base's KL." if shares else "")
+        f"<p class=soft>Energy: {_ramp('100%')}; red is below 0%, farther from the fine-tune than the base."
+        + (f" KL: {_ramp(share_text(full, 2))} in all maps; red adds to the base's KL." if shares else "")
         + "</p>"
     )
     return f"<h2>By layer and matrix</h2>{scale}<div class=grid2>{''.join(parts)}</div>" if parts else ""
 
 
-def _ramp(low: str, high: str) -> str:
-    return f"{low} <span class=ramp></span> {high}"
+def _ramp(high: str) -> str:
+    return f"0% <span class=ramp></span> {high}"
 
 
 def _energy_map(details: Mapping[str, Any]) -> str:

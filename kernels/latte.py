@@ -141,13 +141,8 @@ class _Loader:
         self.model, self.adapter, self.layout, self.names, self.state, self.origin = model, adapter, layout, names, state, origin
         assert state.tasks is not None
         self.tasks = state.tasks
-        groups = {"reader": "readers", "writer": "writers", "bias": "biases"}
-        self.left = {
-            (group, number, name)
-            for group, held in groups.items()
-            for number, t in enumerate(adapter.tasks, 1)
-            for name in getattr(t, held)
-        }
+        expanded = ("reader", "writer", "bias")
+        self.left = {(group, number, name) for group in expanded for number, t in enumerate(adapter.tasks, 1) for name in t.groups[group]}
 
     def run(self) -> None:
         self._set_exact()
@@ -156,7 +151,7 @@ class _Loader:
             before = segments[number - 1] if number else None
             after = segments[number + 1] if number + 1 < len(segments) else None
             self._open(segment, before)
-            for layer in range(segment.start, segment.stop):
+            for layer in segment.layers:
                 self._expand_layer(self.layout.block.format(layer), segment)
                 self._cross_post_norms(self.layout.block.format(layer), segment, segment if layer + 1 < segment.stop else after)
         if self.layout.final_norm:
@@ -285,7 +280,7 @@ class _Loader:
         found: list[Tensor | None] = []
         for number, task in enumerate(self.adapter.tasks, 1):
             self.left.discard((group, number, name))
-            found.append({"reader": task.readers, "writer": task.writers, "bias": task.biases}[group].get(name))
+            found.append(task.groups[group].get(name))
         return found
 
     def _swap(self, name: str, module: nn.Module) -> None:

@@ -90,7 +90,7 @@ def _attach_slices(model: nn.Module, blocks: list[LortaBlock], state: Replaced) 
             _check_fits(block, slot, shape_of(model, slot.module))
             where = (weight.device, weight.dtype)
             a, b = shared.setdefault(where, (f.A.to(*where), f.B.to(*where)))
-            heads = (f.C_h[block.group[slot.matrix]] * f.C_l[slot.layer] * f.C_m[slot.matrix]).to(*where)
+            heads = f.heads(block.group, slot.layer, slot.matrix).to(*where)
             slices.setdefault(slot.module, []).append(LortaSlice(slot, a, b, heads))
     for name, parts in slices.items():
         state.swap(model, name, LortaModule(model.get_submodule(name), parts))

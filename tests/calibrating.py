@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_convert.convert.calibration.moments import Moments
+
 # A model's memory is given back by a full collection, which goes through all that transformers has imported unless that is set aside.
 gc.freeze()
 atexit.register(gc.unfreeze)
 
 ROWS, LENGTH = 40, 24
+KEPT = "embed_tokens,lm_head,wte,input_layernorm,post_attention_layernorm,norm"  # what these tests leave as it is in the base
 
 
 def token_file(path: Path, vocabulary: int = 96, rows: int = ROWS, seed: int = 0, skew: float = 4.0) -> Path:
@@ -34,6 +37,12 @@ def plant(model: Any, rank: int, only: Sequence[str] = ("proj",), scale: float =
         if isinstance(module, torch.nn.Linear) and any(part in name for part in only):
             out, inner = module.weight.shape
             module.weight.data += scale * torch.randn(out, rank) @ torch.randn(rank, inner)
+
+
+def stored_moments(cache: Path) -> Moments:
+    """The moments that the one conversion of a test has left in its cache."""
+    (directory,) = (cache / "moments").iterdir()
+    return Moments(directory, json.loads((directory / "index.json").read_text()))
 
 
 @torch.no_grad()

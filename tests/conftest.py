@@ -71,6 +71,18 @@ class Pair:
             warnings.simplefilter("ignore")
             return peft.PeftModel.from_pretrained(self.load(self.base), adapter).eval()
 
+    def save_adapter(self, config: Any, directory: Path, seed: int = 0) -> Any:
+        """An adapter of the base that looks trained, saved by `peft`: whatever it trains is random. Returns the live model."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)  # peft draws the first factors itself
+            model = peft.get_peft_model(self.load(self.base), config).eval()
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+            model.save_pretrained(directory)
+        return model
+
     @torch.no_grad()
     def logits(self, model: Any) -> torch.Tensor:
         return model(**self.inputs).logits
@@ -124,6 +136,13 @@ def make_pair() -> Callable[..., Pair]:
         return save_pair(directory, model_class, type(config)(**{**config.to_diff_dict(), **overrides}), change)
 
     return make
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test alone keeps moments and refinements."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "adapt-convert"
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ import adapt_convert
 from adapt_convert import AdaptError
 from adapt_convert.cli import main
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 TARGETS: dict[str, dict[str, Any]] = {
     "lorta": {"to": "lorta"},
     "lorta of all": {"to": "lorta", "target_modules": "all-linear", "dtype": "bfloat16"},
@@ -30,11 +31,6 @@ FITTED: dict[str, dict[str, Any]] = {
     "r-loda+": {"to": "r-loda+", "base_rank": 6},
     "s-loda": {"to": "s-loda", "keep": 0.4, "target_modules": "attention"},
 }
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

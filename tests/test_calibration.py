@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrating import kl, plant, token_file
+from calibrating import KEPT, kl, plant, stored_moments, token_file
 from click.testing import CliRunner
 from conftest import Pair
 
@@ -28,23 +28,12 @@ from adapt_convert.convert.validation.outputs import Batch
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.lorta import LortaAdapter
 
-KEPT = "embed_tokens,lm_head,wte,input_layernorm,post_attention_layernorm,norm"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "adapt-convert"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def convert(pair: Pair, text: Path | str, **options: Any) -> Any:
     given = {"rank": 4, "exclude": KEPT, "calib": text, "calib_tokens": 900, "dtype": "float32"} | options
     return adapt_convert.convert(pair.base, pair.ft, **given)
-
-
-def stored_moments(cache: Path) -> Moments:
-    (directory,) = (cache / "moments").iterdir()
-    return Moments(directory, json.loads((directory / "index.json").read_text()))
 
 
 def used_rows(text: Path) -> torch.Tensor:

@@ -24,7 +24,6 @@ with warnings.catch_warnings():
 from adapt_convert import AdaptError, batch, convert, inspect, lint, merge
 from adapt_convert.cli import main
 from adapt_convert.convert.delta import LowRankDelta
-from adapt_convert.convert.fitting import _padded
 from adapt_convert.formats.profiles import PROFILES, Profile
 
 
@@ -176,7 +175,7 @@ def test_tables_go_where_the_server_looks_for_them(pairs: Any, tmp_path: Path) -
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 5))
 def test_padding_changes_nothing(rows: int, columns: int, rank: int, more: int) -> None:
     delta = LowRankDelta(torch.randn(rows, rank), torch.randn(rank, columns))
-    padded = _padded(delta, rank + more)
+    padded = delta.padded(rank + more)
     assert padded.rank == rank + more
     torch.testing.assert_close(padded.dense(), delta.dense())
 

@@ -181,7 +181,7 @@ def test_the_residual_is_exact(noise: float) -> None:
 def test_slab_is_the_formula() -> None:
     fit = fit_cp(as_slabs(planted(GQA, 3, 4, 0.3)), GQA, 3)
     for (layer, matrix), expected in rebuilt(fit.factors, GQA).items():
-        np.testing.assert_allclose(fit.factors.slab(GQA, layer, matrix).dense().numpy(), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(fit.factors.slab(GQA.group, layer, matrix).dense().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_factored_deltas_give_the_fit_of_dense_ones() -> None:

@@ -22,17 +22,22 @@ from adapt_convert.convert.lorta.cp_tensor import CPShape
 from .test_cp import as_slabs, gaussian, planted, tensorly_captured
 
 
+def squared_error(core: Core, model: list[torch.Tensor]) -> torch.Tensor:
+    """`||T - T~||^2`, T~ written out."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for group, tensor in enumerate(core.tensors):
+        a, b, c_l, c_h, c_m = (model[n] for n in core.positions(group))
+        loss = loss + (tensor - torch.einsum("ra,rm,rl,rh,rj->amlhj", a, c_m, c_l, c_h, b)).square().sum()
+    return loss
+
+
 def test_core_products_against_autograd() -> None:
     """MTTKRP and normal matrix are the derivative of the squared error."""
     generator = torch.Generator().manual_seed(0)
     core = Core.of(tuple(torch.randn(5, m, 3, h, 4, generator=generator, dtype=torch.float64) for m, h in [(2, 3), (1, 2)]))
     plain = random_model(core, 3, np.random.default_rng(0))
     model = [torch.tensor(factor, requires_grad=True) for factor in plain]
-    loss = torch.zeros((), dtype=torch.float64)
-    for group, tensor in enumerate(core.tensors):
-        a, b, c_l, c_h, c_m = (model[n] for n in core.positions(group))
-        loss = loss + (tensor - torch.einsum("ra,rm,rl,rh,rj->amlhj", a, c_m, c_l, c_h, b)).square().sum()
-    (gradient,) = torch.autograd.grad(loss, [model[0]])
+    (gradient,) = torch.autograd.grad(squared_error(core, model), [model[0]])
     np.testing.assert_allclose(2 * (normals(core, plain)[0] @ plain[0] - product_a(core, plain)), gradient.numpy())
 
 
@@ -92,10 +97,7 @@ def test_extrapolated_steps_lead_to_a_stationary_point() -> None:
     first = random_model(core, 3, np.random.default_rng(0))
     fit = fit_newton(core, first, 300, 1e-13)
     model = [torch.tensor(factor, requires_grad=True) for factor in fit.model]
-    loss = torch.zeros((), dtype=torch.float64)
-    for group, tensor in enumerate(core.tensors):
-        a, b, c_l, c_h, c_m = (model[n] for n in core.positions(group))
-        loss = loss + (tensor - torch.einsum("ra,rm,rl,rh,rj->amlhj", a, c_m, c_l, c_h, b)).square().sum()
+    loss = squared_error(core, model)
     slopes = torch.autograd.grad(loss, model)
     assert fit.loss == pytest.approx(float(loss.detach()), rel=1e-9)
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-3

@@ -22,15 +22,10 @@ from adapt_convert.convert.families import BY_MODEL_TYPE
 from adapt_convert.convert.validation.outputs import Batch
 from adapt_convert.formats.errors import AdaptError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 MIXTURES = [name for name, family in BY_MODEL_TYPE.items() if family.experts]
 ROUTED = [name for name in MIXTURES if not name.startswith("llama4")]
 BIASES = "gate_up_proj_bias,down_proj_bias"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "adapt-convert"
 
 
 class Products(TorchFunctionMode):

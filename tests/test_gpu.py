@@ -102,7 +102,7 @@ def test_lorta_of_deltas_that_are_read_several_times(monkeypatch: pytest.MonkeyP
 
     here, there = fit(torch.device("cpu")), fit(CUDA)
     factors = as_written(there.factors, torch.float32)
-    missed = sum(float((weight - factors.slab(shape, *place).dense()).double().square().sum()) for place, weight in weights.items())
+    missed = sum(float((weight - factors.slab(shape.group, *place).dense()).double().square().sum()) for place, weight in weights.items())
     assert there.passes > 1
     assert there.residual == pytest.approx(missed, rel=1e-5)
     assert there.residual == pytest.approx(here.residual, rel=1e-3)

@@ -77,7 +77,7 @@ def fit_on_effective(case: Planted, rank: int) -> tuple[dict[str, LowRankDelta],
     factors = fit_cp(slabs, shape, rank).factors
     fitted = {}
     for matrix, slab in zip(matrices, slabs, strict=True):
-        part = factors.slab(shape, slab.layer, slab.matrix)
+        part = factors.slab(shape.group, slab.layer, slab.matrix)
         fitted[matrix.module] = part.T if matrix.reads else part
     return fitted, int(torch.linalg.matrix_rank(factors.A))
 

@@ -200,9 +200,8 @@ def test_a_lora_is_a_source_too(pairs: Callable[[str], Any], text: Path, tmp_pat
 
 @pytest.mark.parametrize("to", ["loda", "r-loda+"])
 def test_refining_trains_f1_and_what_is_reported_is_what_came_of_it(
-    pairs: Callable[[str], Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+    pairs: Callable[[str], Any], text: Path, tmp_path: Path, own_cache: Path, to: str
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pair = pairs("llama")
     out, report = convert(pair, text, tmp_path / "out", to, refine=12)
     kl = report["calibration"]["candidates"]

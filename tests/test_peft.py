@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig
@@ -65,19 +64,6 @@ ADAPTERS: dict[str, tuple[str, LoraConfig, int]] = {
 }
 
 
-def make_adapter(pair, config: Any, directory: Path, seed: int = 0) -> Any:
-    """A trained-looking adapter: whatever `peft` trains is random. Returns the live model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)  # peft draws the first factors itself
-        model = peft.get_peft_model(pair.load(pair.base), config).eval()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(directory)
-    return model
-
-
 @pytest.fixture(scope="module")
 def adapters(pairs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path, torch.Tensor, int]]:
     """By name: the pair, the adapter's directory, the logits of the live model, and the largest rank."""
@@ -87,7 +73,7 @@ def adapters(pairs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         if name not in made:
             model, config, rank = ADAPTERS[name]
             directory = tmp_path_factory.mktemp("adapter")
-            made[name] = pairs(model), directory, pairs(model).logits(make_adapter(pairs(model), config, directory)), rank
+            made[name] = pairs(model), directory, pairs(model).logits(pairs(model).save_adapter(config, directory)), rank
         return made[name]
 
     return make
@@ -253,8 +239,8 @@ def test_broken_adapters(adapters, tmp_path: Path, case: str) -> None:
 
 def test_real_adapters_of_another_base(pairs, tmp_path: Path) -> None:
     pair = pairs("llama")
-    make_adapter(pairs("gpt2"), ADAPTERS["GPT-2, fan_in_fan_out"][1], tmp_path / "other")
-    make_adapter(pairs("bert"), LoHaConfig(r=2, target_modules=["query"]), tmp_path / "loha")
+    pairs("gpt2").save_adapter(ADAPTERS["GPT-2, fan_in_fan_out"][1], tmp_path / "other")
+    pairs("bert").save_adapter(LoHaConfig(r=2, target_modules=["query"]), tmp_path / "loha")
     for name in ("other", "loha"):
         with pytest.raises(AdaptError, match=r"in common|is this the right base"):
             adapt_convert.convert(pair.base, tmp_path / name)

@@ -66,18 +66,6 @@ METHODS: dict[str, tuple[str, Any]] = {
 }  # fmt: skip
 
 
-def make_method(pair: Any, config: Any, directory: Path) -> None:
-    """An adapter that has moved from its start, saved by `peft`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        model = peft.get_peft_model(pair.load(pair.base), config).eval()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(directory)
-
-
 def merged_by_peft(pair: Any, directory: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,7 +76,7 @@ def merged_by_peft(pair: Any, directory: Path) -> dict[str, torch.Tensor]:
 def test_at_full_rank_it_is_what_peft_merges(pairs, tmp_path: Path, name: str) -> None:
     model, config = METHODS[name]
     pair = pairs(model)
-    make_method(pair, config, tmp_path / "adapter")
+    pair.save_adapter(config, tmp_path / "adapter")
     theirs, base = merged_by_peft(pair, tmp_path / "adapter"), pair.load(pair.base).state_dict()
     changed = {key for key, value in theirs.items() if not torch.equal(value, base[key])}
     assert changed
@@ -112,7 +100,7 @@ def test_at_full_rank_it_is_what_peft_merges(pairs, tmp_path: Path, name: str) -
 
 def test_dora_reports_what_its_factors_hold_without_the_magnitude(pairs, tmp_path: Path) -> None:
     pair = pairs("llama")
-    make_method(pair, lora(use_dora=True), tmp_path / "dora")
+    pair.save_adapter(lora(use_dora=True), tmp_path / "dora")
     report = adapt_convert.convert(pair.base, tmp_path / "dora", rank=4).report
     state, base = load_file(tmp_path / "dora" / "adapter_model.safetensors"), load_file(pair.base / "model.safetensors")
     theirs = merged_by_peft(pair, tmp_path / "dora")
@@ -128,7 +116,7 @@ def test_dora_reports_what_its_factors_hold_without_the_magnitude(pairs, tmp_pat
 
 def test_only_one_module_is_built_at_a_time(pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = pairs("qwen2")
-    make_method(pair, METHODS["LoHa"][1], tmp_path / "adapter")
+    pair.save_adapter(METHODS["LoHa"][1], tmp_path / "adapter")
     _, source = open_pair(pair.base, tmp_path / "adapter")
     built: list[int] = []
     real = peft.get_peft_model
@@ -145,7 +133,7 @@ def test_only_one_module_is_built_at_a_time(pairs, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("target", ["lorta", "latte"])
 def test_other_targets_take_them_too(pairs, tmp_path: Path, target: str) -> None:
     pair = pairs("llama")
-    make_method(pair, peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]), tmp_path / "adapter")
+    pair.save_adapter(peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]), tmp_path / "adapter")
     conversion = adapt_convert.convert(pair.base, tmp_path / "adapter", to=target, rank=8 if target == "lorta" else 32)
     live = adapt_convert.load(pair.load(pair.base), conversion.save(tmp_path / "out"))
     before, theirs = pair.logits(pair.load(pair.base)), pair.logits(pair.load_peft(tmp_path / "adapter"))
@@ -169,7 +157,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_has_no_delta_is_refused_by_name(pairs, tmp_path: Path, case: str) -> None:
     changes, message = REFUSED[case]
     pair = pairs("qwen2")
-    make_method(pair, peft.LoHaConfig(r=2, **TWO), tmp_path / "adapter")
+    pair.save_adapter(peft.LoHaConfig(r=2, **TWO), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(AdaptError, match=message):
@@ -191,7 +179,7 @@ BROKEN = {
 def test_broken_adapters(pairs, tmp_path: Path, case: str) -> None:
     change, message = BROKEN[case]
     pair = pairs("qwen2")
-    make_method(pair, peft.LoHaConfig(r=2, **TWO), tmp_path / "adapter")
+    pair.save_adapter(peft.LoHaConfig(r=2, **TWO), tmp_path / "adapter")
     state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     change(state)
     save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")

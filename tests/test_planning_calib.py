@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from calibrating import token_file
+from calibrating import stored_moments, token_file
 from click.testing import CliRunner
 from conftest import Pair
 from safetensors.torch import load_file
 
 import adapt_convert
 from adapt_convert.cli import main
-from adapt_convert.convert.calibration.moments import Moments
 
 
-def test_shares_of_the_outputs_are_those_of_dense_algebra(
-    pairs: Callable[[str], Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_shares_of_the_outputs_are_those_of_dense_algebra(pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path) -> None:
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl")
     data = adapt_convert.plan(pair.base, pair.ft, fit_seconds=0, calib=text, calib_tokens=900).data
-    (directory,) = (tmp_path / "cache" / "adapt-convert" / "moments").iterdir()
-    moments = Moments(directory, json.loads((directory / "index.json").read_text()))
+    moments = stored_moments(own_cache)
     base, ft = (load_file(path / "model.safetensors") for path in (pair.base, pair.ft))
     energies: dict[str, float] = {}
     kept = 0.0
@@ -44,10 +38,7 @@ def test_shares_of_the_outputs_are_those_of_dense_algebra(
     assert found["kl_of_base"] > 0
 
 
-def test_the_command_prints_them_and_refuses_missing_text(
-    pairs: Callable[[str], Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_the_command_prints_them_and_refuses_missing_text(pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path) -> None:
     pair, text = pairs("llama"), token_file(tmp_path / "ids.jsonl")
     arguments = ["plan", str(pair.base), str(pair.ft), "--fit-seconds", "0", "--calib-tokens", "900", "--calib"]
     shown = CliRunner().invoke(main, [*arguments, str(text)])

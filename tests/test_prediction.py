@@ -91,8 +91,7 @@ def test_no_size_is_above_its_bound(case: str, pairs: Callable[[str], Pair], tmp
 
 
 @pytest.mark.parametrize("options", [{"to": "loda"}, {"to": "loda+"}, {"to": "s-loda", "keep": 0.1}], ids=str)
-def test_the_maps_of_a_loda_are_counted(options: dict[str, Any], pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_the_maps_of_a_loda_are_counted(options: dict[str, Any], pairs: Any, tmp_path: Path, own_cache: Path) -> None:
     text = token_file(tmp_path / "ids.jsonl")
     options |= {"rank": 2, "calib": text, "calib_tokens": 256, "target_modules": "q_proj,o_proj", "exclude": "embed_tokens,lm_head"}
     planned, size = predicted_and_written(pairs("llama").base, pairs("llama").ft, tmp_path / "out", **options)
@@ -105,9 +104,8 @@ def _typed(options: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("to", ["lora", "latte", "lorta"])
-def test_a_rank_that_is_looked_for_is_bounded(to: str, make_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_looked_for_is_bounded(to: str, make_pair: Any, tmp_path: Path, own_cache: Path) -> None:
     """A divergence that rank 1 reaches, of ranks that may go up to the width of the model."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pair = make_pair(tmp_path, "llama", lambda model: model.model.layers[0].self_attn.q_proj.weight.add_(0.01))
     text = token_file(tmp_path / "ids.jsonl")
     planned, size = predicted_and_written(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import kl, token_file
+from calibrating import KEPT, kl, token_file
 from conftest import Pair
 
 import adapt_convert
@@ -32,14 +32,8 @@ from adapt_convert.formats.latte import read_latte
 from adapt_convert.formats.location import locate
 from adapt_convert.terminal import print_summary
 
-KEPT = "embed_tokens,lm_head,wte,input_layernorm,post_attention_layernorm,norm"
+pytestmark = pytest.mark.usefixtures("own_cache")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "adapt-convert"
 
 
 def convert(pair: Pair, text: Path, **options: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.candidates import Stage
+from adapt_convert.formats.atomic import write_text
 from adapt_convert.kernels.latte_modules import norm_eps
 
 _AT_A_TIME = 2**30  # bytes of moments summed in one pass over the text
@@ -84,9 +84,7 @@ def moments_of(
         stage.show(stage.fine_tune)
     for group in groups_within(missing, functools.partial(_moment_bytes, stage, seats_of(stage.root, missing)), _AT_A_TIME):
         files |= _summed(stage, group, norms, text, progress, directory)
-        fresh = index.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(files, indent=1), encoding="utf-8")
-        os.replace(fresh, index)
+        write_text(index, json.dumps(files, indent=1))
     return Moments(directory, files)
 
 

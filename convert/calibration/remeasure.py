@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+import torch
+
+from adapt_convert.convert.delta import Delta, residual_energy
 from adapt_convert.convert.latte.deltas import Effective, Matrix
 from adapt_convert.convert.latte.solver import approximation
 from adapt_convert.convert.lorta.solver import measure as measure_lorta
@@ -13,7 +15,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record
-from adapt_convert.formats.latte import LatteAdapter
+from adapt_convert.formats.latte import LatteAdapter, segment_of
 from adapt_convert.formats.lorta import LortaAdapter
 from adapt_convert.formats.peft import LoraAdapter
 
@@ -30,7 +32,7 @@ def _lora(pairs: Pairs, plan: Plan, adapter: LoraAdapter, progress: Progress) ->
 
     def work(entry: Entry, delta: Delta) -> float:
         factors = (adapter.embeddings if entry.kind == "embedding" else adapter.factors)[entry.module]
-        return residual_energy(delta, LowRankDelta(factors.B.float(), factors.A.float()).to(pairs.device))
+        return residual_energy(delta, factors.cast(torch.float32).to(pairs.device))
 
     return dict(pairs.each(progress(entries, "measuring"), work))
 
@@ -46,7 +48,7 @@ def _latte(pairs: Pairs, plan: Plan, adapter: LatteAdapter, progress: Progress) 
         block = (task.readers if matrix.reads else task.writers).get(matrix.module)
         if delta is None or block is None:
             return None
-        segment = next(s for s in adapter.segments if s.start <= matrix.layer < s.stop)
+        segment = segment_of(adapter.segments, matrix.layer)
         return residual_energy(delta, approximation(block.to(pairs.device), segment.Q.to(pairs.device), matrix.reads))
 
     found = effective.each(effective.matrices, work, progress, "measuring")

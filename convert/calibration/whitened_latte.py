@@ -28,6 +28,7 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.preflight import output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record
+from adapt_convert.convert.svd import orthonormal
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.latte import LatteAdapter, Segment
 
@@ -46,13 +47,13 @@ def solve_whitened_latte(
     others = tuple(m.module for m in effective.matrices if not m.reads or not m.norm)
     moments = find_moments(others, dict.fromkeys(norms, effective.layout.norm))
     fits = [_fit(effective, segment, moments, progress) for segment in first[0].segments]
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     task = replace(first[0].tasks[0], readers={}, writers={}, biases={})
     adapter = replace(first[0], segments=[fit.segment for fit in fits], tasks=[task])
     project(effective, adapter.segments, task, dtype, progress)
 
     def block(matrix: Matrix, delta: Delta | None) -> Tensor | None:
-        K = next(fit.readers for fit in fits if fit.segment.start <= matrix.layer < fit.segment.stop).get(_site(matrix))
+        K = next(fit.readers for fit in fits if matrix.layer in fit.segment.layers).get(_site(matrix))
         return None if delta is None or K is None else as_written(delta.matmul(K.to(pairs.device)), dtype, matrix.module).cpu()
 
     readers = [matrix for matrix in effective.matrices if matrix.reads]
@@ -105,7 +106,7 @@ def _fit(effective: Effective, segment: Segment, moments: Moments, progress: Pro
     keys = grams.keys(Q)
     captured = grams.captured(Q, keys)
     for _ in range(_ROUNDS):
-        trial = torch.linalg.qr(_better(grams, Q, keys).double()).Q.float()
+        trial = orthonormal(_better(grams, Q, keys).double()).float()
         trial_keys = grams.keys(trial)
         gain = grams.captured(trial, trial_keys) - captured
         if gain <= 0:
@@ -127,7 +128,7 @@ def _grams(effective: Effective, segment: Segment, moments: Moments, progress: P
         DL = delta.matmul(moments.root(matrix.module).to(device))
         return DL @ DL.T
 
-    matrices = [m for m in effective.matrices if segment.start <= m.layer < segment.stop]
+    matrices = [m for m in effective.matrices if m.layer in segment.layers]
     zero = torch.zeros(effective.width, effective.width, device=device)
     sums, W = dict[str, Tensor](), zero.clone()
     for matrix, part in effective.each(matrices, own, progress, "Gram matrices"):

@@ -21,6 +21,7 @@ from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.report import Record
+from adapt_convert.convert.svd import orthonormal
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.peft import LoraAdapter
 
@@ -64,7 +65,7 @@ def solve_whitened_lora(
     """`solve_lora` with every error weighed by the inputs; the records say what is held of the deltas themselves."""
     pairs, plan, progress = work.pairs, work.plan, work.progress
     moments = find_moments(modules_with_inputs(plan), {})
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     budget = int(options.budget) * torch.float32.itemsize // dtype.itemsize if options.budget else None  # as many numbers
     adapter, records = solve_lora(
         WhitenedPairs(pairs, moments), plan, options.changed(dtype="float32", budget=budget), work.stored, progress
@@ -76,8 +77,8 @@ def solve_whitened_lora(
     def project(entry: Entry, delta: Delta) -> tuple[LowRankDelta, float, float]:
         held = adapter.embeddings if entry.kind == "embedding" else adapter.factors
         factors = _projected(delta, held[entry.module].B.to(pairs.device))
-        written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
-        residual = residual_energy(delta, LowRankDelta(written.B.float(), written.A.float()))
+        written = factors.cast(dtype)
+        residual = residual_energy(delta, written.cast(torch.float32))
         return LowRankDelta(written.B.cpu().contiguous(), written.A.cpu().contiguous()), delta.energy(), residual
 
     for entry, (factors, energy, residual) in pairs.each(progress(entries, "factoring on inputs"), project):
@@ -90,7 +91,7 @@ def solve_whitened_lora(
 
 def _projected(delta: Delta, B: Tensor) -> LowRankDelta:
     """`U U^T D` for the range U of `B (out, r)`, as factors of one scale."""
-    U = torch.linalg.qr(B.double()).Q.float()
+    U = orthonormal(B.double()).float()
     left, values, right = torch.linalg.svd(delta.rmatmul(U).T.double(), full_matrices=False)
     root = values.sqrt()
     return LowRankDelta((U.double() @ (left * root)).float(), (right * root[:, None]).float())

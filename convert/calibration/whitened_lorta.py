@@ -33,7 +33,7 @@ _SWEEPS = 12
 _TOLERANCE = 1e-4  # share of what the factors hold that a sweep must gain
 _CG_STEPS = 12
 
-Factors = dict[str, Tensor]  # A, B, C_l, C_m, and C_h0, C_h1 .. by group, float32
+Factors = dict[str, Tensor]  # as `CPFactors.named` has them, float32
 
 
 def solve_whitened_lorta(
@@ -81,8 +81,7 @@ class _Slices:
 
     def right(self, f: Factors, part: _Slice) -> Tensor:
         """`W (H d_h, r)` of a slice."""
-        heads = f[f"C_h{self.group[part.matrix]}"] * f["C_l"][part.layer] * f["C_m"][part.matrix]
-        return (heads.unsqueeze(1) * f["B"]).flatten(0, 1)
+        return CPFactors.of(f).right(self.group, part.layer, part.matrix)
 
     def residual_side(self, f: Factors) -> Tensor:
         """A for the other factors as they are."""
@@ -118,9 +117,8 @@ class _Slices:
 
 
 def _fit(slices: _Slices, block: LortaBlock, progress: Progress) -> CPFactors:
-    own, device = block.factors, slices.slices[0].P.device
-    f: Factors = {"A": own.A, "B": own.B, "C_l": own.C_l, "C_m": own.C_m} | {f"C_h{g}": value for g, value in enumerate(own.C_h)}
-    f = {name: value.to(device) for name, value in f.items()}
+    device = slices.slices[0].P.device
+    f: Factors = {name: value.to(device) for name, value in block.factors.named().items()}
     error = float(slices.error(f, slices.projected(f["A"])))
     for _ in progress(range(_SWEEPS), f"fitting {block.name} to inputs"):
         trial = f | {"A": slices.residual_side(f)}
@@ -133,7 +131,7 @@ def _fit(slices: _Slices, block: LortaBlock, progress: Progress) -> CPFactors:
         gain, f, error = error - fresh, trial, fresh
         if gain <= _TOLERANCE * -error:
             break
-    return CPFactors(f["A"], f["B"], tuple(f[f"C_h{g}"] for g in range(len(own.C_h))), f["C_l"], f["C_m"])
+    return CPFactors.of(f)
 
 
 def _best(slices: _Slices, projected: list[tuple[Tensor, Tensor]], f: Factors, name: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 The best one in Frobenius norm is closed form: the leading eigenvectors of
 `G = sum_readers D^T D + sum_writers D D^T` (d, d), summed while the deltas stream by, so that no two of them are in memory.
-Above `GRAM_LIMIT` the matrix itself takes more work than reading the deltas again, and G is only ever multiplied with thin blocks.
+Where d is above `GRAM_LIMIT` and a rank is asked for that is small beside it, the matrix itself takes more work than reading the deltas
+again, and G is only ever multiplied with thin blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from adapt_convert.convert.delta import ROUGH_SHARE, Delta, DenseDelta
 from adapt_convert.convert.latte.deltas import Matrix
-from adapt_convert.convert.svd import factorise
+from adapt_convert.convert.svd import factorise, orthonormal
 
 GRAM_LIMIT = 1536  # where the products of a Gram matrix take as long as the further passes
 _OVERSAMPLING = 48  # a block of 64 columns takes hardly longer than one of 24
@@ -50,7 +51,7 @@ def find_basis(
         rank = int((torch.cumsum(values, 0) < energy * total * (1 - 1e-12)).sum()) + 1
     assert rank is not None
     kept = max(1, min(rank, useful))
-    basis = torch.linalg.qr(vectors[:, :kept].double()).Q  # orthonormal to float64 before the rounding to float32
+    basis = orthonormal(vectors[:, :kept].double())  # orthonormal to float64 before the rounding to float32
     peak = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()
     return (basis * peak).float(), values[:kept], spectra
 
@@ -113,7 +114,7 @@ def _iterate(stream: Stream, block: Tensor, rank: int, rough: bool) -> tuple[Ten
             return values.flip(0), (basis @ rotation).flip(1)
         for _ in range(2):  # once is not enough in floating point
             product = product - basis @ (basis.T @ product)
-        block = _orthonormal(product).float()
+        block = orthonormal(product).float()
 
 
 def _settled(captured: list[float]) -> bool:
@@ -149,12 +150,7 @@ def _leading(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` orthonormal columns `(d, count)`, float32: leading right singular vectors of rows `(n, d)`, filled up with random ones."""
     found = factorise(DenseDelta(rows), count, generator).right.T[:, :count] if len(rows) else rows.T
     others = torch.randn(len(found), count - found.shape[1], generator=generator).to(rows.device)
-    return _orthonormal(torch.cat([found, others], dim=1))
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(matrix).Q
-    return basis
+    return orthonormal(torch.cat([found, others], dim=1))
 
 
 def apply_gram(block: Tensor, rough: bool, matrix: Matrix, delta: Delta) -> Tensor:

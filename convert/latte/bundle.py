@@ -66,7 +66,7 @@ def bundle(
         task.held.name = name
     first = tasks[0]
     segments, searched = find_segments([task.effective for task in tasks], chosen, progress)
-    dtype = torch_dtype(chosen.dtype or output_dtype(first.effective.pairs.source))
+    dtype = torch_dtype(output_dtype(chosen, first.effective.pairs.source))
     adapter = LatteAdapter(str(first.effective.pairs.base.config.get("model_type")), segments, [task.held for task in tasks])
     for task in tasks:
         task.records += project(task.effective, segments, task.held, dtype, progress)

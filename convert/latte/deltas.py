@@ -120,20 +120,18 @@ class Effective:
         entry = matrix.entry
         if entry is None or matrix.norm is None or entry.part.kind != "replace" or self.layout.conv1d:
             return self._effective(matrix, self.pairs.passing_delta(entry) if entry else None)
-        new, old = self.gain(matrix.norm, new=True), self.gain(matrix.norm, new=False)
-        change = None if torch.equal(new, old) else new - old
-        return self._centre(self.pairs.passing_effective_delta(entry, new, change), dim=1)
+        return self._centre(self.pairs.passing_effective_delta(entry, *self._gain_and_change(matrix.norm)), dim=1)
 
     def _effective(self, matrix: Matrix, delta: Delta | None) -> Delta | None:
         if matrix.norm is None:
             return self._centre(delta, dim=0)
-        new, old = self.gain(matrix.norm, new=True), self.gain(matrix.norm, new=False)
+        gain, change = self._gain_and_change(matrix.norm)
         if isinstance(delta, LowRankDelta):
-            delta = LowRankDelta(delta.B, delta.A * new)
+            delta = LowRankDelta(delta.B, delta.A * gain)
         elif delta is not None:
-            delta = replace(delta, weight=delta.weight.mul_(new))
-        if not torch.equal(new, old):
-            delta = self._with_folded_gain(matrix, delta, new - old)
+            delta = replace(delta, weight=delta.weight.mul_(gain))
+        if change is not None:
+            delta = self._with_folded_gain(matrix, delta, change)
         return self._centre(delta, dim=1)
 
     def _with_folded_gain(self, matrix: Matrix, delta: Delta | None, change: Tensor) -> DenseDelta:
@@ -187,8 +185,12 @@ class Effective:
             total = total + self.base_weight(matrix.module) @ (new - old)
         return total
 
-    def gain(self, norm: str, new: bool) -> Tensor:
-        """The factor by which a norm multiplies, `(d,)` float32, of the fine-tune or of the base."""
+    def _gain_and_change(self, norm: str) -> tuple[Tensor, Tensor | None]:
+        """By what a norm of the fine-tune multiplies, `(d,)` float32, and how much more that is than the base's; None if it is the same."""
+        gain, before = self._gain(norm, new=True), self._gain(norm, new=False)
+        return gain, None if torch.equal(gain, before) else gain - before
+
+    def _gain(self, norm: str, new: bool) -> Tensor:
         weight = self.vector(f"{norm}.weight", new)
         if weight is None:
             raise AdaptError(f"{self.pairs.base.origin}: has no {norm}.weight, which its architecture should have")

@@ -48,18 +48,18 @@ def score_blocks(
     Computes in float32.
     """
     rank = max(lora_q.rank, lora_k.rank)
-    (a_q, b_q), (a_k, b_k) = _padded(lora_q, rank), _padded(lora_k, rank)
+    q, k = (lora.cast(torch.float32).padded(rank) for lora in (lora_q, lora_k))
     extra = widened(rank)
-    W_q, W_k, A_q, A_k = (_by_head(m, heads) for m in (query, key, a_q, a_k))
+    W_q, W_k, A_q, A_k = (_by_head(m, heads) for m in (query, key, q.B, k.B))
     upper = torch.cat([W_q, A_q], dim=2)
     lower = A_k.mT @ upper
     own_key = torch.cat([W_k, A_k], dim=2)
-    shared = torch.cat([b_k, -torch.eye(rank, device=b_k.device)], dim=1).expand(heads, -1, -1)
+    shared = torch.cat([k.A, -torch.eye(rank, device=k.A.device)], dim=1).expand(heads, -1, -1)
     c_q, c_k = (W_q.new_zeros(W_q.shape[:2]) if c is None else _by_head(c, heads) for c in (query_bias, key_bias))
     return ScoreBlocks(
         query=_pad_rows(torch.cat([upper, lower], dim=1), extra - rank),
         key=_pad_rows(torch.cat([own_key, shared], dim=1), extra - rank),
-        into=b_q,
+        into=q.A,
         query_bias=_pad_rows(torch.cat([c_q, (A_k.mT @ c_q[..., None])[..., 0]], dim=1), extra - rank),
         key_bias=_pad_rows(c_k, extra),
         extra=extra,
@@ -90,14 +90,6 @@ def check_heads(how: str, rank: int) -> None:
 
 def _by_head(rows: Tensor, heads: int) -> Tensor:
     return rows.float().reshape(heads, -1, *rows.shape[1:])
-
-
-def _padded(lora: LowRankDelta, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - lora.rank
-    return (
-        torch.nn.functional.pad(lora.B.float(), (0, missing)),
-        torch.nn.functional.pad(lora.A.float(), (0, 0, 0, missing)),
-    )
 
 
 def _pad_rows(blocks: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adapt_convert.convert.architectures import heads_of
-from adapt_convert.convert.delta import Delta, LowRankDelta, residual_energy
+from adapt_convert.convert.delta import Delta, residual_energy
 from adapt_convert.convert.latte.layout import ScoreLayout, score_layout_of
 from adapt_convert.convert.latte.score import check_heads, paper_padding, widened
 from adapt_convert.convert.lora import lazy_value
@@ -34,12 +34,12 @@ def solve_scores(
     """Factor the changes of q, k and v, one after the other, and keep the changed tensors of `stored` by value."""
     layout = score_layout_of(pairs.base.config, pairs.base.origin)
     check_heads(options.heads, options.rank or 0)
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), [], [task], construction="score")
     records = []
-    for entry, delta in progress(pairs.deltas(plan.having("factor")), "factoring"):
-        owner = _owner(entry.module, layout)
+    for entry in progress(plan.having("factor"), "factoring"):
+        delta, owner = pairs.passing_delta(entry), _owner(entry.module, layout)
         if delta.energy() == 0:
             records.append(unchanged(entry))
         elif owner is None:
@@ -94,11 +94,9 @@ def _factor(entry: Entry, delta: Delta, owner: str, layout: ScoreLayout, task: L
             factorisation, rank = factorise_for_energy(part, options.energy, generator)
         else:
             assert options.rank is not None
-            factorisation = factorise(part, options.rank, generator)
-            rank = min(options.rank, len(factorisation.values))
-        factors = factorisation.truncate(rank)
-        written = LowRankDelta(factors.B.to(dtype), factors.A.to(dtype))
+            factorisation, rank = factorise(part, options.rank, generator), options.rank
+        written = factorisation.truncate(rank).cast(dtype)
         task.scores[f"{owner}.{letter}_A"], task.scores[f"{owner}.{letter}_B"] = written.A.cpu().contiguous(), written.B.cpu().contiguous()
-        residual += residual_energy(part, LowRankDelta(written.B.float(), written.A.float()))
-        largest = max(largest, rank)
+        residual += residual_energy(part, written.cast(torch.float32))
+        largest = max(largest, written.rank)
     return Record(entry, "factored", energy, residual, rank=largest)

@@ -91,10 +91,8 @@ def predicted_cost(effective: Effective, segments: Iterable[Segment], tasks: int
     """Weights that decoding one token reads besides the base's: `(T + 1) R` for every channel of a matrix's far side, and the edges."""
     total = 0
     for segment in segments:
-        far = sum(
-            effective.shape(m)[0 if m.reads else 1] for m in effective.matrices if segment.start <= m.layer < segment.stop
-        )  # fmt: skip
-        norms = len(effective.layout.post_norms) * (segment.stop - segment.start)
+        far = sum(effective.shape(m)[0 if m.reads else 1] for m in effective.matrices if m.layer in segment.layers)
+        norms = len(effective.layout.post_norms) * len(segment.layers)
         edges = norms * 2 * segment.rank if norms else (tasks + 2) * segment.rank
         total += (tasks + 1) * segment.rank * far + edges * effective.width + (norms or 1) * _CUT_OVERHEAD
     return total

@@ -28,7 +28,7 @@ from adapt_convert.convert.side_by_side import side_by_side
 from adapt_convert.convert.svd import factorise, least_rank
 from adapt_convert.formats.dtypes import torch_dtype
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint
+from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, fingerprint, segment_of
 
 FOLDED = "folded into the effective deltas and biases of the matrices that read it"
 
@@ -41,7 +41,7 @@ def solve_latte(
         return solve_scores(pairs, plan, options, stored, progress)
     effective = Effective(pairs, plan)
     segments, searched = find_segments([effective], options, progress)
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     task = LatteTask(pairs.source.location.name)
     adapter = LatteAdapter(str(pairs.base.config.get("model_type")), segments, [task])
     compared: list[tuple[int, int]] = []
@@ -85,7 +85,7 @@ def project(
     """
 
     def work(matrix: Matrix, delta: Delta | None) -> tuple[Tensor | None, float, float, Tensor | None, int]:
-        segment = next(s for s in segments if s.start <= matrix.layer < s.stop)
+        segment = segment_of(segments, matrix.layer)
         Q = segment.Q.to(effective.pairs.device)
         bias = effective.bias(matrix)
         if delta is None or not (energy := delta.energy()) > 0:

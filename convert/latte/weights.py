@@ -18,7 +18,7 @@ from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.validation.attribution import Change, parameter_of
 from adapt_convert.convert.validation.candidates import Contender, task_number
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.latte import read_latte
+from adapt_convert.formats.latte import read_latte, segment_of
 
 
 class LatteWeights:
@@ -41,9 +41,7 @@ class LatteWeights:
             layout = layout_of(pairs.base.config, pairs.base.origin)
             for held, reads in ((self.task.readers, True), (self.task.writers, False)):
                 for module, block in held.items():
-                    layer = _layer(module)
-                    Q = next(s.Q for s in adapter.segments if s.start <= layer < s.stop)
-                    self.matrices[module] = approximation(block, Q, reads)
+                    self.matrices[module] = approximation(block, segment_of(adapter.segments, _layer(module)).Q, reads)
             for module in self.task.readers if not layout.post_norms else ():
                 self._norms[module] = _norm_of(module, layout)
         else:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta
+from adapt_convert.convert.delta import Delta, DenseDelta, LowRankDelta, squared_norm
 from adapt_convert.convert.svd import factorise
 from adapt_convert.formats.loda import LodaMatrix
 from adapt_convert.kernels.loda import loda_apply
@@ -44,13 +44,17 @@ def error_of(matrix: LodaMatrix, target: Delta, x: Tensor) -> float:
     """`sum ||T x - f(x)||^2` over the rows of `x (n, in)`."""
     f1, f2 = matrix.f1, matrix.f2
     missed = target.matmul(x.T).T - loda_apply(x, matrix.A, matrix.B, f1, f2)
-    return float(torch.linalg.vector_norm(missed, dim=1).double().square().sum())
+    return float(squared_norm(missed))
+
+
+def energy_on(target: Delta, x: Tensor) -> float:
+    """`sum ||T x||^2` over the rows of `x (n, in)`."""
+    return float(squared_norm(target.matmul(x.T).T))
 
 
 def plain_lora(target: Delta, rank: int, seed: int) -> LowRankDelta:
     """What `--to lora` makes of a change: its truncated SVD, which no activation has any part in."""
-    factorisation = factorise(target, rank, torch.Generator().manual_seed(seed))
-    return factorisation.truncate(min(rank, len(factorisation.values)))
+    return factorise(target, rank, torch.Generator().manual_seed(seed)).truncate(rank)
 
 
 def projected_lora(target: Delta, x: Tensor, rank: int, seed: int) -> LowRankDelta:
@@ -136,7 +140,7 @@ def fit_matrix(target: Delta, activations: Activations, rank: int, plus: bool, d
     that of the LoRA of the same rank.
     """
     held = activations.heldout
-    energy = float(torch.linalg.vector_norm(target.matmul(held.T), dim=0).double().square().sum())
+    energy = energy_on(target, held)
 
     def found(kind: Literal["plain", "projected", "f1+f2"], matrix: LodaMatrix) -> Found:
         rounded = matrix.rounded(dtype).to(held.device)

@@ -26,7 +26,7 @@ def replace_weight(
     if options.base_rank * (rows + columns) >= rows * columns:
         return None, None
     found = best_lora(DenseDelta(weight), activations, options.base_rank, options.seed)
-    return LowRankDelta(found.B.to(dtype).float(), found.A.to(dtype).float()), None
+    return found.cast(dtype).cast(torch.float32), None
 
 
 def largest(weight: Tensor, share: float) -> Tensor:

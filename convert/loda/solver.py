@@ -17,7 +17,7 @@ from adapt_convert.convert.calibration.judge import Judge
 from adapt_convert.convert.calibration.work import Solved, Work
 from adapt_convert.convert.delta import Delta, LowRankDelta
 from adapt_convert.convert.loda.activations import activations_of
-from adapt_convert.convert.loda.fit import Activations, Fit, Found, error_of, fit_matrix
+from adapt_convert.convert.loda.fit import Activations, Fit, Found, energy_on, error_of, fit_matrix
 from adapt_convert.convert.loda.macs import adapter_macs, lora_macs, weight_macs
 from adapt_convert.convert.loda.replaced import is_replaced
 from adapt_convert.convert.loda.replacement import replace_weight, target_of
@@ -48,7 +48,7 @@ def solve_loda(judge: Judge, work: Work, options: Options) -> tuple[Solved, Solv
 
     What a weight is replaced by is the same in both; the changed tensors of `work.stored` are kept by value.
     """
-    dtype = torch_dtype(options.dtype or output_dtype(work.pairs.source))
+    dtype = torch_dtype(output_dtype(options, work.pairs.source))
     records = [exact(entry, energy, entry.reason) for entry, energy in work.stored.items()]
     made = []
     for entry, activations in _watched(judge, work, work.plan.having("factor"), "fitting"):
@@ -114,9 +114,8 @@ def _base_weight(pairs: Pairs, entry: Entry) -> Tensor:
 
 
 def _seen(delta: Delta, x: Tensor) -> float:
-    """`sum ||D x||^2` over the rows of x: what errors are shares of. Never zero, so that a change that no activation sees has none."""
-    found = float(torch.linalg.vector_norm(delta.matmul(x.T), dim=0).double().square().sum())
-    return found or 1.0
+    """What errors are shares of; never zero, so that a change that no activation sees has none."""
+    return energy_on(delta, x) or 1.0
 
 
 def _adapter(work: Work, made: list[_Made], options: Options, dtype: torch.dtype, choose: Callable[[Fit], Found]) -> LodaAdapter:

@@ -9,7 +9,7 @@ nothing is left of the data, that pass subtracts them from every delta instead. 
 
 Memory beside one loaded delta: the core, `k` floats per column of every delta, where `k = max(4 r, 64)` or, as long as the core stays below
 16 MB, more (a Llama-8B attention block at rank 16: 84 MB for 5.4 GB of deltas); four times the same again while starts are searched,
-or where the fit is near exact and goes on in float64; and `d * d` floats where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
+or where the fit is near exact and goes on in float64; and `d * d` doubles where `d <= 8 k`. A `d_h` above `max(4 k, 256)` (the MLP
 width) is compressed to `2 k`.
 """
 
@@ -26,7 +26,7 @@ from adapt_convert.convert.lorta.cp_als import refine, residual_core
 from adapt_convert.convert.lorta.cp_core import Array, Core, Model, as_array, balance, normals, solve_proximal
 from adapt_convert.convert.lorta.cp_newton import CoreFit
 from adapt_convert.convert.lorta.cp_start import fit_core
-from adapt_convert.convert.lorta.cp_stream import Bases, Stream, find_bases, orthonormal
+from adapt_convert.convert.lorta.cp_stream import Bases, Stream, basis_of, find_bases
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPFit, CPShape, Slab
 from adapt_convert.convert.progress import Progress, silent
 from adapt_convert.convert.side_by_side import single_blas_thread, single_thread
@@ -73,7 +73,7 @@ def _reduce(factors: CPFactors, bases: Bases, shape: CPShape, scale: float) -> M
 def _span(factor: Tensor, better: Array, *older: Tensor) -> Tensor | None:
     """A basis of all columns, or `None` (the identity) where that is no larger."""
     columns = torch.cat([factor.double(), torch.from_numpy(better.T).to(factor.device), *(part.double() for part in older)], dim=1)
-    return orthonormal(columns) if columns.shape[1] < columns.shape[0] else None
+    return basis_of(columns) if columns.shape[1] < columns.shape[0] else None
 
 
 def _improve(rhs: Array, normal: Array, old: Array) -> tuple[Array, float]:
@@ -151,7 +151,8 @@ def fit_cp(
     them for structured data: see `fit_core`; `polish`: rounds of two passes, at most, after the first measurement. The same input, seed
     and device give the same bytes.
 
-    Raises `ValueError` for a slab outside of the shape, given twice, of another size than the shape says, or not finite.
+    Raises `ValueError` for a slab outside of the shape, given twice, of another size than the shape says, or not finite, and for a `rank`
+    or `starts` below 1.
     """
     _check(slabs, shape, rank, starts)
     stream = Stream(slabs, shape, device, progress)

@@ -57,7 +57,7 @@ class Sweeper:
         small = contract_b(core, model, projected)
         for group in range(core.groups):
             self.update(3 + group, product_c_h(core, model, small, group))
-        rest = contract_heads(core, model, small)
+        rest = contract_heads(model, small)
         for group in range(core.groups):
             self.update(3 + core.groups + group, product_c_m(model, rest, group))
         rhs = product_c_l(core, model, rest)

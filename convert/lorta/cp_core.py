@@ -133,7 +133,7 @@ def product_c_h(core: Core, model: Model, small: list[Array], group: int) -> Arr
     return out
 
 
-def contract_heads(core: Core, model: Model, small: list[Array]) -> list[Array]:
+def contract_heads(model: Model, small: list[Array]) -> list[Array]:
     """`(r, M_g, L)`: the core contracted with all factors but C_l and C_m."""
     parts = (each @ model[3 + group][:, :, None] for group, each in enumerate(small))
     return [part.reshape(len(part), -1, model[2].shape[1]) for part in parts]

@@ -102,7 +102,7 @@ class _System:
 def _gradient(core: Core, model: Model, rhs_a: Array, normals: list[Array]) -> Array:
     projected = project(core, model[0])
     small = contract_b(core, model, projected)
-    rest = contract_heads(core, model, small)
+    rest = contract_heads(model, small)
     groups = range(core.groups)
     heads, matrices = [product_c_h(core, model, small, g) for g in groups], [product_c_m(model, rest, g) for g in groups]
     rhs = [rhs_a, product_b(core, model, projected), product_c_l(core, model, rest), *heads, *matrices]

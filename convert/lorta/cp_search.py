@@ -37,7 +37,8 @@ _ALIKE = 0.1  # cosine above which two terms count as one
 
 @dataclass(frozen=True)
 class Effort:
-    """`halvings` of the searches, one less where a round has a pool; a round adds the terms that explain at least `share` of its best."""
+    """`halvings`: how often the better half of a round's searches is kept, of half as many to begin with where it has a pool; a round adds
+    the terms that explain at least `share` of its best."""
 
     halvings: int
     share: float
@@ -68,7 +69,7 @@ class Search:
         small = contract_b(core, model, projected)
         for group in self.groups:
             self._set(3 + group, product_c_h(core, model, small, group))
-        rest = contract_heads(core, model, small)
+        rest = contract_heads(model, small)
         c_m = [product_c_m(model, rest, group) for group in self.groups]
         length = np.sqrt(sum_of([lengths_of(factor) ** 2 for factor in c_m])) + TINY
         model[3 + core.groups :] = [factor / length for factor in c_m]

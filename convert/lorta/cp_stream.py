@@ -15,6 +15,7 @@ from adapt_convert.convert.lorta.cp_core import Core
 from adapt_convert.convert.lorta.cp_tensor import CPFactors, CPShape, Slab
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.side_by_side import side_by_side, single_thread
+from adapt_convert.convert.svd import orthonormal
 
 Result = TypeVar("Result")
 
@@ -106,11 +107,11 @@ class Stream:
         product_b = torch.zeros(shape.d_h, rank, dtype=torch.float64, device=self.device) if channel else None
 
         def parts(slab: Slab, delta: Delta) -> tuple[float, Tensor, Tensor | None]:
-            missed = residual_energy(delta, factors.slab(shape, slab.layer, slab.matrix)) if exact else 0.0
-            part_a = delta.matmul(factors.right(shape, slab.layer, slab.matrix))
+            missed = residual_energy(delta, factors.slab(shape.group, slab.layer, slab.matrix)) if exact else 0.0
+            part_a = delta.matmul(factors.right(shape.group, slab.layer, slab.matrix))
             if product_b is None:
                 return missed, part_a, None
-            heads = factors.C_h[shape.group[slab.matrix]] * factors.C_l[slab.layer] * factors.C_m[slab.matrix]
+            heads = factors.heads(shape.group, slab.layer, slab.matrix)
             return missed, part_a, torch.einsum("hjr,hr->jr", delta.rmatmul(factors.A).view(-1, shape.d_h, rank), heads)
 
         for _, (missed, part_a, part_b) in self.read("residual" if exact else "products", parts):
@@ -124,13 +125,13 @@ class Stream:
         """The energy that the factors have where there is no slab."""
         places = {(layer, matrix) for layer in range(self.shape.layers) for matrix in range(len(self.shape.group))}
         places -= {(slab.layer, slab.matrix) for slab in self.slabs}
-        return sum(factors.slab(self.shape, *place).energy() for place in sorted(places))
+        return sum(factors.slab(self.shape.group, *place).energy() for place in sorted(places))
 
 
-def orthonormal(columns: Tensor) -> Tensor:
+def basis_of(columns: Tensor) -> Tensor:
+    """Orthonormal columns `(n, k)`, float32, that span those of `columns`, float64."""
     with single_thread():
-        basis: Tensor = torch.linalg.qr(columns.double()).Q
-    return basis.float()
+        return orthonormal(columns).float()
 
 
 def _leading_directions(gram: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -139,7 +140,7 @@ def _leading_directions(gram: Tensor, k: int, generator: torch.Generator) -> Ten
     basis = torch.randn(len(gram), k, generator=generator, dtype=torch.float64).to(gram.device)
     with single_thread():
         for _ in range(_ITERATIONS):
-            basis = torch.linalg.qr(gram @ basis).Q
+            basis = orthonormal(gram @ basis)
     return basis.float()
 
 
@@ -225,4 +226,4 @@ def _summed_ranges(stream: Stream, purpose: str, work: Callable[[Slab, Delta], t
             if part is not None:
                 total = sums[side]
                 sums[side] = part.double() if total is None else total.add_(part)
-    return Bases(*(None if total is None else orthonormal(total) for total in sums))
+    return Bases(*(None if total is None else basis_of(total) for total in sums))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class CPFactors:
     """`A (d, r)`, `B (d_h, r)`, `C_h[g] (heads[g], r)`, `C_l (layers, r)`, `C_m (matrices, r)`, float32.
 
     Columns come in order of falling weight, a column has one norm in all factors (over the groups: in each `C_h` and in `C_m`), and the
-    largest entry of a column is positive everywhere but in `C_m`.
+    largest entry of a column is positive everywhere but in `C_m`. Where a method takes a `group`, it is that of the `CPShape`.
     """
 
     A: Tensor
@@ -71,17 +71,30 @@ class CPFactors:
     def rank(self) -> int:
         return self.A.shape[1]
 
-    def right(self, shape: CPShape, layer: int, matrix: int) -> Tensor:
-        """`W (heads * d_h, r)` with `X~ = A W^T`."""
-        c = self.C_h[shape.group[matrix]] * self.C_l[layer] * self.C_m[matrix]
-        return (c.unsqueeze(1) * self.B).reshape(-1, self.rank)
+    @staticmethod
+    def of(named: Mapping[str, Tensor]) -> CPFactors:
+        """The factors that `named` gives back."""
+        heads = tuple(named[f"C_h{group}"] for group in range(len(named) - 4))
+        return CPFactors(named["A"], named["B"], heads, named["C_l"], named["C_m"])
 
-    def slab(self, shape: CPShape, layer: int, matrix: int) -> LowRankDelta:
+    def named(self) -> dict[str, Tensor]:
+        """The factors by name: `A`, `B`, `C_l`, `C_m`, and `C_h0`, `C_h1` .. by group."""
+        return {"A": self.A, "B": self.B, "C_l": self.C_l, "C_m": self.C_m} | {f"C_h{g}": value for g, value in enumerate(self.C_h)}
+
+    def heads(self, group: tuple[int, ...], layer: int, matrix: int) -> Tensor:
+        """`C_h * C_l * C_m (heads, r)` of one delta: what the columns of A and B weigh in each head."""
+        return self.C_h[group[matrix]] * self.C_l[layer] * self.C_m[matrix]
+
+    def right(self, group: tuple[int, ...], layer: int, matrix: int) -> Tensor:
+        """`W (heads * d_h, r)` with `X~ = A W^T`, row `h * d_h + j` being channel j of head h."""
+        return (self.heads(group, layer, matrix)[:, None, :] * self.B).flatten(0, 1)
+
+    def slab(self, group: tuple[int, ...], layer: int, matrix: int) -> LowRankDelta:
         """The approximation of one delta, `(d, heads * d_h)`, in factors: exact, as `A` is common to all heads."""
-        return LowRankDelta(self.A, self.right(shape, layer, matrix).T)
+        return LowRankDelta(self.A, self.right(group, layer, matrix).T)
 
     def inner(self, other: CPFactors, group: tuple[int, ...]) -> float:
-        """The inner product of two CP tensors, over all layers and matrices, in float64; `group` as in `CPShape`."""
+        """The inner product of two CP tensors, over all layers and matrices, in float64."""
         common = _cross(self.A, other.A) * _cross(self.B, other.B) * _cross(self.C_l, other.C_l)
         total = torch.zeros_like(common)
         for number, (heads, others) in enumerate(zip(self.C_h, other.C_h, strict=True)):

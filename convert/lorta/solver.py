@@ -43,7 +43,7 @@ def solve_lorta(
 
     Factors get the dtype asked for, or the source's own unless rounding to it would cost a noticeable part of the tensor.
     """
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     adapter = LortaAdapter([], dtype, orientation=options.orientation)
     for name, slices, shape in _tensors(pairs.base, plan, options.orientation):
         adapter.blocks.append(_fit(pairs, name, slices, shape, options, progress))
@@ -195,17 +195,7 @@ def _rounding(block: LortaBlock, dtype: torch.dtype) -> float:
 
 def as_written(factors: CPFactors, dtype: torch.dtype) -> CPFactors:
     """The factors as they will be read back: rounded to the output dtype, in float32 on the CPU."""
-
-    def rounded(factor: torch.Tensor) -> torch.Tensor:
-        return factor.to("cpu", dtype).float()
-
-    return CPFactors(
-        A=rounded(factors.A),
-        B=rounded(factors.B),
-        C_h=tuple(rounded(c) for c in factors.C_h),
-        C_l=rounded(factors.C_l),
-        C_m=rounded(factors.C_m),
-    )
+    return CPFactors.of({name: factor.to("cpu", dtype).float() for name, factor in factors.named().items()})
 
 
 def measure(pairs: Pairs, plan: Plan, adapter: LortaAdapter, progress: Progress) -> list[Record]:

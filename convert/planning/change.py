@@ -16,7 +16,7 @@ from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.planning.rounding import Rounding, measure_rounding
 from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.progress import Progress
-from adapt_convert.convert.svd import factorise
+from adapt_convert.convert.svd import factorise, least_rank
 
 _WHOLE = 1024  # a matrix up to this side has all of its singular values taken, as the exact way costs hardly more
 _LEADING = 128  # of a larger one so many
@@ -45,8 +45,8 @@ class MatrixChange:
 
     def rank_for(self, share: float) -> int | None:
         """The least rank that captures a share of the energy, as `--energy` chooses it; None when that is beyond what is known."""
-        enough = (torch.cumsum(self.values.square(), 0) >= share * self.energy * (1 - 1e-9)).nonzero()
-        return int(enough[0]) + 1 if len(enough) else (len(self.values) if self.whole else None)
+        found = least_rank(self.values, share * self.energy * (1 - 1e-9))
+        return len(self.values) if found is None and self.whole else found
 
     def effective_rank(self) -> tuple[float, float]:
         """Bounds of the participation ratio of the energies, `(sum s^2)^2 / sum s^4`: k equal singular values give k.
@@ -113,6 +113,12 @@ def layer_of(entry: Entry) -> int | None:
         return entry.place.layer
     found = re.search(r"\.(\d+)\.", f".{entry.name}")
     return int(found[1]) if found else None
+
+
+def mean_effective_rank(changes: Sequence[MatrixChange]) -> list[float]:
+    """The means of the lower and of the upper bound of the matrices' effective ranks, as reports give them."""
+    bounds = [change.effective_rank() for change in changes]
+    return [round(sum(bound[side] for bound in bounds) / len(bounds), 3) for side in (0, 1)]
 
 
 def captured_by_rank(changes: Sequence[MatrixChange], rank: int) -> float | None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from adapt_convert.convert.planning.change import MatrixChange, captured_by_rank, kind_of, layer_of
+from adapt_convert.convert.planning.change import MatrixChange, captured_by_rank, kind_of, layer_of, mean_effective_rank
 from adapt_convert.convert.planning.rounding import Rounding
 from adapt_convert.convert.preflight import Entry, Plan
 from adapt_convert.convert.report import Record
@@ -65,11 +65,9 @@ def _kind(changes: Sequence[MatrixChange], share: float) -> dict[str, Any]:
     row: dict[str, Any] = {"share": share, "matrices": len(changes)}
     if not changes:
         return row
-    bounds = [change.effective_rank() for change in changes]
-    low, high = (sum(bound[side] for bound in bounds) / len(bounds) for side in (0, 1))
     energy = sum(change.energy for change in changes)
     rounding = sum((change.rounding for change in changes), Rounding()).to_json(energy)
-    return row | {"effective_rank": [round(low, 3), round(high, 3)], "captured_by_rank_16": captured_by_rank(changes, 16), **rounding}
+    return row | {"effective_rank": mean_effective_rank(changes), "captured_by_rank_16": captured_by_rank(changes, 16), **rounding}
 
 
 def _places(energies: dict[Entry, float], total: float) -> list[dict[str, Any]]:

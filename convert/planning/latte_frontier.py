@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from adapt_convert.convert.preflight import Entry, Plan, output_dtype
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.report import Record, unchanged
 from adapt_convert.formats.dtypes import torch_dtype
-from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment
+from adapt_convert.formats.latte import LatteAdapter, LatteTask, Segment, segment_of
 
 RANKS = (4, 8, 16, 32, 64, 128)
 
@@ -55,9 +55,9 @@ def latte_frontier(
             return
         for rank in ranks:
             task = LatteTask(pairs.source.location.name)
-            narrow = [Segment(s.start, s.stop, s.Q[:, :rank]) for s in segments]
+            narrow = [replace(segment, Q=segment.Q[:, :rank]) for segment in segments]
             adapter = LatteAdapter(str(pairs.base.config.get("model_type")), narrow, [task])
-            records = _fill(effective, adapter, kept, torch_dtype(options.dtype or output_dtype(pairs.source)))
+            records = _fill(effective, adapter, kept, torch_dtype(output_dtype(options, pairs.source)))
             records += store_exact(effective, task, stored)
             yield candidate(f"--rank {rank} --segments {count}", options, adapter, records, rest)
 
@@ -67,7 +67,7 @@ def _measure(effective: Effective, segments: list[Segment], progress: Progress) 
         bias = effective.bias(matrix)
         if delta is None or not (energy := delta.energy()) > 0:
             return _Kept(0.0, torch.zeros(0, dtype=torch.float64), bias)
-        Q = next(s.Q for s in segments if s.start <= matrix.layer < s.stop).to(effective.pairs.device)
+        Q = segment_of(segments, matrix.layer).Q.to(effective.pairs.device)
         block = delta.matmul(Q) if matrix.reads else delta.rmatmul(Q)
         return _Kept(energy, torch.linalg.vector_norm(block, dim=0).double().square().cpu(), bias)
 
@@ -80,7 +80,7 @@ def _fill(effective: Effective, adapter: LatteAdapter, kept: dict[Matrix, _Kept]
     for matrix, own in kept.items():
         if own.bias is not None:
             task.biases[matrix.module] = own.bias
-        rank = next(s.rank for s in adapter.segments if s.start <= matrix.layer < s.stop)
+        rank = segment_of(adapter.segments, matrix.layer).rank
         if own.energy > 0:
             rows, columns = effective.shape(matrix)
             held, shape = (task.readers, (rows, rank)) if matrix.reads else (task.writers, (rank, columns))

@@ -25,7 +25,7 @@ def lora_frontier(
     pairs: Pairs, plan: Plan, options: Options, stored: dict[Entry, float], rest: Sequence[Record], changes: Sequence[MatrixChange]
 ) -> Iterator[Candidate]:
     """One rank for all matrices, the same bytes spent by `--budget`, and `--energy`: as far as the spectra are known."""
-    dtype = torch_dtype(options.dtype or output_dtype(pairs.source))
+    dtype = torch_dtype(output_dtype(options, pairs.source))
     changed = [change for change in changes if change.energy > 0]
     units = units_of(plan, pairs.base)
 

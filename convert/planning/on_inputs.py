@@ -13,7 +13,7 @@ from adapt_convert.convert.calibration.moments import moments_of
 from adapt_convert.convert.calibration.whitened_lora import WhitenedPairs, modules_with_inputs
 from adapt_convert.convert.options import Options
 from adapt_convert.convert.pairs import Pairs
-from adapt_convert.convert.planning.change import captured_by_rank, kind_of, measure_changes
+from adapt_convert.convert.planning.change import captured_by_rank, kind_of, mean_effective_rank, measure_changes
 from adapt_convert.convert.planning.lora_frontier import RANKS
 from adapt_convert.convert.preflight import Plan
 from adapt_convert.convert.progress import Progress
@@ -34,10 +34,9 @@ def forecast_on_inputs(pairs: Pairs, plan: Plan, options: Options, progress: Pro
     kinds: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(kind_of(change.entry) for change in changes):
         own = [change for change in changes if kind_of(change.entry) == kind]
-        bounds = [change.effective_rank() for change in own]
         kinds[kind] = {
             "share": sum(change.energy for change in own) / total,
-            "effective_rank": [round(sum(bound[side] for bound in bounds) / len(bounds), 3) for side in (0, 1)],
+            "effective_rank": mean_effective_rank(own),
             "captured_by_rank_16": captured_by_rank(own, 16),
         }
     largest = max(min(change.shape) for change in changes)

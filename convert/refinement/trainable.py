@@ -103,9 +103,8 @@ class _Block:
 
     def __init__(self, block: LortaBlock, root: nn.Module, device: torch.device) -> None:
         self.block = block
-        f = block.factors
-        held = {"A": f.A, "B": f.B, "C_l": f.C_l, "C_m": f.C_m} | {f"C_h{group}": value for group, value in enumerate(f.C_h)}
-        self.parameters = {name: nn.Parameter(value.to(device, torch.float32, copy=True)) for name, value in held.items()}
+        named = block.factors.named()
+        self.parameters = {name: nn.Parameter(value.to(device, torch.float32, copy=True)) for name, value in named.items()}
         self.slices = [(slot, self._live(root, slot)) for slot in block.slots]
         for _, live in self.slices:
             live.A, live.B = self.parameters["A"], self.parameters["B"]
@@ -117,14 +116,13 @@ class _Block:
         return next(part for part in module.slices if isinstance(part, LortaSlice) and part.slot == slot)
 
     def refresh(self) -> None:
-        p = self.parameters
+        factors = CPFactors.of(self.parameters)
         for slot, live in self.slices:
-            live.heads = p[f"C_h{self.block.group[slot.matrix]}"] * p["C_l"][slot.layer] * p["C_m"][slot.matrix]
+            live.heads = factors.heads(self.block.group, slot.layer, slot.matrix)
 
     def written(self, dtype: torch.dtype) -> LortaBlock:
-        p = {name: _stored(value.detach(), dtype).float() for name, value in self.parameters.items()}
-        heads = tuple(p[f"C_h{group}"] for group in range(len(self.block.factors.C_h)))
-        return replace(self.block, factors=CPFactors(p["A"], p["B"], heads, p["C_l"], p["C_m"]))
+        written = {name: _stored(value.detach(), dtype).float() for name, value in self.parameters.items()}
+        return replace(self.block, factors=CPFactors.of(written))
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -61,7 +61,7 @@ def part_of_stack(root: nn.Module, module: str, family: Family | None, adapter_n
     part = (family.experts.modules or ()).index(module.rpartition(".")[2]) if fused else 0
     A, B = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
     found = ExpertPart(seat.stack, A, B, wrapper.num_experts, seat.number or 0, part, 2 if fused else 1)
-    expected = LowRankDelta(factors.B.float(), factors.A.float()).dense()
+    expected = factors.cast(torch.float32).dense()
     if not torch.allclose(found.read().dense().cpu(), expected, atol=_AGREE * float(expected.abs().max())):
         raise AdaptError(
             f"--refine: this version of peft holds the factors of {module} in a way that is not known here; leave it out with --exclude"

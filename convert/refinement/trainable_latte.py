@@ -22,7 +22,7 @@ from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.latte.layout import Layout, layout_of
 from adapt_convert.convert.refinement.training import Trainable
 from adapt_convert.convert.validation.candidates import Contender, Stage
-from adapt_convert.formats.latte import LatteAdapter, Segment
+from adapt_convert.formats.latte import LatteAdapter
 from adapt_convert.kernels.latte import Names
 from adapt_convert.kernels.latte_modules import norm_eps
 from adapt_convert.kernels.surgery import Replaced
@@ -66,7 +66,7 @@ class _Hooked:
     def hook(self) -> None:
         for number, segment in enumerate(self.adapter.segments):
             Q = self.parameters[f"segment.{number}.Q"]
-            for layer in range(segment.start, segment.stop):
+            for layer in segment.layers:
                 self._hook_layer(self.layout.block.format(layer), Q)
 
     def _hook_layer(self, path: str, Q: nn.Parameter) -> None:
@@ -99,8 +99,8 @@ class _Hooked:
         readers, writers = {}, {}
         for number, segment in enumerate(self.adapter.segments):
             Q, R = torch.linalg.qr(self._basis(number))
-            segments.append(Segment(segment.start, segment.stop, Q.float()))
-            paths = [self.layout.block.format(layer) for layer in range(segment.start, segment.stop)]
+            segments.append(replace(segment, Q=Q.float()))
+            paths = [self.layout.block.format(layer) for layer in segment.layers]
             for path in paths:
                 for name in (self.names.held(f"{path}.{r}") for group in self.layout.readers.values() for r in group):
                     if name in task.readers:

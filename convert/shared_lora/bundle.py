@@ -72,7 +72,7 @@ def bundle_loras(base: str | Path, sources: Sequence[str | Path], *, progress: P
     tasks = [_open(opened, source, chosen, progress) for source in sources]
     factored = {module for task in tasks for module in task.entries}
     refuse_shared({task.pairs.source.origin: task.unshared for task in tasks}, chosen.exclude, factored)
-    dtype = torch_dtype(chosen.dtype or output_dtype(tasks[0].pairs.source))
+    dtype = torch_dtype(output_dtype(chosen, tasks[0].pairs.source))
     names = names_apart([task.pairs.source.location.name for task in tasks])
     adapter = SharedLoraAdapter({}, [SharedTask(name) for name in names], opened.location.loadable, task_type(tasks[0].plan))
     _solve(tasks, adapter, chosen, dtype, progress)
@@ -152,5 +152,4 @@ def _thin(delta: Delta, options: Options) -> LowRankDelta | None:
     if isinstance(delta, LowRankDelta):
         return delta
     rank = min(_SKETCH * (options.rank or 1), *delta.shape)
-    found = factorise(delta, rank, torch.Generator().manual_seed(options.seed))
-    return found.truncate(min(rank, len(found.values)))
+    return factorise(delta, rank, torch.Generator().manual_seed(options.seed)).truncate(rank)

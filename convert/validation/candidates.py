@@ -44,7 +44,7 @@ class Contender:
         return self.kind not in CHECKPOINTS
 
 
-def open_contender(origin: str | Path, kind: str | None = None, task: str | None = None) -> Contender:
+def open_contender(origin: str | Path, kind: str | None = None) -> Contender:
     """Find out what a path or Hub id holds; `kind` is given for the base and the fine-tune. Raises `AdaptError`."""
     location = locate(origin)
     refuse_diffusion(location)
@@ -62,7 +62,7 @@ def open_contender(origin: str | Path, kind: str | None = None, task: str | None
         size = sum(path.stat().st_size for path in files)
     except OSError as error:
         raise AdaptError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return Contender(str(origin), kind or "merged", location, size, task)
+    return Contender(str(origin), kind or "merged", location, size)
 
 
 def contenders_of(path: str | Path, tasks: Sequence[str]) -> list[Contender]:
