@@ -80,6 +80,8 @@ def read_lora(
             ignored[key] = "a bias of zeros"  # `lora_bias` puts one on every module, also where the base has no bias
         elif match:
             slots.setdefault(match["module"], {})[match["slot"]] = key
+        elif ".original_module." in name:
+            ignored[key] = "the base's own value, which PEFT saves beside a module that is stored whole"
         elif _FOREIGN.search(name):
             raise AdaptError(f"{location.origin}: holds {name}, which no plain LoRA has; merge the adapter with PEFT first")
         else:
