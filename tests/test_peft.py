@@ -137,14 +137,15 @@ def test_a_rank_beyond_the_matrix_is_kept_as_its_full_rank(pairs, tmp_path: Path
     assert {t.shape[0] for name, t in load_file(out / "adapter_model.safetensors").items() if "q_proj.lora_A" in name} == {32}
 
 
-def test_what_peft_saves_of_an_enlarged_table_beside_its_value_is_no_change(pairs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_peft_saves_of_an_enlarged_table_beside_its_value_is_no_change(pairs, tmp_path: Path, dora: bool) -> None:
     pair = pairs("llama")
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = pair.load(pair.base)
         base.resize_token_embeddings(100, mean_resizing=False)
-        model = peft.get_peft_model(base, lora(modules_to_save=["embed_tokens", "lm_head"]))
+        model = peft.get_peft_model(base, lora(modules_to_save=["embed_tokens", "lm_head"], use_dora=dora))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)
