@@ -273,6 +273,11 @@ def test_python_understands_options_as_typed(pairs: Any) -> None:
     typed = adapt_convert.convert(pair.base, pair.ft, rank="4", exclude="lm_head, embed_tokens", target_modules="q_proj,v_proj")
     plain = adapt_convert.convert(pair.base, pair.ft, rank=4, exclude=("lm_head", "embed_tokens"), target_modules=["q_proj", "v_proj"])
     assert typed.report["options"] == plain.report["options"]
+    unsaid = dict.fromkeys(("to", "energy", "exclude", "target_modules", "dtype", "seed", "orientation", "calib_tokens"))
+    assert (
+        adapt_convert.convert(pair.base, pair.ft, rank=4, **unsaid).report["options"]
+        == adapt_convert.convert(pair.base, pair.ft, rank=4).report["options"]
+    )
     for wrong in ({"rank": True}, {"energy": "0.x"}, {"exclude": 3}, {"seed": "x"}):
         with pytest.raises(AdaptError):
             adapt_convert.convert(pair.base, pair.ft, **wrong)
