@@ -19,6 +19,7 @@ from adapt_convert.terminal import (
     console,
     emit,
     fail,
+    once_written,
     print_batch,
     print_bundles,
     print_demo,
@@ -337,13 +338,14 @@ def demo(directory: Path, as_json: bool) -> None:
 
 def _validate_conversion(base: str, source: str, directory: Path, as_json: bool, revisions: tuple[str | None, str | None]) -> Validation:
     """Validate a conversion that was just written, on the built-in text; the report goes beside it and into its model card."""
-    from adapt_convert.convert.validation.validate import validate as run
-
     paths = [f"{path}@{revision}" if revision else path for path, revision in zip((base, source), revisions, strict=True)]
-    with progress(quiet=as_json) as track:
-        result = run(*paths, directory, progress=track)
-    result.save(directory)
-    result.update_cards()
+    with once_written(directory):
+        from adapt_convert.convert.validation.validate import validate as run
+
+        with progress(quiet=as_json) as track:
+            result = run(*paths, directory, progress=track)
+        result.save(directory)
+        result.update_cards()
     return result
 
 
@@ -368,9 +370,10 @@ def _deliver(conversion: Conversion, directory: Path, result: Validation | None,
 
 
 def _push(directory: Path, repo: str) -> dict[str, Any]:
-    from adapt_convert.formats.hub import push as push_directory
+    with once_written(directory):
+        from adapt_convert.formats.hub import push as push_directory
 
-    return push_directory(directory, repo)
+        return push_directory(directory, repo)
 
 
 def run() -> None:

@@ -69,25 +69,36 @@ class Commands(click.Group):
                 option.envvar = f"adapt-convert-{name or cmd.name}-{typed}".upper().replace("-", "_")
         super().add_command(cmd, name)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort):
-            fail("interrupted; nothing was written", 130)
-        except MemoryError:
-            fail("out of memory; close other programs, or convert on a machine with more")
-        except Exception as error:
-            from adapt_convert.formats.errors import AdaptError
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _refusals():  # --version and --help print here
+            return super().parse_args(ctx, args)
 
-            if isinstance(error, BrokenPipeError):  # the reader of our output has left
-                raise SystemExit(1) from None
-            if isinstance(error, AdaptError):
-                fail(str(error))
-            if isinstance(error, RuntimeError) and "out of memory" in str(error):
-                fail("out of memory; try --device cpu")
-            if isinstance(error, OSError):
-                fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
-            raise
+    def invoke(self, ctx: click.Context) -> Any:
+        with _refusals():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what is raised in the block into one line and an exit code."""
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted; nothing was written", 130)
+    except MemoryError:
+        fail("out of memory; close other programs, or convert on a machine with more")
+    except Exception as error:
+        from adapt_convert.formats.errors import AdaptError
+
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left
+            raise SystemExit(1) from None
+        if isinstance(error, AdaptError):
+            fail(str(error))
+        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+            fail("out of memory; try --device cpu")
+        if isinstance(error, OSError):
+            fail(str(AdaptError(f"{error.filename or 'input or output'}: {error.strerror or error}")))
+        raise
 
 
 # Of what runs the models on text.

@@ -31,6 +31,15 @@ def fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def once_written(directory: Path) -> Iterator[None]:
+    """Around what follows the writing of a `directory`: an interrupt there takes nothing back, and the last line must not say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(f"interrupted; {directory} was written before and stays", 130)
+
+
 def console(stderr: bool = False) -> Console:
     from rich.console import Console
 

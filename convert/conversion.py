@@ -205,7 +205,6 @@ def _require_change(records: list[Record], base: Checkpoint, source: Source, opt
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
@@ -213,8 +212,8 @@ _TASKS = {
 def task_type(plan: Plan) -> str | None:
     """PEFT's task type, from the model class in `config.json`.
 
-    A classifier gets none: with one, PEFT would expect its head among the saved modules, whether it changed or not. Nor does a model
-    of speech, whose input PEFT would not hand on.
+    A classifier gets none, nor does a model that answers questions: with one, PEFT would expect its head among the saved modules,
+    whether it changed or not, and refuse one that is factored. Nor does a model of speech, whose input PEFT would not hand on.
     """
     architecture = str((plan.config.get("architectures") or [""])[0])
     if architecture.endswith("ForConditionalGeneration") and (not plan.config.get("is_encoder_decoder") or plan.config.get("num_mel_bins")):

@@ -124,12 +124,13 @@ def _solve(pairs: Pairs, entry: Entry, delta: Delta, options: Options, budgeted:
     generator = torch.Generator().manual_seed(options.seed)
     if delta.energy() == 0 or budgeted == 0:
         return Piece({}, {"energy": delta.energy()})
-    if isinstance(delta, LowRankDelta) and options.keeps(delta.rank) and delta.rank <= min(delta.shape):
+    kept = isinstance(delta, LowRankDelta) and options.keeps(delta.rank)
+    if isinstance(delta, LowRankDelta) and kept and delta.rank <= min(delta.shape):
         return _written(pairs, entry, delta, delta, options)  # as it is: no SVD could do better, and this one is exact
     if options.energy is not None:
         factorisation, rank = factorise_for_energy(delta, options.energy, generator)
     else:
-        rank = budgeted or options.rank or 1
+        rank = min(delta.shape) if kept else budgeted or options.rank or 1  # more rows than that say no more
         factorisation = factorise(delta, rank, generator, exact=False)
     return _written(pairs, entry, delta, factorisation.truncate(min(rank, options.max_rank)), options)
 

@@ -38,9 +38,23 @@ def notes_of(plan: Plan, base: Checkpoint, options: Options) -> list[str]:
             notes.append(f"{entry.name} shares {entry.tied_to} in the base")
         if len(entry.part.shape) == 3:
             notes.append(f"{entry.name} {list(entry.part.shape)} holds stacked matrices")
+    notes += _unmergeable(plan, options)
     fused = {e.module.rsplit(".", 1)[-1]: FUSED[e.place.role] for e in entries if e.place and e.place.role in FUSED}
     notes += [f"fused matrices: {module} ({', '.join(parts)} in one weight)" for module, parts in sorted(fused.items())]
     return notes + [f"{name} of the base is not in the fine-tune" for name in plan.missing]
+
+
+def _unmergeable(plan: Plan, options: Options) -> list[str]:
+    """That PEFT's `merge_and_unload` refuses an adapter of changed biases with a matrix in it that has none, as in Qwen2: its `lora_bias`
+    is one switch for all of them. A mixture of experts has its biases whole instead."""
+    if options.to != "lora" or options.profile not in (None, "peft") or (plan.family and plan.family.experts):
+        return []
+    factored = [entry.module for entry in plan.having("factor") if entry.kind == "matrix"]
+    biased = next((e.name for e in plan.having("store") if e.name == f"{e.module}.bias" and plan.is_factored(e.module)), None)
+    bare = next((module for module in factored if f"{module}.bias" not in plan.base_keys), None)
+    if biased is None or bare is None:
+        return []
+    return [f"if {biased} changed, PEFT runs the LoRA but refuses to merge it, as {bare} has no bias; merge with `adapt-convert merge`"]
 
 
 def kept_ranks(plan: Plan, options: Options) -> list[str]:

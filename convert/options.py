@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,9 @@ class Options:
     profile: str | None = None
 
     def __post_init__(self) -> None:
+        for option in fields(self):  # whoever passes options on has None for those that were not given
+            if getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, option.default)
         for name, parse in PARSERS.items():
             value = getattr(self, name)
             if value is not None:

@@ -67,9 +67,7 @@ def model_card(report: Mapping[str, Any], config: Mapping[str, Any], base: Locat
     """Markdown with the numbers of `report`; `config` is that of the model class the adapter is for, `base` what it loads onto."""
     origin, source = base.origin, report["inputs"]["source"]["origin"]
     architecture = str((config.get("architectures") or [""])[0])
-    auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), "AutoModel")
-    if auto == "AutoModelForSeq2SeqLM" and not config.get("is_encoder_decoder"):
-        auto = "AutoModelForImageTextToText"
+    auto = _auto_class(architecture, config)
     statuses = [row["status"] for row in report["tensors"].values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("factored", "exact", "unchanged", "dropped") if s in statuses)
     profile = report.get("profile") or {}
@@ -101,6 +99,18 @@ What became of every tensor is in `conversion.json`.
 ```python
 {code}```
 """
+
+
+def _auto_class(architecture: str, config: Mapping[str, Any]) -> str:
+    """The class of `transformers` that makes the model: an auto class, or the model's own where none has that head."""
+    auto = next((name for suffix, name in _AUTO.items() if architecture.endswith(suffix)), None)
+    if auto == "AutoModelForSeq2SeqLM" and config.get("num_mel_bins"):
+        return "AutoModelForSpeechSeq2Seq"
+    if auto == "AutoModelForSeq2SeqLM" and not config.get("is_encoder_decoder"):
+        return "AutoModelForImageTextToText"
+    if auto is None and "For" in architecture:  # AutoModel would leave the head out, and with it the names that the adapter has
+        return architecture
+    return auto or "AutoModel"
 
 
 def _data(report: Mapping[str, Any]) -> str:

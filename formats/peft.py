@@ -72,8 +72,8 @@ def read_lora(
         raise AdaptError(f"{location.origin}: holds no tensors")
     slots: dict[str, dict[str, str]] = {}
     parts: dict[str, Part] = {}
-    ignored: dict[str, str] = {}
-    for key in store.infos:
+    ignored = untrained_copies(store)
+    for key in [key for key in store.infos if key not in ignored]:
         name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
         match = _SUFFIXES.match(name)
         if match and match["slot"] == "lora_B.bias" and not store.read(key).any():
@@ -94,6 +94,12 @@ def read_lora(
         for part in read(location, store, config, module, slot):
             parts[part.name] = part
     return Source("lora", location, config, store, parts, ignored)
+
+
+def untrained_copies(store: TensorStore) -> dict[str, str]:
+    """The tensors that PEFT saves of a module in `modules_to_save` as it was before training, where its table was enlarged; and why
+    they change nothing."""
+    return {key: "the value before training, which PEFT saves beside the trained one" for key in store.infos if ".original_module." in key}
 
 
 def _check_supported(location: Location, config: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from adapt_convert.convert.architectures import is_embedding
 from adapt_convert.formats.checkpoint import Checkpoint, TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, read_json
-from adapt_convert.formats.peft import CONFIG, PREFIX, changes_base, check_patterns
+from adapt_convert.formats.peft import CONFIG, PREFIX, changes_base, check_patterns, untrained_copies
 from adapt_convert.formats.source import WITHOUT_MAGNITUDE, Part, Source, whole_part
 
 # `peft` draws, and we overwrite, first values from torch's global generator; and it builds one model at a time.
@@ -58,7 +58,7 @@ def read_method(location: Location, base: Checkpoint, parameters: Mapping[str, s
             name, shape = f"{module}.{kind}", base.infos[parameters[f"{module}.{kind}"]].shape
             load = functools.partial(adapter.delta, module, kind, (*keys, *shared), others)
             parts[name] = Part(name, tuple(keys), shape, "F32", "add", load)
-    return Source("method", location, config, store, parts, {}, adapter.figures)
+    return Source("method", location, config, store, parts, untrained_copies(store), adapter.figures)
 
 
 def _check_mergeable(location: Location, config: Mapping[str, Any]) -> None:
@@ -102,7 +102,8 @@ def _sort_keys(
     by_module: dict[str, list[str]] = {}
     shared: list[str] = []
     saved: dict[str, Part] = {}
-    for key in store.infos:
+    ignored = untrained_copies(store)
+    for key in [key for key in store.infos if key not in ignored]:
         if not key.startswith(PREFIX):  # `base_model.vera_A`
             shared.append(key)
             continue

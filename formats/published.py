@@ -39,6 +39,8 @@ class Report:
     def read(path: Path) -> Report:
         """Raises `AdaptError` for a report that no conversion has written."""
         data = read_json(path)
+        if data.get("target") == "merged":
+            raise AdaptError(f"{path.parent}: is a merged model, and only adapters are published; upload it with `hf upload`")
         try:
             inputs = data["inputs"]
             base, sources = inputs["base"], inputs.get("sources", [inputs["source"]])  # a bundle has several

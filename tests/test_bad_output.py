@@ -248,6 +248,24 @@ def test_an_interrupt_leaves_nothing(pairs, work: Path, patch: str, number: int,
     assert snapshot(work) == before
 
 
+SLOW_VALIDATING = "from adapt_convert.convert.validation import validate as m; real = lambda *a, **k: None; m.validate = slow"
+
+
+def test_an_interrupt_after_the_writing_says_what_stays(pairs, work: Path) -> None:
+    pair, flag = pairs("llama"), work.parent / "flag"
+    arguments = ["delta", str(pair.base), str(pair.ft), "-o", str(work / "out"), "--rank=4", "--validate", str(flag)]
+    program = PROGRAM.format(patch=SLOW_VALIDATING)
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not flag.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == f"Error: interrupted; {work / 'out'} was written before and stays"
+    assert (work / "out" / "conversion.json").is_file()
+
+
 def test_the_library_call_is_atomic_too(pairs, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = pairs("llama")
     conversion = adapt_convert.convert(pair.base, pair.ft, rank=1)

@@ -166,7 +166,7 @@ def test_the_console_script_ends_with_its_code_and_all_its_output(here: Path, ar
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "> /dev/full"])
-@pytest.mark.parametrize(("arguments", "code"), [("inspect base", 0), ("delta nowhere ft", 1), ("delta base", 2)])
+@pytest.mark.parametrize(("arguments", "code"), [("inspect base", 0), ("--version", 0), ("delta nowhere ft", 1), ("delta base", 2)])
 def test_the_console_script_keeps_its_code_without_its_output(here: Path, closed: str, arguments: str, code: int) -> None:
     script = f"'{sys.executable}' -c 'from adapt_convert.cli import run; run()' {arguments} {closed}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)

@@ -114,6 +114,22 @@ def test_a_bias_alone_survives_beside_an_unchanged_matrix(make_pair: Any, tmp_pa
     torch.testing.assert_close(pair.logits(pair.load_peft(out)), pair.logits(pair.load(pair.ft)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "refuses"), [("qwen2", True), ("bert", False), ("llama", False)])
+def test_a_merge_that_peft_refuses_is_announced(pairs: Any, tmp_path: Path, name: str, refuses: bool) -> None:
+    """`lora_bias` is one switch for all matrices, and peft merges none of them where one has no bias."""
+    pair = pairs(name)
+    announced = any("refuses to merge" in note for note in adapt_convert.inspect(pair.base, pair.ft)["notes"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = pair.load_peft(adapt_convert.convert(pair.base, pair.ft, rank=2).save(tmp_path / "out"))
+        if refuses:
+            with pytest.raises(RuntimeError, match="has no bias"):
+                model.merge_and_unload()
+        else:
+            model.merge_and_unload()
+    assert announced == refuses
+
+
 def test_ranks_by_energy(pairs: Any, tmp_path: Path) -> None:
     pair = pairs("llama")
     out = adapt_convert.convert(pair.base, pair.ft, energy=0.8).save(tmp_path / "out")
@@ -257,6 +273,11 @@ def test_python_understands_options_as_typed(pairs: Any) -> None:
     typed = adapt_convert.convert(pair.base, pair.ft, rank="4", exclude="lm_head, embed_tokens", target_modules="q_proj,v_proj")
     plain = adapt_convert.convert(pair.base, pair.ft, rank=4, exclude=("lm_head", "embed_tokens"), target_modules=["q_proj", "v_proj"])
     assert typed.report["options"] == plain.report["options"]
+    unsaid = dict.fromkeys(("to", "energy", "exclude", "target_modules", "dtype", "seed", "orientation", "calib_tokens"))
+    assert (
+        adapt_convert.convert(pair.base, pair.ft, rank=4, **unsaid).report["options"]
+        == adapt_convert.convert(pair.base, pair.ft, rank=4).report["options"]
+    )
     for wrong in ({"rank": True}, {"energy": "0.x"}, {"exclude": 3}, {"seed": "x"}):
         with pytest.raises(AdaptError):
             adapt_convert.convert(pair.base, pair.ft, **wrong)

@@ -222,6 +222,9 @@ def test_what_is_not_published(adapter: Path, tmp_path: Path) -> None:
     assert "its validation failed" in push(force=True)["notes"]
     (adapter / "validation.json").write_text('{"passed": true}')
     push()
+    (tmp_path / "conversion.json").write_text('{"target": "merged"}')  # as `merge` leaves it
+    with pytest.raises(AdaptError, match="is a merged model, and only adapters are published"):
+        adapt_convert.push(tmp_path, "org/adapter", dry_run=True)
     (adapter / "conversion.json").unlink()
     with pytest.raises(AdaptError, match=r"has no conversion\.json"):
         push()
