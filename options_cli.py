@@ -66,8 +66,11 @@ class Commands(click.Group):
         super().add_command(cmd, name)
 
     def invoke(self, ctx: click.Context) -> Any:
+        from adapt_convert.formats.atomic import terminate_as_interrupt
+
         try:
-            return super().invoke(ctx)
+            with terminate_as_interrupt():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
             fail("interrupted; nothing was written", 130)
         except MemoryError:
