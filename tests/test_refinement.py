@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import kl, token_file
+from calibrating import files_of_at_most, kl, token_file
 from conftest import Pair
 
 import adapt_convert
@@ -189,6 +189,12 @@ def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"cut off")
     with pytest.raises(AdaptError, match="delete it, and the refinement starts anew"):
         distil(toy(_Toy()), lesson(), 4, 0.1, 0, tmp_path / "state", every)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_state(tmp_path: Path) -> None:
+    with files_of_at_most(100), pytest.raises(AdaptError, match=r"state: cannot be written .*set XDG_CACHE_HOME"):
+        distil(toy(_Toy()), lesson(), 4, 0.1, 0, tmp_path / "state", every)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stopped_run_goes_on_to_the_same_values(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapt_convert.convert.calibration.activations import captured_inputs, experts_module, groups_within, live_module, seats_of
-from adapt_convert.convert.calibration.cache import cache_path
+from adapt_convert.convert.calibration.cache import cache_path, written
 from adapt_convert.convert.calibration.expert_inputs import width_of
 from adapt_convert.convert.calibration.texts import CalibrationText
 from adapt_convert.convert.experts import Seat
@@ -84,9 +83,8 @@ def moments_of(
         stage.show(stage.fine_tune)
     for group in groups_within(missing, functools.partial(_moment_bytes, stage, seats_of(stage.root, missing)), _AT_A_TIME):
         files |= _summed(stage, group, norms, text, progress, directory)
-        fresh = index.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(files, indent=1), encoding="utf-8")
-        os.replace(fresh, index)
+        with written(index) as fresh:
+            fresh.write_text(json.dumps(files, indent=1), encoding="utf-8")
     return Moments(directory, files)
 
 
@@ -129,7 +127,8 @@ def _summed(
     for name, total in sums.items():
         # An expert counts as often as it is reached, which is what a budget has to know; one that never is keeps the plain solution.
         C = total / (positions if name in experts else rows[name]) if rows[name] else _RIDGE * torch.eye(len(total))
-        save_file({"C": C.cpu().contiguous(), "rows": torch.tensor(rows[name])}, directory / f"{name}.safetensors")
+        with written(directory / f"{name}.safetensors") as fresh:
+            save_file({"C": C.cpu().contiguous(), "rows": torch.tensor(rows[name])}, fresh)
     return {module: f"{owner[module]}.safetensors" for module in modules}
 
 

@@ -126,7 +126,7 @@ def call(model: Any, batch: Batch, device: torch.device, **options: Any) -> Any:
         inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
     try:
         return model(**inputs, **options)
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:  # the first: an input that is None
         raise AdaptError(f"{type(model).__name__} does not run on plain {', '.join(inputs)}: {str(error).splitlines()[0][:200]}") from None
 
 
