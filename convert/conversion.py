@@ -201,7 +201,6 @@ def survey(pairs: Pairs, plan: Plan, options: Options, progress: Progress) -> tu
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
@@ -209,7 +208,8 @@ _TASKS = {
 def task_type(plan: Plan) -> str | None:
     """PEFT's task type, from the model class in `config.json`.
 
-    A classifier gets none: with one, PEFT would expect its head among the saved modules, whether it changed or not. Nor does a model
+    A classifier or a model that answers questions gets none: with one, PEFT would save its head whole, whether it changed or not, and take
+    no factors of it. Nor does a model
     of speech, whose input PEFT would not hand on.
     """
     architecture = str((plan.config.get("architectures") or [""])[0])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from calibrating import files_of_at_most, kl, plant, token_file
+from calibrating import kl, plant, token_file
 from click.testing import CliRunner
 from conftest import Pair
 
@@ -227,18 +226,6 @@ def test_damaged_moments_are_worked_out_again(pairs: Callable[[str], Pair], tmp_
     for file in own_cache.rglob("*q_proj.safetensors"):
         file.write_bytes(b"cut off")
     assert convert(pair, text).report["calibration"] == first
-
-
-def test_a_full_disk_is_one_line_and_leaves_no_half_moments(pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path) -> None:
-    def full_at_the_moments(items: Iterable[Any], what: str) -> Iterable[Any]:
-        if what == "moments":
-            disk.enter_context(files_of_at_most(1000))
-        return items
-
-    text = token_file(tmp_path / "ids.jsonl")
-    with contextlib.ExitStack() as disk, pytest.raises(AdaptError, match=r"cannot be written .*set XDG_CACHE_HOME"):
-        convert(pairs("llama"), text, progress=full_at_the_moments)
-    assert [path for path in own_cache.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(("to", "enough"), [("lora", 3), ("lorta", 3), ("latte", 12), ("loda", 3)])

@@ -14,8 +14,12 @@ import torch
 from calibrating import files_of_at_most
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
     CLIPConfig,
     CLIPModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -125,6 +129,30 @@ def test_models_that_need_more_than_text_are_one_line(name: str, tmp_path: Path)
         model.save_pretrained(tmp_path / role)
     with pytest.raises(AdaptError, match="does not run on plain input_ids"):
         validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False)
+
+
+def test_a_forward_pass_that_fails_is_one_line(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    model = BertForMultipleChoice(BertConfig(vocab_size=96, **sizes))  # wants rows of choices
+    for role in ("base", "ft"):
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / role)
+    with pytest.raises(AdaptError, match="BertForMultipleChoice does not run on plain input_ids: shape"):
+        validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False)
+
+
+def test_a_model_without_gradients_keeps_its_figures(tmp_path: Path) -> None:
+    config = RwkvConfig(vocab_size=96, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=16)
+    model = RwkvForCausalLM(config)  # which changes its state in place
+    for role in ("base", "ft"):
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / role)
+    result = validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False).to_json()
+    details = result["candidates"][0]["details"]
+    assert result["candidates"][0]["recovered"] == pytest.approx(1)
+    assert details["attribution"]["note"].startswith("no gradients: one of the variables needed")
 
 
 def test_text_is_cut_into_whole_blocks(pairs: Any, tmp_path: Path) -> None:
