@@ -74,7 +74,9 @@ class Commands(click.Group):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _refusals():
+        from adapt_convert.formats.atomic import terminate_as_interrupt
+
+        with _refusals(), terminate_as_interrupt():
             return super().invoke(ctx)
 
 

@@ -219,7 +219,7 @@ def print_push(result: dict[str, Any]) -> None:
 def report_validation(result: Validation, as_table: bool, cards: bool = False) -> None:
     """Print the result as tables and every failing line on standard error, then update the model `cards`; exit with 3 if a line failed."""
     from adapt_convert.formats.errors import AdaptError
-    from adapt_convert.formats.validation_table import count, enlarged_line, validation_tables
+    from adapt_convert.formats.validation_table import count, enlarged_line, labelled, untimed_line, validation_tables
 
     if as_table:
         data, terminal = result.to_json(), console()
@@ -232,8 +232,9 @@ def report_validation(result: Validation, as_table: bool, cards: bool = False) -
             markup=False,
             soft_wrap=True,
         )
-        if enlarged := enlarged_line(data):
-            terminal.print(enlarged, highlight=False, soft_wrap=True)
+        models = labelled(data)
+        for line in filter(None, (enlarged_line(data), untimed_line([models["base"], *models["candidates"]]))):
+            terminal.print(line, highlight=False, markup=False, soft_wrap=True)
     if result.warning:
         click.echo(f"Warning: {result.warning}", err=True)
     for line in result.failures:

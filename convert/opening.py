@@ -70,15 +70,16 @@ def open_source(base: Checkpoint, source: str | Path, revision: str | None = Non
 
 def default_name(source: Location, options: Options, task: str | None = None) -> str:
     """What to call the output: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`; `style-lora` for a LoRA whose ranks stay what they are."""
-    name = f"{source.name}-{task}" if task else source.name
-    is_lora = bool(lora_file(source) or shared_lora_config_path(source))
+    return options.output_name(f"{source.name}-{task}" if task else source.name, is_lora(source))
+
+
+def is_lora(source: Location) -> bool:
+    """Whether a source is a LoRA, which keeps its ranks unless a size is asked for. Raises `AdaptError` for a damaged configuration."""
     if config := adapter_config_path(source):
         from adapt_convert.formats.peft import is_plain_lora
 
-        is_lora = is_plain_lora(read_json(config))
-    if options.to == "lora" and is_lora and not options.has_size:
-        return f"{name}-lora" + (f"-{options.profile}" if options.profile else "")
-    return options.output_name(name)
+        return is_plain_lora(read_json(config))
+    return bool(lora_file(source) or shared_lora_config_path(source))
 
 
 def _open_adapter(base: Checkpoint, location: Location, config: Mapping[str, Any]) -> Source:

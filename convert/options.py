@@ -226,9 +226,11 @@ class Options:
             return f"{100 * self.budget:g}pct"
         return budget_name(self.budget)
 
-    def output_name(self, source: str) -> str:
-        """How the output is named by default: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`."""
-        return f"{source}-{self.to}-{self.size_name}" + (f"-{self.profile}" if self.profile else "")
+    def output_name(self, source: str, is_lora: bool = False) -> str:
+        """How the output is named by default: `ft-lora-r16`, for a consumer `ft-lora-r16-vllm`; `style-lora` of a LoRA whose ranks stay
+        what they are."""
+        size = "" if is_lora and self.to == "lora" and not self.has_size else f"-{self.size_name}"
+        return f"{source}-{self.to}{size}" + (f"-{self.profile}" if self.profile else "")
 
     def torch_device(self) -> torch.device:
         """The device asked for, or CUDA if there is one, or the CPU."""

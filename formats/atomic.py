@@ -105,7 +105,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     created = _make_parents(path.absolute().parent)
     staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=path.absolute().parent))
     try:
-        with _terminate_as_interrupt():
+        with terminate_as_interrupt():
             yield staging
             staging.chmod(0o777 & ~_umask())
             _publish(staging, path, overwrite)
@@ -155,8 +155,8 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C while a directory is half written; only the main thread may set handlers."""
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that temporary files are removed; only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

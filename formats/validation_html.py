@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_convert.formats.sizes import size_text
 from adapt_convert.formats.svg import bars, heat_map, lines, scatter
-from adapt_convert.formats.validation_table import count, enlarged_line, label, labelled, share_text
+from adapt_convert.formats.validation_table import count, enlarged_line, label, labelled, share_text, untimed_line
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--good:#1a7f4b;--bad:#c4381c;
@@ -135,8 +135,8 @@ def _size_and_speed(rows: Sequence[Mapping[str, Any]], numbers: Mapping[str, int
         if timed:
             shown = [(name, *(factor * spread[part] for part in ("median", "low", "high"))) for name, spread in timed]
             cards.append(f"<div class=card><h3>Speed: {title}</h3>{bars(shown, unit, title, numbers)}</div>")
-    silent = [label(row) for row in rows if row["passed"] is False and not row["speed"]]
-    note = f"<p class='soft wrap'>Not timed, as another model's speed says nothing: {escape(', '.join(silent))}.</p>" if silent else ""
+    untimed = untimed_line(rows)
+    note = f"<p class='soft wrap'>{escape(untimed)}</p>" if untimed else ""
     note += "<p class=soft>Whiskers: the 95 % interval of a recovered share; the range over the rounds of a time.</p>"
     return f"<h2>Size and speed</h2><div class=grid2>{''.join(cards)}</div>{note}"
 

@@ -45,6 +45,13 @@ def enlarged_line(data: Mapping[str, Any]) -> str | None:
     return f"The base has {old} tokens and ran enlarged to the fine-tune's {new}, bare and under every adapter; the KL is over all {new}."
 
 
+def untimed_line(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence on the failed among the labelled models, of which the base is the first, that were not timed with it; None where there
+    are none."""
+    silent = [label(row) for row in rows if row["passed"] is False and not row["speed"]] if rows[0]["speed"] else []
+    return f"Not timed, as another model's speed says nothing: {', '.join(silent)}." if silent else None
+
+
 def verdict(row: Mapping[str, Any]) -> str:
     return {None: "-", True: "pass", False: "FAIL"}[row["passed"]]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,17 @@ def token_file(path: Path, vocabulary: int = 96, rows: int = ROWS, seed: int = 0
     drawn = 3 + torch.multinomial(weights, rows * LENGTH, replacement=True, generator=generator).view(rows, LENGTH)
     path.write_text("\n".join(json.dumps({"input_ids": row}) for row in drawn.tolist()))
     return path
+
+
+@contextlib.contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """Writing more into any file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def plant(model: Any, rank: int, only: Sequence[str] = ("proj",), scale: float = 0.05) -> None:

@@ -71,12 +71,15 @@ class Pair:
             warnings.simplefilter("ignore")
             return peft.PeftModel.from_pretrained(self.load(self.base), adapter).eval()
 
-    def save_adapter(self, config: Any, directory: Path, seed: int = 0) -> Any:
-        """An adapter of the base that looks trained, saved by `peft`: whatever it trains is random. Returns the live model."""
+    def save_adapter(self, config: Any, directory: Path, seed: int = 0, base: Any = None) -> Any:
+        """An adapter of the base (or of another live model) that looks trained, saved by `peft`: whatever it trains is random.
+
+        Returns the live model.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)  # peft draws the first factors itself
-            model = peft.get_peft_model(self.load(self.base), config).eval()
+            model = peft.get_peft_model(base or self.load(self.base), config).eval()
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data += 0.1 * torch.randn_like(parameter)

@@ -225,8 +225,8 @@ main(sys.argv[1:8])
 
 @pytest.mark.parametrize(
     ("patch", "number", "code"),
-    [(SLOW_SOLVING, signal.SIGINT, 130), (SLOW_WRITING, signal.SIGINT, 130), (SLOW_WRITING, signal.SIGTERM, 130)],
-    ids=["Ctrl-C while solving", "Ctrl-C while writing", "SIGTERM while writing"],
+    [(patch, number, 130) for patch in (SLOW_SOLVING, SLOW_WRITING) for number in (signal.SIGINT, signal.SIGTERM)],
+    ids=["Ctrl-C while solving", "SIGTERM while solving", "Ctrl-C while writing", "SIGTERM while writing"],
 )
 def test_an_interrupt_leaves_nothing(pairs, work: Path, patch: str, number: int, code: int) -> None:
     pair = pairs("llama")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.convert.batch import run as batch_run
 from adapt_convert.convert.batch import tasks as batch_tasks
-from adapt_convert.convert.batch.inputs import Found
+from adapt_convert.convert.batch.inputs import Found, find, foresee
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.manifest import parse_manifest
+from adapt_convert.convert.batch.scheduler import LocalPool, Task
 from adapt_convert.convert.batch.state import HIDDEN
+from adapt_convert.convert.opening import open_base
 
 RUN = [sys.executable, "-c", "from adapt_convert.cli import main; main()", "batch"]
 
@@ -264,6 +267,33 @@ def test_memory_admits_as_many_as_fit(many: Path, tmp_path: Path) -> None:
     refused = adapt_convert.batch(manifest, tmp_path / "small", memory=peak // 2)
     assert {row["status"] for row in refused["jobs"]} == {"failed"}
     assert all("MiB of memory" in row["error"] for row in refused["jobs"])
+
+
+def test_models_that_are_run_count_as_memory(many: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(many / "fts" / "llama" / "llama-00", tmp_path / "ft")
+    save_tokenizer(source)
+    weights = load_file(source / "model.safetensors").values()
+    job = {"base": str(many / "llama"), "source": str(source), "rank": 2}
+
+    def peak(**extra: Any) -> int:
+        (parsed,) = parse_manifest({"jobs": [job | extra]})
+        return foresee(find(parsed), open_base(job["base"])).peak_memory
+
+    plain = peak()
+    assert peak(validate=True) - plain == sum(tensor.nbytes for tensor in weights)
+    assert peak(calib="self") - plain == 4 * sum(tensor.numel() for tensor in weights)
+    refused = adapt_convert.batch({"jobs": [job | {"calib": "self"}]}, tmp_path / "out", memory=plain)
+    assert "MiB of memory" in refused["jobs"][0]["error"]
+
+
+def test_temporary_files_end_with_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    pool = LocalPool(1, 2**40)
+    made = pool.submit(Task(tempfile.mkdtemp, (), 0, print, print)).result()
+    assert Path(made).is_dir()
+    assert tmp_path in Path(made).parents
+    pool.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_batch_at_a_time(many: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_pair
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForQuestionAnswering
 
 import adapt_convert
 from adapt_convert import AdaptError
@@ -281,3 +283,12 @@ def test_python_understands_options_as_typed(pairs: Any) -> None:
     for wrong in ({"rank": True}, {"energy": "0.x"}, {"exclude": 3}, {"seed": "x"}):
         with pytest.raises(AdaptError):
             adapt_convert.convert(pair.base, pair.ft, **wrong)
+
+
+def test_the_head_of_question_answering_is_factored_and_loaded_by_peft(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    pair = save_pair(tmp_path, BertForQuestionAnswering, BertConfig(vocab_size=96, **sizes))
+    adapter = adapt_convert.convert(pair.base, pair.ft, rank=16).save(tmp_path / "lora")
+    model, ft = pair.load_peft(adapter), pair.load(pair.ft)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**pair.inputs).start_logits, ft(**pair.inputs).start_logits, rtol=1e-4, atol=1e-5)

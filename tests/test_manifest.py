@@ -14,6 +14,7 @@ import yaml
 from hub_server import Hub
 from test_hub import Session
 
+import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.convert.batch.job import Job
 from adapt_convert.convert.batch.manifest import OPTION_SCHEMAS, parse_manifest, read_manifest, schema
@@ -44,6 +45,16 @@ def test_one_source_a_pattern_and_a_directory(here: Path) -> None:
     assert [job.source for job in jobs({"source": "fts"})] == ["fts/ft-a", "fts/ft-b", "fts/other"]  # not the notes
     (job,) = jobs({"source": "org/ft@v1"})  # a Hub id
     assert job.output == "ft-lora-r16"
+
+
+def test_outputs_are_named_as_delta_names_them(here: Path) -> None:
+    adapt_convert.convert("base", "fts/ft-a", rank=2).save("style")
+    assert [job.output for job in jobs({"source": "style"})] == ["style-lora"]  # which keeps its ranks
+    assert [job.output for job in jobs({"source": "style", "profile": "vllm"})] == ["style-lora-vllm"]
+    assert [job.output for job in jobs({"source": "style", "rank": 1}, to="lora")] == ["style-lora-r1"]
+    assert [job.output for job in jobs({"source": "style", "to": "lorta"})] == ["style-lorta-r16"]
+    (here / "style" / "adapter_config.json").write_text("{")  # fails alone, and later
+    assert [job.output for job in jobs({"source": "style"})] == ["style-lora-r16"]
 
 
 def test_local_collections_and_a_directory_with_its_base(here: Path) -> None:

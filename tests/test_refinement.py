@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import KEPT, kl, token_file
-from conftest import Pair
+from calibrating import KEPT, files_of_at_most, kl, token_file
+from conftest import Pair, save_pair
+from families import tiny
 
 import adapt_convert
 from adapt_convert.convert.calibration import teacher
@@ -183,6 +185,33 @@ def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"cut off")
     with pytest.raises(AdaptError, match="delete it, and the refinement starts anew"):
         distil(toy(_Toy()), lesson(), 4, 0.1, 0, tmp_path / "state", every)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_state(tmp_path: Path) -> None:
+    with files_of_at_most(100), pytest.raises(AdaptError, match=r"state: cannot be written .*set XDG_CACHE_HOME"):
+        distil(toy(_Toy()), lesson(), 4, 0.1, 0, tmp_path / "state", every)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_moments(pairs: Callable[[str], Pair], tmp_path: Path, own_cache: Path) -> None:
+    def full_at_the_moments(items: Iterable[Any], what: str) -> Iterable[Any]:
+        if what == "moments":
+            disk.enter_context(files_of_at_most(1000))
+        return items
+
+    text = token_file(tmp_path / "ids.jsonl")
+    with contextlib.ExitStack() as disk, pytest.raises(AdaptError, match=r"cannot be written .*set XDG_CACHE_HOME"):
+        convert(pairs("llama"), text, progress=full_at_the_moments)
+    assert [path for path in own_cache.rglob("*") if path.is_file()] == []
+
+
+def test_a_model_that_keeps_no_cache_is_calibrated_on_a_file(tmp_path: Path) -> None:
+    model_class, config = tiny("mamba")
+    pair = save_pair(tmp_path, model_class, config)
+    about = convert(pair, token_file(tmp_path / "ids.jsonl"), exclude="embeddings,lm_head,mixer", refine=None).report["calibration"]
+    assert set(about["candidates"]) == set(about["control"]) == {"data-free", "whitened"}
+    with pytest.raises(AdaptError, match="--calib self: MambaForCausalLM keeps no key/value cache; give --calib FILE"):
+        convert(pair, "self")
 
 
 def test_a_stopped_run_goes_on_to_the_same_values(tmp_path: Path) -> None:

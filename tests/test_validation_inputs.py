@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from calibrating import files_of_at_most
 from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    CLIPConfig,
+    CLIPModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import adapt_convert
 from adapt_convert.convert.validation import reference_outputs
@@ -87,6 +98,61 @@ def test_nothing_is_left_in_the_temporary_directory(pairs: Any, tmp_path: Path, 
     with pytest.raises(AdaptError):
         validate(pair.base, pair.base, pair.ft, token_ids=IDS, speed=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_temporary_directory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(AdaptError, match=r"bytes free, .* set TMPDIR to a larger disk"):
+        ReferenceOutputs(2**62, full_limit=2**63)
+    with ReferenceOutputs(1) as outputs, files_of_at_most(100), pytest.raises(AdaptError, match=r"cannot be written .*; set TMPDIR"):
+        outputs.keep("logits", torch.zeros(1000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["whisper", "clip"])
+def test_models_that_need_more_than_text_are_one_line(name: str, tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if name == "clip":
+        towers = {
+            "text_config": small | text | {"max_position_embeddings": 64},
+            "vision_config": small | {"image_size": 16, "patch_size": 8},
+        }
+        model: Any = CLIPModel(CLIPConfig(**towers, projection_dim=8))
+    else:
+        layers = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+        widths = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "max_source_positions": 16}
+        model = WhisperForConditionalGeneration(WhisperConfig(**text, **layers, **widths))
+    for role in ("base", "ft"):
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / role)
+    with pytest.raises(AdaptError, match="does not run on plain input_ids"):
+        validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False)
+
+
+def test_a_forward_pass_that_fails_is_one_line(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    model = BertForMultipleChoice(BertConfig(vocab_size=96, **sizes))  # wants rows of choices
+    for role in ("base", "ft"):
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / role)
+    with pytest.raises(AdaptError, match="BertForMultipleChoice does not run on plain input_ids: shape"):
+        validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False)
+
+
+def test_a_model_without_gradients_keeps_its_figures(tmp_path: Path) -> None:
+    config = RwkvConfig(vocab_size=96, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=16)
+    model = RwkvForCausalLM(config)  # which changes its state in place
+    for role in ("base", "ft"):
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / role)
+    result = validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False).to_json()
+    details = result["candidates"][0]["details"]
+    assert result["candidates"][0]["recovered"] == pytest.approx(1)
+    assert details["attribution"]["note"].startswith("no gradients: one of the variables needed")
 
 
 def test_text_is_cut_into_whole_blocks(pairs: Any, tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_keys_exit_codes_and_the_failing_line(here: Path) -> None:
     bad = call("good", "poor", "--no-card")
     assert bad.exit_code == 3
     assert "FAIL poor: recovered" in bad.stderr
+    assert "\nNot timed, as another model's speed says nothing: poor.\n" in bad.stdout
+    assert "Not timed" not in call("poor", "--no-speed", "--no-card").stdout
     assert call("good", "--max-kl", 0, "--no-speed", "--no-card").exit_code == 3
     slow = call("good", "--max-slowdown", 0, "--no-card")
     assert slow.exit_code == 3

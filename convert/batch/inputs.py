@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from adapt_convert.formats.checkpoint import Checkpoint
 from adapt_convert.formats.diffusion import refuse_diffusion
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location, locate
+from adapt_convert.formats.source import Source
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ def find(job: Job) -> Found:
 
 
 def foresee(found: Found, base: Checkpoint) -> Prediction:
-    """What a job would write and take, from headers. Raises `AdaptError` for a pair or options that cannot be converted."""
+    """What a job would write and take, from headers, the weights of a model that it runs among it.
+
+    Raises `AdaptError` for a pair or options that cannot be converted.
+    """
     if found.job.validate:
         _check_validation(found, base)
     found.job.options.require_text()
@@ -51,7 +56,16 @@ def foresee(found: Found, base: Checkpoint) -> Prediction:
     plan = make_plan(base, source, found.job.options)
     require_factors(plan, base, found.job.options)
     plan, options = settle_budget(plan, base, source, found.job.options)
-    return predict(plan, base, source, options)
+    prediction = predict(plan, base, source, options)
+    return replace(prediction, peak_memory=prediction.peak_memory + _model_bytes(found.job, base, source))
+
+
+def _model_bytes(job: Job, base: Checkpoint, source: Source) -> int:
+    """The weights of one model in memory: in float32 for `calib`, as the fine-tune is stored for `validate`, and 0 where none is run."""
+    infos = source.store.infos if source.kind == "checkpoint" else base.infos
+    if job.options.calib is not None:
+        return 4 * sum(math.prod(info.shape) for info in infos.values())
+    return sum(info.nbytes for info in infos.values()) if job.validate else 0
 
 
 def _check_validation(found: Found, base: Checkpoint) -> None:

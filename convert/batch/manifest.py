@@ -14,7 +14,7 @@ import yaml
 
 from adapt_convert.convert.batch.checks import output_problems, push_problems
 from adapt_convert.convert.batch.job import Job
-from adapt_convert.convert.batch.sources import find_sources, source_name
+from adapt_convert.convert.batch.sources import default_output, find_sources, source_name
 from adapt_convert.convert.options import CONSTRUCTIONS, DTYPES, HEADS, TARGETS, Options
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import is_hub_id, refuse_revision
@@ -191,7 +191,7 @@ def _expand(defaults: Mapping[str, Any], row: Mapping[str, Any], jobs: list[Job]
     settings = {n: merged[n] for n in ("revision", "base_revision", "overwrite", "validate") if n in merged}
     for source in sources:
         name = source_name(source)
-        output = str(merged.get("output", options.output_name("{name}"))).replace("{name}", name)
+        output = str(merged.get("output") or default_output(source, options)).replace("{name}", name)
         output = PurePosixPath(output).as_posix()  # one spelling: x/ and ./x are x
         push = merged["push"].replace("{name}", name) if "push" in merged else None
         jobs.append(Job(merged["base"], source, output, options, push=push, **settings))

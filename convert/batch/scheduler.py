@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -54,7 +56,7 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """Processes of this machine, at most `size`. They end when this process does, however it ends."""
+    """Processes of this machine, at most `size`. They end when this process does, however it ends, and leave no temporary files."""
 
     def __init__(self, size: int, memory: int) -> None:
         self.size = size
@@ -65,7 +67,8 @@ class LocalPool:
         context = multiprocessing.get_context("spawn")
         resource_tracker.ensure_running()  # which would unblock SIGINT if the first process had to start it
         theirs, self._lifeline = context.Pipe(duplex=False)
-        self._executor = ProcessPoolExecutor(self.size, context, _end_with, (theirs,))
+        self._scratch = tempfile.mkdtemp(prefix="adapt-convert-batch-")
+        self._executor = ProcessPoolExecutor(self.size, context, _end_with, (theirs, self._scratch))
 
     def submit(self, task: Task) -> Future[Any]:
         # Processes start here, when they are needed. They inherit that SIGINT is blocked: Ctrl-C reaches them too, and before
@@ -83,15 +86,21 @@ class LocalPool:
     def close(self) -> None:
         self._lifeline.close()
         self._executor.shutdown(cancel_futures=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def _end_with(lifeline: Connection) -> None:
-    """End this process once nobody holds the other end: the pool was closed, or its process was killed."""
+def _end_with(lifeline: Connection, scratch: str) -> None:
+    """End this process once nobody holds the other end: the pool was closed, or its process was killed.
+
+    It ends wherever it is, so what it keeps in temporary files goes to `scratch`, which is removed whole.
+    """
+    tempfile.tempdir = scratch
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that owns the pool
 
     def watch() -> None:
         with contextlib.suppress(EOFError, OSError):
             lifeline.recv()
+        shutil.rmtree(scratch, ignore_errors=True)  # here too: there may be nobody else left to do it
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -7,9 +7,11 @@ import os
 import re
 from pathlib import Path
 
+from adapt_convert.convert.opening import is_lora
+from adapt_convert.convert.options import Options
 from adapt_convert.formats.checkpoint import weight_files
 from adapt_convert.formats.errors import AdaptError
-from adapt_convert.formats.location import Location, is_hub_id
+from adapt_convert.formats.location import Location, is_hub_id, locate
 
 _COLLECTION = re.compile(r"collections/([\w.-]+/[\w.-]+)", re.ASCII)
 
@@ -36,6 +38,18 @@ def source_name(source: str) -> str:
     """What to call a source in a path: its last component, without a revision or the ending of a file."""
     path = Path(os.path.abspath(Path(source).expanduser()))
     return path.name if path.is_dir() else path.stem if path.is_file() else source.partition("@")[0].rpartition("/")[2]
+
+
+def default_output(source: str, options: Options) -> str:
+    """The name of the output as `delta` gives it, with `{name}` for the source's.
+
+    What the Hub holds is not known before it is fetched: a LoRA of it is named like a fine-tune.
+    """
+    try:
+        kept = Path(source).expanduser().exists() and is_lora(locate(source))
+    except AdaptError:  # what is damaged fails when its turn comes
+        kept = False
+    return options.output_name("{name}", kept)
 
 
 def _without(base: str, sources: list[str]) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from adapt_convert.formats.errors import AdaptError
 
@@ -22,3 +26,19 @@ def cache_path(what: str, made_from: dict[str, Any]) -> Path:
     except OSError as error:
         raise AdaptError(f"{root}: cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder that can be written to") from None
     return root / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file of the cache, whole or as it was before: the block writes to the path that it is given.
+
+    Raises `AdaptError` when it cannot be written, as on a full disk.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is what `torch.save` makes of a full disk
+        fresh.unlink(missing_ok=True)
+        what = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise AdaptError(f"{path}: cannot be written ({what}); free some space, or set XDG_CACHE_HOME to a larger disk") from None

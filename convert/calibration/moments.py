@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapt_convert.convert.calibration.activations import captured_inputs, experts_module, groups_within, live_module, seats_of
-from adapt_convert.convert.calibration.cache import cache_path
+from adapt_convert.convert.calibration.cache import cache_path, written
 from adapt_convert.convert.calibration.expert_inputs import width_of
 from adapt_convert.convert.calibration.texts import CalibrationText
 from adapt_convert.convert.experts import Seat
@@ -27,7 +27,6 @@ from adapt_convert.convert.family import NormKind
 from adapt_convert.convert.pairs import Pairs
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.candidates import Stage
-from adapt_convert.formats.atomic import write_text
 from adapt_convert.kernels.latte_modules import norm_eps
 
 _AT_A_TIME = 2**30  # bytes of moments summed in one pass over the text
@@ -84,7 +83,8 @@ def moments_of(
         stage.show(stage.fine_tune)
     for group in groups_within(missing, functools.partial(_moment_bytes, stage, seats_of(stage.root, missing)), _AT_A_TIME):
         files |= _summed(stage, group, norms, text, progress, directory)
-        write_text(index, json.dumps(files, indent=1))
+        with written(index) as fresh:
+            fresh.write_text(json.dumps(files, indent=1), encoding="utf-8")
     return Moments(directory, files)
 
 
@@ -127,7 +127,8 @@ def _summed(
     for name, total in sums.items():
         # An expert counts as often as it is reached, which is what a budget has to know; one that never is keeps the plain solution.
         C = total / (positions if name in experts else rows[name]) if rows[name] else _RIDGE * torch.eye(len(total))
-        save_file({"C": C.cpu().contiguous(), "rows": torch.tensor(rows[name])}, directory / f"{name}.safetensors")
+        with written(directory / f"{name}.safetensors") as fresh:
+            save_file({"C": C.cpu().contiguous(), "rows": torch.tensor(rows[name])}, fresh)
     return {module: f"{owner[module]}.safetensors" for module in modules}
 
 

@@ -7,7 +7,6 @@ The start is candidate 0, so that what comes back is never worse on the held-out
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapt_convert.convert.calibration.cache import written
 from adapt_convert.convert.calibration.teacher import Target, divergence, mean_divergence
 from adapt_convert.convert.progress import Progress
 from adapt_convert.convert.validation.outputs import Batch, call, predictions_of
@@ -150,9 +150,8 @@ def _batch_of(step: int, count: int, seed: int) -> int:
 
 def _save(path: Path, course: Course, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
     values = {name: value.detach().cpu() for name, value in parameters.items()}
-    fresh = path.with_suffix(f".{os.getpid()}")
-    torch.save({"course": asdict(course), "values": values, "optimiser": optimiser.state_dict()}, fresh)
-    os.replace(fresh, path)
+    with written(path) as fresh:
+        torch.save({"course": asdict(course), "values": values, "optimiser": optimiser.state_dict()}, fresh)
 
 
 def _resumed(path: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> Course:

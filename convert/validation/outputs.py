@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.validation.live_model import Task
+from adapt_convert.convert.validation.live_model import Task, first_line, is_out_of_memory
 from adapt_convert.convert.validation.texts import Corpus, masked
 from adapt_convert.formats.errors import AdaptError
 
@@ -126,8 +126,10 @@ def call(model: Any, batch: Batch, device: torch.device, **options: Any) -> Any:
         inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
     try:
         return model(**inputs, **options)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise AdaptError(f"{type(model).__name__} does not run on plain {', '.join(inputs)}: {str(error).splitlines()[0][:200]}") from None
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # an input that is None, or of another shape
+        if is_out_of_memory(error):
+            raise
+        raise AdaptError(f"{type(model).__name__} does not run on plain {', '.join(inputs)}: {first_line(error)}") from None
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from adapt_convert.formats.errors import AdaptError
 
 FULL_LIMIT = 2 * 2**30  # bytes; above it only the largest logits are kept
 TOP_K = 1024  # logits per prediction that are kept above the limit
+_REMEDY = "set TMPDIR to a larger disk, or take fewer tokens"
 CHUNK = 64  # predictions compared at a time: 64 x 150,000 classes in float64 are 77 MB
 
 
@@ -48,7 +49,7 @@ class ReferenceOutputs:
         free = shutil.disk_usage(self._directory).free
         if not self.top_k and expected_bytes > free:
             self.close()
-            raise AdaptError(f"{tempfile.gettempdir()}: {free} bytes free, {expected_bytes} needed for outputs; lower --max-tokens")
+            raise AdaptError(f"{tempfile.gettempdir()}: {free} bytes free, {expected_bytes} needed for outputs; {_REMEDY}")
 
     def __enter__(self) -> ReferenceOutputs:
         return self
@@ -60,8 +61,12 @@ class ReferenceOutputs:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def keep(self, name: str, value: Tensor) -> None:
-        """Store any tensor of the fine-tune under a name."""
-        torch.save(value.cpu(), self._path(name))
+        """Store any tensor of the fine-tune under a name. Raises `AdaptError` when it cannot be written."""
+        value = value.cpu()
+        try:
+            torch.save(value, self._path(name))
+        except (OSError, RuntimeError) as error:  # the second is what `torch.save` makes of a full disk
+            raise AdaptError(f"{tempfile.gettempdir()}: cannot be written ({str(error).splitlines()[0]}); {_REMEDY}") from None
 
     def fetch(self, name: str, device: torch.device) -> Tensor | None:
         path = self._path(name)

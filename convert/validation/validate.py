@@ -23,6 +23,8 @@ from adapt_convert.convert.validation.candidates import Contender, Stage, check_
 from adapt_convert.convert.validation.fidelity import UNKNOWN, Fidelity, RowSums, Tally, summarise
 from adapt_convert.convert.validation.live_model import (
     Task,
+    first_line,
+    is_out_of_memory,
     model_class_of,
     positions_of,
     read_config,
@@ -262,9 +264,9 @@ class _Run:
             nodes = self.progress(quadrature()[0], f"{Path(candidate.path).name} by matrix")
             return removed_kl(self.stage.root, self.probe, reference, changes, list(nodes))
         except (AdaptError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, AdaptError) and not _is_out_of_memory(error):
-                raise
-            return str(error) if isinstance(error, AdaptError) else "not enough memory for the gradients"
+            if isinstance(error, AdaptError):
+                return str(error)
+            return "not enough memory for the gradients" if is_out_of_memory(error) else f"no gradients: {first_line(error)}"
 
     def _continuations(self) -> Iterator[torch.Tensor]:
         """Greedy continuations `(tokens,)` of the starts of the first rows; none for a model that does not write."""
@@ -347,15 +349,10 @@ def _memory_errors(options: ValidationOptions) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             context = options.context or "256"
             raise AdaptError(
                 f"out of memory at --context {context} --batch {options.batch}: lower --batch or --context, "
                 "or give --dtype bfloat16, or --device cpu if this was a GPU"
             ) from None
         raise
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
