@@ -18,6 +18,7 @@ import torch
 from calibrating import KEPT, files_of_at_most, kl, token_file
 from conftest import Pair, save_pair
 from families import tiny
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import adapt_convert
 from adapt_convert.convert.calibration import teacher
@@ -286,3 +287,16 @@ def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(
     assert not any(part in line for line in adapt_convert.validate(pair.base, pair.ft, output, **options).failures for part in suspicious)
     (output / "conversion.json").unlink()
     assert any(part in line for line in adapt_convert.validate(pair.base, pair.ft, output, **options).failures for part in suspicious)
+
+
+def test_a_model_without_gradients_is_refused(tmp_path: Path) -> None:
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=96, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=16))
+    for role in ("base", "ft"):  # a model that changes its state in place
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / role)
+    text = token_file(tmp_path / "ids.jsonl")
+    with pytest.raises(AdaptError, match="--refine: the model has no gradients: one of the variables needed"):
+        adapt_convert.convert(
+            tmp_path / "base", tmp_path / "ft", to="lora", rank=2, calib=str(text), refine=2, exclude=("head", "embeddings")
+        )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adapt_convert.convert.calibration.cache import written
 from adapt_convert.convert.calibration.teacher import Target, divergence, mean_divergence
 from adapt_convert.convert.progress import Progress
+from adapt_convert.convert.validation.live_model import first_line, is_out_of_memory
 from adapt_convert.convert.validation.outputs import Batch, call, predictions_of
 from adapt_convert.formats.errors import AdaptError
 
@@ -132,7 +133,12 @@ def _train(trainable: Trainable, lesson: Lesson, number: int, optimiser: torch.o
     value = float(loss.detach())
     if not math.isfinite(value):
         raise AdaptError("--refine: the loss is not finite (NaN or infinite); calibrate without --refine, or on other text")
-    loss.backward()  # type: ignore[no-untyped-call]
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise AdaptError(f"--refine: the model has no gradients: {first_line(error)}") from None
     optimiser.step()
     return value
 
