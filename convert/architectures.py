@@ -55,7 +55,7 @@ def module_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, st
     with_head = not architecture.endswith("Model") or architecture.endswith(_MODELS_WITH_HEAD)
     names = {}
     for key in keys:
-        name = in_memory(key, family) if family else loaded_name(key, str(config.get("model_type"))) or key
+        name = in_memory(key, family) if family else loaded_name(key, config) or key
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)  # checkpoints from before 2020
         names[key] = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
     if prefix and with_head and config and not any(name.startswith(prefix) for name in names.values()):

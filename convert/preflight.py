@@ -271,7 +271,7 @@ class _Planner:
             if self.options.to != "lora":
                 return "drop", "part of a mixture of experts, which no LoRTA or LatTE holds", True
         if self.family is None and self.source.kind == "checkpoint":
-            lost = why_lost(part.keys[0], part.name, kind == "matrix", str(self.config.get("model_type")))
+            lost = why_lost(part.keys[0], part.name, kind == "matrix", self.config)
             if lost:
                 return "drop", lost, True
         if kind == "embedding" and self.family is None and self._shares_unknown_head(part):
