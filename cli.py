@@ -113,7 +113,7 @@ def delta(
     started = time.monotonic()
     with importing():
         opened = open_pair(base, source, revision, base_revision, task)
-        with hashing(opened[0].store, opened[1].store):
+        with hashing(opened[0].store, opened[1].store):  # while torch is imported
             from adapt_convert.convert.conversion import convert_opened
     with progress(quiet=as_json) as track:
         conversion = convert_opened(*opened, parsed, started, progress=track, on_plan=None if as_json else _announce)

@@ -16,11 +16,11 @@ from adapt_convert.convert.batch.manifest import parse_manifest, read_manifest
 from adapt_convert.convert.batch.ray_pool import RayPool
 from adapt_convert.convert.batch.run import FAILED, Events, Run
 from adapt_convert.convert.batch.scheduler import LocalPool, Pool, available_memory, run_tasks
-from adapt_convert.convert.batch.state import HIDDEN, INDEX, LOG, SUMMARY, JobState, write_whole
+from adapt_convert.convert.batch.state import HIDDEN, INDEX, LOG, SUMMARY, JobState
 from adapt_convert.convert.opening import open_base
 from adapt_convert.convert.option_values import parse_size
 from adapt_convert.formats import remote
-from adapt_convert.formats.atomic import check_destination
+from adapt_convert.formats.atomic import check_destination, write_text
 from adapt_convert.formats.batch_html import batch_page
 from adapt_convert.formats.errors import AdaptError
 
@@ -76,8 +76,8 @@ def batch(
 
 
 def _write(root: Path, summary: Mapping[str, Any]) -> None:
-    write_whole(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    write_whole(root / INDEX, batch_page(summary))
+    write_text(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_text(root / INDEX, batch_page(summary))
 
 
 def _copy_summary(root: Path, summary: dict[str, Any], url: str) -> None:

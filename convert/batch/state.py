@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_convert.convert.batch.job import Job
+from adapt_convert.formats.atomic import write_text
 from adapt_convert.formats.checkpoint import TensorStore, weight_files
 from adapt_convert.formats.errors import AdaptError
 from adapt_convert.formats.location import Location
@@ -89,7 +89,7 @@ class JobState:
 
     def write(self, state: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self._file, json.dumps(state, indent=1) + "\n")
+        write_text(self._file, json.dumps(state, indent=1) + "\n")
 
     def clean(self) -> None:
         """Remove all that an earlier run has left but the record, which alone says that the output is ours."""
@@ -134,10 +134,3 @@ def _is_result(result: dict[str, Any], copied_to: object) -> bool:
 def settings_of(job: Job) -> dict[str, Any]:
     """Options, and the versions that a result depends on."""
     return job.settings() | {"versions": {name: version(name) for name in ("adapt-convert", "torch")}}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file, whole or as it was before."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
