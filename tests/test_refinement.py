@@ -22,6 +22,7 @@ from transformers import RwkvConfig, RwkvForCausalLM
 
 import adapt_convert
 from adapt_convert.convert.calibration import teacher
+from adapt_convert.convert.calibration.cache import written
 from adapt_convert.convert.calibration.remeasure import remeasured
 from adapt_convert.convert.calibration.teacher import divergence, targets_of
 from adapt_convert.convert.opening import open_source
@@ -204,6 +205,18 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_moments(pairs: Callable[[str
     with contextlib.ExitStack() as disk, pytest.raises(AdaptError, match=r"cannot be written .*set XDG_CACHE_HOME"):
         convert(pairs("llama"), text, progress=full_at_the_moments)
     assert [path for path in own_cache.rglob("*") if path.is_file()] == []
+
+
+def test_an_interrupt_leaves_no_half_file_in_the_cache(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with written(tmp_path / "state") as fresh:
+            fresh.write_text("half")
+            raise KeyboardInterrupt
+
+    (tmp_path / "state").write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_model_that_keeps_no_cache_is_calibrated_on_a_file(tmp_path: Path) -> None:

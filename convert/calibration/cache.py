@@ -39,6 +39,7 @@ def written(path: Path) -> Iterator[Path]:
         yield fresh
         os.replace(fresh, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is what `torch.save` makes of a full disk
-        fresh.unlink(missing_ok=True)
-        what = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        what = (error.strerror if isinstance(error, OSError) else None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise AdaptError(f"{path}: cannot be written ({what}); free some space, or set XDG_CACHE_HOME to a larger disk") from None
+    finally:
+        fresh.unlink(missing_ok=True)  # of an interrupt, too
