@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+_LABELS = "id2label", "label2id"  # names of classes, up to megabytes of them, that no tensor's name depends on
+
 
 @functools.cache
 def _conversions(config: str) -> tuple[list[Any], list[Any]]:
-    """Renamings, and conversions that join or cut tensors, for a `config.json`. None of either without transformers."""
+    """Renamings, and conversions that join or cut tensors, for a `config.json` without labels. None of either without transformers."""
     try:
         from transformers import conversion_mapping, core_model_loading
     except ImportError:
@@ -55,7 +57,7 @@ def knows_loading() -> bool:
 
 def loaded_name(key: str, config: Mapping[str, Any]) -> str | None:
     """The name in memory of the tensor `key`; None for one that is joined with others, cut or turned there."""
-    renamings, converters = _conversions(json.dumps(config, sort_keys=True))
+    renamings, converters = _conversions(json.dumps({k: v for k, v in config.items() if k not in _LABELS}, sort_keys=True))
     if not renamings and not converters:
         return key
     from transformers import core_model_loading

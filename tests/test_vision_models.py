@@ -13,6 +13,7 @@ import transformers
 from conftest import Pair
 
 import adapt_convert
+from adapt_convert.convert import loading
 from adapt_convert.convert.families import BY_MODEL_TYPE
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
@@ -44,3 +45,17 @@ def test_full_rank_is_the_fine_tune_under_the_names_in_memory(name: str, tmp_pat
         warnings.simplefilter("ignore")
         found = pair.logits(pair.load_peft(out))
     torch.testing.assert_close(found, pair.logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_is_asked_once_whatever_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of 21,000 classes takes longer to compare than all else, and this is asked for every tensor."""
+    built: list[str] = []
+    monkeypatch.setattr(loading, "_without_weights", lambda config: built.append(json.dumps(config)))
+    loading._conversions.cache_clear()
+    for count in (2, 3):
+        labels = {str(number): f"class {number}" for number in range(count)}
+        config = {"model_type": "deit", "id2label": labels, "label2id": {name: int(number) for number, name in labels.items()}}
+        assert loading.loaded_name("classifier.weight", config) == "classifier.weight"
+    loading._conversions.cache_clear()
+    assert len(built) == 1
+    assert "class 0" not in built[0]
