@@ -81,6 +81,17 @@ def test_the_algebraic_start_is_exact_where_the_core_is() -> None:
     assert residual_core(core, model).energy < 1e-15 * core.energy
 
 
+@pytest.mark.parametrize("seed", [1, 2, 8, 11])
+def test_a_core_without_a_best_fit_is_no_error(seed: int) -> None:
+    """Of rank 3, but approached by models of rank 2 whose columns cancel each other (de Silva and Lim 2008): they start all but equal."""
+    draw = np.random.default_rng(seed)
+    (a, b), (c, d) = (np.linalg.qr(draw.standard_normal((size, 2)))[0].T for size in (4, 4))
+    e, f = np.eye(2)
+    tensor = sum(np.einsum("a,l,j->alj", *term) for term in ((a, e, d), (a, f, c), (b, e, c)))
+    core = Core.of((torch.tensor(tensor, dtype=torch.float32).view(4, 1, 2, 1, 4),))
+    assert fit_core(core, 2, 1, 0).loss < 0.1 * core.energy
+
+
 def test_slices_that_rotate_have_real_directions() -> None:
     """Eigenvectors of a rotation are complex; the two directions that they span are not."""
     turns = [np.array([[np.cos(x), -np.sin(x)], [np.sin(x), np.cos(x)]]) for x in (0.3, 1.1)]
