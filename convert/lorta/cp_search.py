@@ -97,8 +97,8 @@ class Search:
 
     def scaled(self) -> Model:
         """The columns with their best scale, which is in C_l; float64, as a fit goes on from them whose columns may be all but equal."""
-        a, b, c_l, *others = (factor.astype(np.float64) for factor in self.model)
-        return [a, b, c_l * np.sqrt(self.explained)[:, None], *others]
+        scaled = [*self.model[:2], self.model[2] * np.sqrt(self.explained)[:, None], *self.model[3:]]
+        return [factor.astype(np.float64) for factor in scaled]
 
     def keep(self, chosen: list[int]) -> None:
         self.model = [factor[chosen] for factor in self.model]
