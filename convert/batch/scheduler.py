@@ -100,7 +100,10 @@ def _end_with(lifeline: Connection, scratch: str) -> None:
     def watch() -> None:
         with contextlib.suppress(EOFError, OSError):
             lifeline.recv()
-        shutil.rmtree(scratch, ignore_errors=True)  # here too: there may be nobody else left to do it
+        with contextlib.suppress(OSError):  # another process was faster
+            ended = f"{scratch}-ended"
+            os.rename(scratch, ended)  # as the threads that still run would go on writing into what is being removed
+            shutil.rmtree(ended, ignore_errors=True)  # here too: there may be nobody else left to do it
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
