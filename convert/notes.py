@@ -62,7 +62,8 @@ def kept_ranks(plan: Plan, options: Options) -> list[str]:
     largest of its ranks, for a consumer that wants one. Of a plan without what the consumer cannot hold."""
     if options.to != "lora" or options.has_size:
         return []
-    ranks = {e.part.rank for e in plan.having("factor") if e.part.kind == "low_rank" and e.part.rank and options.keeps(e.part.rank)}
+    factored = [entry for entry in plan.having("factor") if entry.part.kind == "low_rank"]
+    ranks = {min(rank, *entry.matrix_shape) for entry in factored if (rank := entry.part.rank) and options.keeps(rank)}
     if not ranks:
         return []
     kept = f"rank {max(ranks)}, as in the source" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}, as in the source"

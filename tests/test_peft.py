@@ -120,6 +120,7 @@ def test_a_rank_beyond_the_matrix_is_kept_as_its_full_rank(pairs, tmp_path: Path
     expected = pair.logits(pair.save_adapter(lora(r=40), tmp_path / "adapter"))
     out = adapt_convert.convert(pair.base, tmp_path / "adapter").save(tmp_path / "out")
     torch.testing.assert_close(live_logits(pair, out), expected, atol=1e-4, rtol=1e-4)
+    assert any("ranks 16 to 32," in note for note in adapt_convert.inspect(pair.base, tmp_path / "adapter")["notes"])
     assert {t.shape[0] for name, t in load_file(out / "adapter_model.safetensors").items() if "q_proj.lora_A" in name} == {32}
 
 
