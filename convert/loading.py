@@ -5,9 +5,10 @@ Checkpoints keep the names of their first release; where the model class has oth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,10 +45,23 @@ def _without_weights(config: dict[str, Any]) -> Any:
 
     name = str((config.get("architectures") or [""])[0])
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), _offline(), torch.device("meta"):
             return getattr(transformers, name)(transformers.AutoConfig.for_model(**config))
     except Exception:  # code of many authors, run on settings of others: whatever it raises, the names are asked for without it
         return None
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Nothing is asked of the Hub, where some models look for a backbone's configuration or for kernels when they are built."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def knows_loading() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,17 @@ def test_a_model_is_asked_once_whatever_its_labels(monkeypatch: pytest.MonkeyPat
     loading._conversions.cache_clear()
     assert len(built) == 1
     assert "class 0" not in built[0]
+
+
+def test_a_backbone_elsewhere_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers` looks it up on the Hub, whatever the path of the model itself."""
+    asked: list[str] = []
+
+    def refuse(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    detr = {"model_type": "detr", "architectures": ["DetrForObjectDetection"], "use_timm_backbone": False, "backbone": "org/resnet"}
+    assert loading.loaded_name("class_labels_classifier.weight", detr) == "class_labels_classifier.weight"
+    assert asked == []
