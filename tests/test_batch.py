@@ -296,45 +296,6 @@ def test_temporary_files_end_with_the_processes(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-WRITING = """
-import tempfile
-from pathlib import Path
-
-def write_on():
-    while True:
-        (Path(tempfile.mkdtemp()) / "file").write_text("x")
-"""
-KILLED = """
-import sys, tempfile
-import writing
-from adapt_convert.convert.batch.scheduler import LocalPool, Task
-
-tempfile.tempdir = sys.argv[1]
-pool = LocalPool(2, 2**40)
-for future in [pool.submit(Task(writing.write_on, (), 0, print, print)) for _ in range(2)]:
-    future.result()
-"""
-
-
-def test_processes_that_go_on_writing_leave_no_temporary_files(tmp_path: Path) -> None:
-    (tmp_path / "writing.py").write_text(WRITING)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(scratch)], env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.DEVNULL
-    )
-    while not any(scratch.glob("*/*/file")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    limit = time.monotonic() + 10
-    while list(scratch.iterdir()) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert list(scratch.iterdir()) == []
-
-
 def test_one_batch_at_a_time(many: Path, tmp_path: Path) -> None:
     manifest = {"jobs": [{"base": str(many / "llama"), "source": str(many / "fts" / "llama" / "llama-00")}]}
     (tmp_path / HIDDEN).mkdir()

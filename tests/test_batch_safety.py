@@ -1,9 +1,13 @@
-"""Batches: whose files are replaced, what a later run believes, and copies elsewhere."""
+"""Batches: whose files are replaced, what a later run believes, copies elsewhere, and what a killed one leaves."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +165,42 @@ def test_credentials_in_a_url_are_not_said(url: str, tmp_path: Path) -> None:
         remote.copy_to(tmp_path, [], url)
     assert not any(secret in str(refused.value) for secret in ("s%65cret", "secret", "t0k", "me:"))
     assert "@" not in remote.shown(url)
+
+
+WRITING = """
+import tempfile
+from pathlib import Path
+
+def write_on():
+    while True:
+        (Path(tempfile.mkdtemp()) / "file").write_text("x")
+"""
+KILLED = """
+import sys, tempfile
+import writing
+from adapt_convert.convert.batch.scheduler import LocalPool, Task
+
+tempfile.tempdir = sys.argv[1]
+pool = LocalPool(2, 2**40)
+for future in [pool.submit(Task(writing.write_on, (), 0, print, print)) for _ in range(2)]:
+    future.result()
+"""
+
+
+def test_processes_that_go_on_writing_leave_no_temporary_files(tmp_path: Path) -> None:
+    (tmp_path / "writing.py").write_text(WRITING)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(scratch)], env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.DEVNULL
+    )
+    while not any(scratch.glob("*/*/file")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 10
+    while list(scratch.iterdir()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert list(scratch.iterdir()) == []
