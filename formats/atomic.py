@@ -156,8 +156,9 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that temporary files are removed; only the main thread may set handlers."""
-    if threading.current_thread() is not threading.main_thread():
+    """SIGTERM unwinds like Ctrl-C, so that temporary files are removed, unless it is ignored; only the main thread may set handlers."""
+    ignored = signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None)  # None: a handler that is not Python's
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -108,7 +108,8 @@ def _auto_class(architecture: str, config: Mapping[str, Any]) -> str:
         return "AutoModelForSpeechSeq2Seq"
     if auto == "AutoModelForSeq2SeqLM" and not config.get("is_encoder_decoder"):
         return "AutoModelForImageTextToText"
-    if auto is None and "For" in architecture:  # AutoModel would leave the head out, and with it the names that the adapter has
+    # AutoModel would leave the head out, and with it the names that the adapter has. transformers has no classes of custom code.
+    if auto is None and "For" in architecture and "auto_map" not in config:
         return architecture
     return auto or "AutoModel"
 

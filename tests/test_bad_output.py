@@ -22,7 +22,7 @@ import torch
 import adapt_convert
 from adapt_convert.cli import main
 from adapt_convert.formats import safetensors_file
-from adapt_convert.formats.atomic import atomic_directory
+from adapt_convert.formats.atomic import atomic_directory, terminate_as_interrupt
 from adapt_convert.formats.errors import AdaptError
 
 
@@ -246,6 +246,15 @@ def test_an_interrupt_leaves_nothing(pairs, work: Path, patch: str, number: int,
     assert stderr.splitlines()[-1] == "Error: interrupted; nothing was written"
     assert "Traceback" not in stderr
     assert snapshot(work) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with terminate_as_interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 SLOW_VALIDATING = "from adapt_convert.convert.validation import validate as m; real = lambda *a, **k: None; m.validate = slow"

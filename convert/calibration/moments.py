@@ -127,8 +127,9 @@ def _summed(
     for name, total in sums.items():
         # An expert counts as often as it is reached, which is what a budget has to know; one that never is keeps the plain solution.
         C = total / (positions if name in experts else rows[name]) if rows[name] else _RIDGE * torch.eye(len(total))
+        tensors = {"C": C.cpu().contiguous(), "rows": torch.tensor(rows[name])}
         with written(directory / f"{name}.safetensors") as fresh:
-            save_file({"C": C.cpu().contiguous(), "rows": torch.tensor(rows[name])}, fresh)
+            save_file(tensors, fresh)
     return {module: f"{owner[module]}.safetensors" for module in modules}
 
 

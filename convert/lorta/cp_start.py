@@ -48,9 +48,10 @@ _THOROUGH, _QUICK = Effort(4, 0.7), Effort(3, 0.6)  # where directions are all a
 class _Leading:
     """The leading directions of a core's first mode, of which a model of rank r has no more than r.
 
-    `basis (3 r, k)`, or half of the mode where that is less, the core `projected` into it, the energy `held` by the first r, and the
-    part of that which is white `noise`: 0 where the other directions are not those of white noise, as their average says nothing then.
-    `signal`: what the first r hold beyond the most that directions of white noise would; `full`: none of them is one of noise.
+    `basis (3 r, k)`, or half of the mode where that is less, but r at least; the core `projected` into it, the energy `held` by the first
+    r, and the part of that which is white `noise`: 0 where the other directions are not those of white noise, as their average says
+    nothing then. `signal`: what the first r hold beyond the most that directions of white noise would; `full`: none of them is one of
+    noise.
     """
 
     basis: Array
