@@ -1,4 +1,4 @@
-"""The one error that this package raises for anything a user can cause or mend."""
+"""The one error that this package raises for anything a user can cause or mend, and what it quotes of others."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ class AdaptError(Exception):
             line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
         # A name in a damaged or hostile file can hold what drives a terminal, or what no encoding can write.
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception of another library says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

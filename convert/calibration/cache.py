@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.errors import AdaptError, first_line
 
 
 def cache_path(what: str, made_from: dict[str, Any]) -> Path:
@@ -39,7 +39,7 @@ def written(path: Path) -> Iterator[Path]:
         yield fresh
         os.replace(fresh, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is what `torch.save` makes of a full disk
-        what = (error.strerror if isinstance(error, OSError) else None) or (str(error).splitlines() or [type(error).__name__])[0]
+        what = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise AdaptError(f"{path}: cannot be written ({what}); free some space, or set XDG_CACHE_HOME to a larger disk") from None
     finally:
         fresh.unlink(missing_ok=True)  # of an interrupt, too

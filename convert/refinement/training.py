@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from adapt_convert.convert.calibration.cache import written
 from adapt_convert.convert.calibration.teacher import Target, divergence, mean_divergence
 from adapt_convert.convert.progress import Progress
-from adapt_convert.convert.validation.live_model import first_line, is_out_of_memory
+from adapt_convert.convert.validation.live_model import is_out_of_memory
 from adapt_convert.convert.validation.outputs import Batch, call, predictions_of
-from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.errors import AdaptError, first_line
 
 _EVALUATIONS = 8  # of the held-out batches in a whole run
 _PATIENCE = 4  # evaluations without a gain, each with half the step of the one before, after which a run ends
@@ -138,7 +138,7 @@ def _train(trainable: Trainable, lesson: Lesson, number: int, optimiser: torch.o
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise AdaptError(f"--refine: the model has no gradients: {first_line(error)}") from None
+        raise AdaptError(f"--refine: the model has no gradients: {first_line(error)[:200]}") from None
     optimiser.step()
     return value
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.errors import AdaptError, first_line
 from adapt_convert.formats.location import Location, read_json
 from adapt_convert.formats.peft_methods import quiet_bitsandbytes
 
@@ -111,8 +111,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise AdaptError(f"{location.origin}: transformers cannot load it: {reason[0][:300]}") from None
+        raise AdaptError(f"{location.origin}: transformers cannot load it: {first_line(error)[:300]}") from None
     model: nn.Module = loaded.eval().requires_grad_(False)
     return model.to(device), frozenset(report["missing_keys"])
 
@@ -121,11 +120,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is how PyTorch, on either device, or Python says that memory ran out."""
     text = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, as far as a message in one line can hold it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_convert.convert.validation.live_model import Task, first_line, is_out_of_memory
+from adapt_convert.convert.validation.live_model import Task, is_out_of_memory
 from adapt_convert.convert.validation.texts import Corpus, masked
-from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.errors import AdaptError, first_line
 
 IGNORED = -100  # a position without a target, as in `transformers`
 
@@ -129,7 +129,7 @@ def call(model: Any, batch: Batch, device: torch.device, **options: Any) -> Any:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # an input that is None, or of another shape
         if is_out_of_memory(error):
             raise
-        raise AdaptError(f"{type(model).__name__} does not run on plain {', '.join(inputs)}: {first_line(error)}") from None
+        raise AdaptError(f"{type(model).__name__} does not run on plain {', '.join(inputs)}: {first_line(error)[:200]}") from None
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapt_convert.convert.validation.outputs import Predictions
-from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.errors import AdaptError, first_line
 
 FULL_LIMIT = 2 * 2**30  # bytes; above it only the largest logits are kept
 TOP_K = 1024  # logits per prediction that are kept above the limit
@@ -66,7 +66,7 @@ class ReferenceOutputs:
         try:
             torch.save(value, self._path(name))
         except (OSError, RuntimeError) as error:  # the second is what `torch.save` makes of a full disk
-            raise AdaptError(f"{tempfile.gettempdir()}: cannot be written ({str(error).splitlines()[0]}); {_REMEDY}") from None
+            raise AdaptError(f"{tempfile.gettempdir()}: cannot be written ({first_line(error)}); {_REMEDY}") from None
 
     def fetch(self, name: str, device: torch.device) -> Tensor | None:
         path = self._path(name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapt_convert.convert.architectures import vocabulary_of
 from adapt_convert.convert.validation.live_model import Task, positions_of, quiet
-from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.errors import AdaptError, first_line
 from adapt_convert.formats.location import Location
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -185,9 +185,8 @@ def load_tokenizer(locations: Sequence[Location]) -> Any:
                 with quiet():
                     return AutoTokenizer.from_pretrained(location.directory, local_files_only=True)
             except Exception as error:  # whatever a tokenizer's own reader raises
-                reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise AdaptError(
-                    f"{location.origin}: its tokenizer cannot be loaded ({reason[0][:200]}); use --token-ids F.jsonl"
+                    f"{location.origin}: its tokenizer cannot be loaded ({first_line(error)[:200]}); use --token-ids F.jsonl"
                 ) from None
     where = " or ".join(location.origin for location in locations)
     raise AdaptError(f'{where}: no tokenizer in it; put one there, or give --token-ids F.jsonl with {{"input_ids": [...]}} lines')

@@ -23,7 +23,6 @@ from adapt_convert.convert.validation.candidates import Contender, Stage, check_
 from adapt_convert.convert.validation.fidelity import UNKNOWN, Fidelity, RowSums, Tally, summarise
 from adapt_convert.convert.validation.live_model import (
     Task,
-    first_line,
     is_out_of_memory,
     model_class_of,
     positions_of,
@@ -39,7 +38,7 @@ from adapt_convert.convert.validation.speed import Speed, Work, measure_speed
 from adapt_convert.convert.validation.texts import DEFAULT_MAX_TOKENS, Corpus, make_corpus, noise_images
 from adapt_convert.convert.validation.verdict import Thresholds, fidelity_failures, weight_failures
 from adapt_convert.formats.dtypes import torch_dtype
-from adapt_convert.formats.errors import AdaptError
+from adapt_convert.formats.errors import AdaptError, first_line
 from adapt_convert.formats.location import Location
 
 _PROMPTS = 8
@@ -266,7 +265,7 @@ class _Run:
         except (AdaptError, MemoryError, RuntimeError) as error:
             if isinstance(error, AdaptError):
                 return str(error)
-            return "not enough memory for the gradients" if is_out_of_memory(error) else f"no gradients: {first_line(error)}"
+            return "not enough memory for the gradients" if is_out_of_memory(error) else f"no gradients: {first_line(error)[:200]}"
 
     def _continuations(self) -> Iterator[torch.Tensor]:
         """Greedy continuations `(tokens,)` of the starts of the first rows; none for a model that does not write."""
