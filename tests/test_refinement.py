@@ -303,13 +303,8 @@ def test_the_validator_does_not_ask_a_refined_adapter_to_look_like_the_change(
 
 
 def test_a_model_without_gradients_is_refused(tmp_path: Path) -> None:
-    model = RwkvForCausalLM(RwkvConfig(vocab_size=96, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=16))
-    for role in ("base", "ft"):  # a model that changes its state in place
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        model.save_pretrained(tmp_path / role)
+    config = RwkvConfig(vocab_size=96, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=16)
+    pair = save_pair(tmp_path, RwkvForCausalLM, config)  # which changes its state in place
     text = token_file(tmp_path / "ids.jsonl")
     with pytest.raises(AdaptError, match="--refine: the model has no gradients: one of the variables needed"):
-        adapt_convert.convert(
-            tmp_path / "base", tmp_path / "ft", to="lora", rank=2, calib=str(text), refine=2, exclude=("head", "embeddings")
-        )
+        adapt_convert.convert(pair.base, pair.ft, to="lora", rank=2, calib=str(text), refine=2, exclude=("head", "embeddings"))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from calibrating import files_of_at_most
+from conftest import save_pair
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -118,38 +119,26 @@ def test_models_that_need_more_than_text_are_one_line(name: str, tmp_path: Path)
             "text_config": small | text | {"max_position_embeddings": 64},
             "vision_config": small | {"image_size": 16, "patch_size": 8},
         }
-        model: Any = CLIPModel(CLIPConfig(**towers, projection_dim=8))
+        pair = save_pair(tmp_path, CLIPModel, CLIPConfig(**towers, projection_dim=8))
     else:
         layers = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
         widths = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "max_source_positions": 16}
-        model = WhisperForConditionalGeneration(WhisperConfig(**text, **layers, **widths))
-    for role in ("base", "ft"):
-        for parameter in model.parameters():
-            parameter.data += 0.01 * torch.randn_like(parameter)
-        model.save_pretrained(tmp_path / role)
+        pair = save_pair(tmp_path, WhisperForConditionalGeneration, WhisperConfig(**text, **layers, **widths))
     with pytest.raises(AdaptError, match="does not run on plain input_ids"):
-        validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False)
+        validate(pair.base, pair.ft, pair.ft, token_ids=IDS, speed=False)
 
 
 def test_a_forward_pass_that_fails_is_one_line(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    model = BertForMultipleChoice(BertConfig(vocab_size=96, **sizes))  # wants rows of choices
-    for role in ("base", "ft"):
-        for parameter in model.parameters():
-            parameter.data += 0.01 * torch.randn_like(parameter)
-        model.save_pretrained(tmp_path / role)
+    pair = save_pair(tmp_path, BertForMultipleChoice, BertConfig(vocab_size=96, **sizes))  # wants rows of choices
     with pytest.raises(AdaptError, match="BertForMultipleChoice does not run on plain input_ids: shape"):
-        validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False)
+        validate(pair.base, pair.ft, pair.ft, token_ids=IDS, speed=False)
 
 
 def test_a_model_without_gradients_keeps_its_figures(tmp_path: Path) -> None:
     config = RwkvConfig(vocab_size=96, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=16)
-    model = RwkvForCausalLM(config)  # which changes its state in place
-    for role in ("base", "ft"):
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        model.save_pretrained(tmp_path / role)
-    result = validate(tmp_path / "base", tmp_path / "ft", tmp_path / "ft", token_ids=IDS, speed=False).to_json()
+    pair = save_pair(tmp_path, RwkvForCausalLM, config)  # which changes its state in place
+    result = validate(pair.base, pair.ft, pair.ft, token_ids=IDS, speed=False).to_json()
     details = result["candidates"][0]["details"]
     assert result["candidates"][0]["recovered"] == pytest.approx(1)
     assert details["attribution"]["note"].startswith("no gradients: one of the variables needed")
