@@ -103,7 +103,8 @@ def _end_with(lifeline: Connection, scratch: str) -> None:
         with contextlib.suppress(OSError):  # another process was faster
             ended = f"{scratch}-ended"
             os.rename(scratch, ended)  # as the threads that still run would go on writing into what is being removed
-            shutil.rmtree(ended, ignore_errors=True)  # here too: there may be nobody else left to do it
+            for _ in range(3):  # again for files that were on their way; here too, as there may be nobody else left to do it
+                shutil.rmtree(ended, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
